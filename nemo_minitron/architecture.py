@@ -1,0 +1,222 @@
+"""Architecture: the family and sizes of a dense GPT-like model, its parameter counts and its legal pruning grid.
+
+Legend: l layers, h hidden, f FFN, n attention heads, g query groups, d head size, v vocabulary rows.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from nemo_minitron.config import Config, at_least, one_of
+
+FAMILIES = ("llama", "mistral", "nemotron", "qwen2", "gpt")
+PRUNABLE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling(Config):
+    """Llama 3.1's scaling of the rotary frequencies (NeMo's names: scale_factor, old_context_len...)."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture(Config):
+    """Sizes and kinds of a dense decoder-only transformer, in Megatron's terms.
+
+    `kv_channels` is the size of one head and is kept when the width is pruned, so it is stated and never computed
+    from hidden_size / num_attention_heads once it is known. `vocab_size` counts the rows of the embedding matrix,
+    padding included.
+    """
+
+    family: str = "llama"
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int | None = None
+    kv_channels: int | None = None
+    vocab_size: int
+    seq_length: int = 4096
+    normalization: str = "RMSNorm"
+    layernorm_epsilon: float = 1e-5
+    layernorm_zero_centered_gamma: bool = False
+    activation: str = "silu"
+    gated_linear_unit: bool = True
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    share_embeddings_and_output_weights: bool = False
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    rope_scaling: RopeScaling | None = None
+    init_method_std: float = 0.02
+
+    def __post_init__(self):
+        if self.num_query_groups is None:
+            object.__setattr__(self, "num_query_groups", self.num_attention_heads)
+        if self.kv_channels is None and self.num_attention_heads:
+            object.__setattr__(self, "kv_channels", self.hidden_size // self.num_attention_heads)
+
+    def problems(self) -> list[str]:
+        found = one_of("family", self.family, FAMILIES)
+        found += one_of("normalization", self.normalization, ("RMSNorm", "LayerNorm"))
+        found += one_of("activation", self.activation, ("silu", "gelu", "squared_relu"))
+        sizes = {name: getattr(self, name) for name in (*PRUNABLE, "vocab_size", "seq_length", "kv_channels")}
+        found += at_least(1, **sizes)
+        if not found and self.num_attention_heads % self.num_query_groups:
+            found.append(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_query_groups {self.num_query_groups}"
+            )
+        return found
+
+    def embedding_parameters(self) -> int:
+        """Parameters of the embedding and the output layer: v*h, twice unless tied."""
+        return self.vocab_size * self.hidden_size * (1 if self.share_embeddings_and_output_weights else 2)
+
+    def layer_parameters(self) -> int:
+        """Parameters of one transformer layer, norms and biases included."""
+        h, f = self.hidden_size, self.ffn_hidden_size
+        query, qkv = self.num_attention_heads * self.kv_channels, self.qkv_rows()
+        fc1 = f * (2 if self.gated_linear_unit else 1)
+        norm = h * (2 if self.normalization == "LayerNorm" else 1)
+        weights = qkv * h + h * query + fc1 * h + h * f + 2 * norm
+        biases = (qkv if self.add_bias_linear or self.add_qkv_bias else 0) + (
+            h + fc1 + h if self.add_bias_linear else 0
+        )
+        return weights + biases
+
+    def qkv_rows(self) -> int:
+        """Rows of the fused query-key-value projection: (n + 2g) * d."""
+        return (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
+
+    def parameters(self) -> int:
+        """All parameters."""
+        final_norm = self.hidden_size * (2 if self.normalization == "LayerNorm" else 1)
+        return self.embedding_parameters() + self.num_layers * self.layer_parameters() + final_norm
+
+    def non_embedding_parameters(self) -> int:
+        """Parameters without embedding and output layer, as the Minitron papers count them."""
+        return self.parameters() - self.embedding_parameters()
+
+    def with_sizes(self, **sizes: int | None) -> "Architecture":
+        """This architecture with the sizes that are given (not None) replaced; the head size stays."""
+        return dataclasses.replace(self, **{name: value for name, value in sizes.items() if value is not None})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Architecture":
+        values = dict(values)
+        if isinstance(values.get("rope_scaling"), dict):
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        return cls(**values)
+
+    def describe(self) -> str:
+        """One line: sizes and parameter counts."""
+        return (
+            f"{self.family}, {self.num_layers} layers, hidden {self.hidden_size}, FFN {self.ffn_hidden_size}, "
+            f"heads {self.num_attention_heads}/{self.num_query_groups} of {self.kv_channels}, "
+            f"vocabulary {self.vocab_size}: {human(self.parameters())} parameters "
+            f"({human(self.non_embedding_parameters())} without embeddings)"
+        )
+
+
+def human(count: float) -> str:
+    """A parameter count as people write it: 8.03B, 4.51B, 3.22M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f}{unit}"
+    return str(int(count))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruningGrid:
+    """Sizes that ModelOpt's mcore_minitron can prune a model to: multiples of a divisor, up to the model's own.
+
+    The divisors' defaults are ModelOpt 0.43's (get_mcore_minitron_config). ModelOpt silently ignores a target off the
+    grid for one dimension, so targets are checked here before anything is loaded.
+    """
+
+    hidden_size: int = 256
+    ffn_hidden_size: int = 512
+    num_layers: int = 2
+
+    def choices(self, architecture: Architecture, name: str) -> list[int]:
+        """Legal values of the size `name`, ascending, the model's own last."""
+        own = getattr(architecture, name)
+        if name == "num_attention_heads":
+            step = architecture.num_query_groups
+        else:
+            step = getattr(self, name)
+        return [*range(step, own, step), own]
+
+    def problems(self, architecture: Architecture, targets: dict[str, int | None]) -> list[str]:
+        """One message for each target that is not on the grid, with the equation that failed and the nearest values."""
+        found = []
+        for name, target in targets.items():
+            if target is None:
+                continue
+            own = getattr(architecture, name)
+            choices = self.choices(architecture, name)
+            if target > own:
+                found.append(f"{name} {target} is above the teacher's {own}: pruning only makes a model smaller")
+            elif target not in choices:
+                step = choices[0]
+                below = [value for value in choices if value < target][-1:]
+                above = [value for value in choices if value > target][:1]
+                nearest = " and ".join(str(value) for value in below + above)
+                rule = "multiples of the teacher's query groups, " if name == "num_attention_heads" else "multiples of "
+                remainder = f" ({target} mod {step} = {target % step})" if target > 0 else ""
+                found.append(
+                    f"{name} {target} is not on the pruning grid: {rule}{step} up to {own}{remainder}; "
+                    f"nearest {nearest}"
+                )
+        return found
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int = 128, tensor_parallel: int = 1) -> int:
+    """Rows of the embedding: ceil(v / (m * TP)) * m * TP, Megatron's padding."""
+    multiple = divisible_by * tensor_parallel
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def parse_layers(layers: Any) -> list[int]:
+    """Layer numbers (1-based) from a list of numbers and ranges: ``[1, "16-31"]`` or ``"16-31"``.
+
+    Raises:
+        ValueError: an entry is neither a number nor a range, or a range runs backwards.
+    """
+    if layers is None:
+        return []
+    entries = layers if isinstance(layers, list | tuple) else [layers]
+    numbers: list[int] = []
+    for part in (part for entry in entries for part in str(entry).strip("[] ").split(",")):
+        first, dash, last = part.strip().partition("-")
+        try:
+            start = int(first)
+            stop = int(last) if dash else start
+        except ValueError:
+            raise ValueError(f"{part.strip()!r} is neither a layer number nor a range such as 16-31") from None
+        if stop < start:
+            raise ValueError(f"the range {part.strip()} runs backwards: write {stop}-{start}")
+        numbers += range(start, stop + 1)
+    return numbers
+
+
+def layer_problems(layers: list[int], num_layers: int) -> list[str]:
+    """What is wrong with dropping `layers` (1-based) from a model of `num_layers`."""
+    found = []
+    outside = sorted({layer for layer in layers if not 1 <= layer <= num_layers})
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    if outside:
+        found.append(f"drop_layers {outside} out of range: the teacher's layers are 1 to {num_layers} (1-based)")
+    if twice:
+        found.append(f"drop_layers {twice} dropped twice")
+    if not found and len(set(layers)) >= num_layers:
+        found.append(f"drop_layers would drop all {num_layers} layers; at least one must stay")
+    return found

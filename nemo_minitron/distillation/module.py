@@ -1,0 +1,146 @@
+"""NeMo's distillation model with the student's and the teacher's weights, and all its losses in sight.
+
+Legend: s sequence, b micro batch, v vocabulary rows of this rank.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.config import KDConfig
+from nemo_minitron.runtime.losses import token_loss_reduction
+from nemo_minitron.runtime.model import LM_LOSS
+from nemo_minitron.runtime.weights import load_weights
+
+KD_LOSS = "kd_loss"
+
+
+def distillation_module(
+    student: tuple[Any, Architecture, Path],
+    teacher: tuple[Any, Architecture, Path],
+    kd: KDConfig,
+    *,
+    strictness: str,
+    optim: Any,
+    tokenizer: Any,
+) -> Any:
+    """A DistillationGPTModel (ModelOpt's kd_loss mode) whose validation, too, runs the teacher and shows both losses.
+
+    Args:
+        student, teacher: NeMo's config, the architecture and the checkpoint of each.
+        kd: temperature and weights; forward KL of the teacher's to the student's distribution, a token.
+    """
+    from nemo.collections.llm.modelopt.distill.model import DistillationGPTModel
+
+    class MinitronDistillationModel(DistillationGPTModel):
+        loss_names = (KD_LOSS, LM_LOSS)
+        loss_weights = {KD_LOSS: kd.kd_weight, LM_LOSS: kd.lm_weight}
+        sums: Any = None
+
+        def configure_model(self) -> None:
+            if not hasattr(self, "module"):
+                _same_layout(teacher[0], self.config)
+                self.module = _convert(self.config, student, teacher, kd, strictness)
+
+        def take_sums(self, sums: Any) -> None:
+            self.sums = sums
+
+        def token_losses(self, batch: dict[str, Any], output: Any) -> dict[str, Any]:
+            losses = self.core_module.compute_kd_loss(skip_balancer=True, loss_reduction_fn=_over_vocabulary)
+            return {KD_LOSS: next(iter(losses.values())), LM_LOSS: output}
+
+        @property
+        def training_loss_reduction(self) -> Any:
+            return token_loss_reduction(self.loss_names, self.loss_weights, self.token_losses, self.take_sums)
+
+        @property
+        def validation_loss_reduction(self) -> Any:
+            return self.training_loss_reduction
+
+    return MinitronDistillationModel(
+        student[0], teacher_config=teacher[0], teacher_ckpt_path=str(teacher[2]), optim=optim, tokenizer=tokenizer
+    )
+
+
+def _same_layout(teacher: Any, student: Any) -> None:
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "sequence_parallel",
+        "pipeline_dtype",
+    ):
+        setattr(teacher, name, getattr(student, name))
+
+
+def _convert(config: Any, student: tuple, teacher: tuple, kd: KDConfig, strictness: str) -> Any:
+    """ModelOpt's DistillationModel around the loaded student, with the loaded, frozen teacher inside."""
+    import modelopt.torch.distill as mtd
+    from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
+    from nemo.collections.llm.modelopt.distill.utils import DistillationConfig, adjust_distillation_model_for_mcore
+
+    model = config.configure_model(None)
+    load_weights(model, student[1], student[2], strictness)
+    criterion = {("output_layer", "output_layer"): LogitsKLLoss(config, temperature=kd.temperature)}
+    settings = DistillationConfig(criterion=criterion if model.post_process else {}, skip_lm_loss=False)
+    converted = mtd.convert(
+        model,
+        mode=[
+            ("kd_loss", {"teacher_model": (_load_teacher, [*teacher, strictness], {}), "criterion": settings.criterion})
+        ],
+    )
+    adjust_distillation_model_for_mcore(converted, distill_cfg=settings)
+    converted.forward = _teacher_then_student(converted)
+    converted.compute_language_model_loss = _own_loss(converted, trained_on=kd.lm_weight > 0)
+    return converted
+
+
+def _load_teacher(config: Any, architecture: Architecture, path: Path, strictness: str) -> Any:
+    model = config.configure_model(None)
+    load_weights(model, architecture, path, strictness)
+    return model
+
+
+def _teacher_then_student(model: Any) -> Any:
+    """The forward pass in training and validation alike; NeMo's runs the teacher in training only.
+
+    Between pipeline stages the activations of both travel side by side.
+    """
+    import torch
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            model._teacher_model.eval()
+            teacher_output = model._teacher_model(*args, **kwargs)
+        with model.only_student_forward():
+            student_output = type(model).forward(model, *args, **kwargs)
+        return student_output if model.post_process else torch.cat([student_output, teacher_output], dim=-1)
+
+    return forward
+
+
+def _own_loss(model: Any, trained_on: bool) -> Any:
+    """The student's language-model loss on a copy of its logits.
+
+    Megatron's cross entropy works in place on fp32 logits, which the distillation loss still needs. Where the loss is
+    only shown and not trained on, no gradient is kept.
+    """
+
+    def loss(labels: Any, logits: Any) -> Any:  # [b, s], [s, b, v] -> [b, s]
+        own = logits if trained_on else logits.detach()
+        return type(model).compute_language_model_loss(model, labels, own.clone())
+
+    return loss
+
+
+def _over_vocabulary(loss: tuple[Any, bool, bool]) -> Any:
+    """Loss a token [b, s], summed over the ranks that share the vocabulary; gradients stay with each rank's part."""
+    import torch
+    from megatron.core import parallel_state
+
+    value, partial_sums, _ = loss
+    if partial_sums and parallel_state.get_tensor_model_parallel_world_size() > 1:
+        total = value.detach().clone()
+        torch.distributed.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
+        value = value + (total - value.detach())
+    return value

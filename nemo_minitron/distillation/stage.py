@@ -1,0 +1,138 @@
+"""Distillation of a pruned student, or its control: the same training without a teacher."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts import Job, Manifest
+from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
+from nemo_minitron.config import DistillConfig
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.runtime.inputs import LOG, Inputs, build_data, nemo_tokenizer, training_inputs
+from nemo_minitron.runtime.launch import run_stage
+from nemo_minitron.runtime.layout import check_fits
+
+#: Settings that say where and how to run, not what comes out.
+NOT_THE_RESULT = ("overwrite", "exp_manager")
+
+
+def distill(config: DistillConfig) -> Manifest:
+    """Trains the student on the teacher's logits and writes it as a NeMo-2 checkpoint to `config.output`.
+
+    With kd.kd_weight=0 no teacher is loaded: the language-model loss alone, the control.
+
+    Raises:
+        ConfigError, CheckpointError, DataError, EngineError: before any work.
+        OutputExistsError: the output was made from something else.
+        NonFiniteLossError: a loss is not a number.
+    """
+    student = open_checkpoint(config.model.restore_from_path, "student")
+    teacher = None
+    folders: dict[str, Any] = {"student": config.model.restore_from_path}
+    if config.kd.kd_weight:
+        teacher = open_checkpoint(config.model.kd_teacher_restore_from_path, "teacher")
+        check_pair(teacher.architecture, student.architecture)
+        folders["teacher"] = config.model.kd_teacher_restore_from_path
+    inputs = training_inputs(config, student.architecture, student.tokenizer)
+    if teacher is not None:
+        check_fits(teacher.architecture, inputs.layout, "teacher")
+    job = Job(
+        stage="distill",
+        output=Path(config.output),
+        config=dataclasses.asdict(config),
+        inputs=folders | inputs.files(),
+        seed=config.seed,
+        overwrite=config.overwrite,
+        ignore=NOT_THE_RESULT,
+    )
+    return run_stage(
+        job,
+        lambda partial: _work(partial, config, student, teacher, inputs),
+        stage="nemo_minitron.distillation.stage:distill",
+        config=config,
+        trainer=config.trainer,
+        resumable=True,
+    )
+
+
+def check_pair(teacher: Architecture, student: Architecture) -> None:
+    """Raises ConfigError where the logits of teacher and student cannot be compared."""
+    if teacher.vocab_size != student.vocab_size:
+        raise ConfigError(
+            f"teacher and student have different vocabularies: {teacher.vocab_size} and {student.vocab_size} rows; "
+            "the distillation loss compares their logits, so the student must come from this teacher",
+            "distill",
+        )
+
+
+def _work(
+    partial: Path, config: DistillConfig, student: Checkpoint, teacher: Checkpoint | None, inputs: Inputs
+) -> dict[str, Any]:
+    import shutil
+    import time
+
+    from nemo_minitron.runtime.engine import engine
+    from nemo_minitron.runtime.training import CHECKPOINTS, train_and_validate
+    from nemo_minitron.runtime.weights import bare, save_checkpoint
+
+    with engine(config.seed, partial / LOG):
+        tokenizer = nemo_tokenizer(inputs.tokenizer)
+        module = _module(config, student, teacher, inputs, tokenizer)
+        data = build_data(config, inputs, tokenizer, partial)
+        started = time.perf_counter()
+        history = train_and_validate(module, data, config, inputs.layout, partial)
+        seconds = time.perf_counter() - started
+        save_checkpoint(_student_of(bare(module)), student.architecture, partial, student.tokenizer or inputs.tokenizer)
+        shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
+    return {
+        "metrics": {
+            "steps": config.trainer.max_steps,
+            "parameters": student.architecture.parameters(),
+            "validation": history["validation"],
+            "train": history["train"],
+        },
+        "timings": {"training_seconds": seconds},
+        "details": {"architecture": student.architecture.to_dict()},
+    }
+
+
+def _module(
+    config: DistillConfig, student: Checkpoint, teacher: Checkpoint | None, inputs: Inputs, tokenizer: Any
+) -> Any:
+    from nemo_minitron.distillation.module import distillation_module
+    from nemo_minitron.runtime.engine import model_config
+    from nemo_minitron.runtime.model import gpt_module
+    from nemo_minitron.runtime.training import optimizer
+
+    common = {
+        "strictness": config.model.dist_ckpt_load_strictness,
+        "optim": optimizer(
+            config.model.optim, config.trainer.max_steps, config.trainer.gradient_clip_val, inputs.layout
+        ),
+        "tokenizer": tokenizer,
+    }
+    student_config = model_config(student.architecture, inputs.layout)
+    if teacher is None:
+        return gpt_module(student_config, student.architecture, weights=student.path, **common)
+    return distillation_module(
+        (student_config, student.architecture, student.path),
+        (model_config(teacher.architecture, inputs.layout), teacher.architecture, teacher.path),
+        config.kd,
+        **common,
+    )
+
+
+def _student_of(model: Any) -> Any:
+    """The plain student: ModelOpt's distillation, and NeMo's methods for it, taken off again."""
+    if not hasattr(model, "teacher_model"):
+        return model
+    for name in (
+        "forward",
+        "sharded_state_dict",
+        "compute_language_model_loss",
+        "set_input_tensor",
+        "set_student_input_tensor_shape",
+    ):
+        model.__dict__.pop(name, None)
+    return model.export()

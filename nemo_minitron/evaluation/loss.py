@@ -1,0 +1,90 @@
+"""Token loss and perplexity of a checkpoint on the splits of a corpus."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts import Job, Manifest
+from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
+from nemo_minitron.config import EvaluateConfig
+from nemo_minitron.runtime.inputs import LOG, Inputs, paths, training_inputs
+from nemo_minitron.runtime.launch import run_stage
+
+
+def evaluate_loss(config: EvaluateConfig) -> Manifest:
+    """Loss on `config.splits`, consecutive windows from the start of each, every token predicted once.
+
+    The manifest's metrics hold, for each split, the mean negative log-likelihood in nats a token, its exponential
+    (the perplexity a token) and the number of tokens.
+
+    Raises:
+        ConfigError, CheckpointError, DataError, EngineError: before any work.
+    """
+    checkpoint = open_checkpoint(config.model.restore_from_path)
+    inputs = training_inputs(config, checkpoint.architecture, checkpoint.tokenizer)
+    job = Job(
+        stage="evaluate",
+        output=Path(config.output),
+        config=dataclasses.asdict(config),
+        inputs={"checkpoint": config.model.restore_from_path} | inputs.files(),
+        seed=config.seed,
+        overwrite=config.overwrite,
+        ignore=("overwrite", "exp_manager"),
+    )
+    return run_stage(
+        job,
+        lambda partial: _work(partial, config, checkpoint, inputs),
+        stage="nemo_minitron.evaluation.loss:evaluate_loss",
+        config=config,
+        trainer=config.trainer,
+        resumable=False,
+    )
+
+
+def _work(partial: Path, config: EvaluateConfig, checkpoint: Checkpoint, inputs: Inputs) -> dict[str, Any]:
+    from nemo_minitron.data.samples import consecutive_sequences
+    from nemo_minitron.runtime.engine import engine
+    from nemo_minitron.runtime.ranks import load_model, parallel_ranks
+
+    limit = config.limit_batches * config.model.global_batch_size
+    metrics: dict[str, Any] = {}
+    started = time.perf_counter()
+    with engine(config.seed, partial / LOG), parallel_ranks(inputs.layout, config.seed):
+        model = load_model(
+            checkpoint.architecture, inputs.layout, checkpoint.path, config.model.dist_ckpt_load_strictness
+        )
+        for split in config.splits:
+            sequences = consecutive_sequences(paths(inputs.prefixes[split]), inputs.seq_length, limit)
+            loss = mean_loss(model, sequences, config.model.micro_batch_size)
+            metrics[split] = {
+                "loss": loss,
+                "perplexity": math.exp(min(loss, 700.0)),
+                "tokens": int(sequences[:, 1:].numel()),
+            }
+    metrics["parameters"] = checkpoint.architecture.parameters()
+    return {"metrics": metrics, "timings": {"evaluation_seconds": time.perf_counter() - started}}
+
+
+def mean_loss(model: Any, sequences: Any, batch: int) -> float:
+    """Mean negative log-likelihood in nats a token over token sequences [n, s + 1], on every rank."""
+    import torch
+    from megatron.core import parallel_state
+
+    from nemo_minitron.runtime.losses import from_last_stage
+    from nemo_minitron.runtime.ranks import run_forward
+
+    ranks = parallel_state.get_data_parallel_world_size()
+    mine = sequences[parallel_state.get_data_parallel_rank() :: ranks]
+    total = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
+
+    def take(losses: Any, index: int) -> None:
+        total[0] += losses.double().sum()
+        total[1] += losses.numel()
+
+    if len(mine):
+        run_forward(model, mine, batch, take)
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    total = from_last_stage(total, 2)
+    return float(total[0] / total[1])

@@ -1,0 +1,115 @@
+"""Training with the language-model loss: teacher correction, or a teacher from random weights."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.architecture import Architecture, padded_vocab_size
+from nemo_minitron.artifacts import Job, Manifest
+from nemo_minitron.checkpoints import open_checkpoint
+from nemo_minitron.config import FinetuneConfig, all_problems
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.runtime.inputs import LOG, Inputs, build_data, data_tokenizer, nemo_tokenizer, training_inputs
+from nemo_minitron.runtime.launch import run_stage
+
+#: Settings that say where and how to run, not what comes out.
+NOT_THE_RESULT = ("overwrite", "exp_manager")
+
+
+def finetune(config: FinetuneConfig) -> Manifest:
+    """Trains a model and writes it as a NeMo-2 checkpoint to `config.output`.
+
+    Raises:
+        ConfigError, CheckpointError, DataError, EngineError: before any work.
+        OutputExistsError: the output was made from something else.
+        NonFiniteLossError: a loss is not a number.
+    """
+    inputs_of_job: dict[str, Any] = {}
+    if config.model.init == "checkpoint":
+        checkpoint = open_checkpoint(config.model.restore_from_path, "checkpoint to start from")
+        architecture, own_tokenizer, weights = checkpoint.architecture, checkpoint.tokenizer, checkpoint.path
+        inputs_of_job["checkpoint"] = config.model.restore_from_path
+    else:
+        architecture, own_tokenizer, weights = random_architecture(config), None, None
+    inputs = training_inputs(config, architecture, own_tokenizer)
+    architecture = dataclasses.replace(architecture, seq_length=max(inputs.seq_length, architecture.seq_length))
+    job = Job(
+        stage="finetune",
+        output=Path(config.output),
+        config=dataclasses.asdict(config),
+        inputs=inputs_of_job | inputs.files(),
+        seed=config.seed,
+        overwrite=config.overwrite,
+        ignore=NOT_THE_RESULT,
+    )
+    return run_stage(
+        job,
+        lambda partial: _work(partial, config, architecture, weights, inputs),
+        stage="nemo_minitron.finetuning.stage:finetune",
+        config=config,
+        trainer=config.trainer,
+        resumable=True,
+    )
+
+
+def random_architecture(config: FinetuneConfig) -> Architecture:
+    """The sizes given in model.architecture, the vocabulary from the tokenizer where it is null."""
+    fields = dict(config.model.architecture)
+    if fields.get("vocab_size") is None:
+        name = config.model.tokenizer or data_tokenizer(config)
+        if name is None:
+            raise ConfigError(
+                "model.architecture.vocab_size is null and there is no tokenizer; give model.tokenizer=DIR"
+            )
+        from nemo_minitron.data.tokenizer import load_tokenizer
+
+        fields["vocab_size"] = padded_vocab_size(len(load_tokenizer(name)))
+    try:
+        architecture = Architecture.from_dict(fields)
+    except TypeError as error:
+        raise ConfigError(f"model.architecture: {str(error).removeprefix('Architecture.__init__() ')}") from None
+    problems = all_problems(architecture, "model.architecture.")
+    if problems:
+        raise ConfigError(problems)
+    return architecture
+
+
+def _work(
+    partial: Path, config: FinetuneConfig, architecture: Architecture, weights: Path | None, inputs: Inputs
+) -> dict[str, Any]:
+    import shutil
+    import time
+
+    from nemo_minitron.runtime.engine import engine, model_config
+    from nemo_minitron.runtime.model import gpt_module
+    from nemo_minitron.runtime.training import CHECKPOINTS, optimizer, train_and_validate
+    from nemo_minitron.runtime.weights import bare, save_checkpoint
+
+    with engine(config.seed, partial / LOG):
+        tokenizer = nemo_tokenizer(inputs.tokenizer)
+        module = gpt_module(
+            model_config(architecture, inputs.layout),
+            architecture,
+            weights=weights,
+            strictness=config.model.dist_ckpt_load_strictness,
+            optim=optimizer(
+                config.model.optim, config.trainer.max_steps, config.trainer.gradient_clip_val, inputs.layout
+            ),
+            tokenizer=tokenizer,
+        )
+        data = build_data(config, inputs, tokenizer, partial)
+        started = time.perf_counter()
+        history = train_and_validate(module, data, config, inputs.layout, partial)
+        seconds = time.perf_counter() - started
+        save_checkpoint(bare(module), architecture, partial, inputs.tokenizer)
+        shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
+    return {
+        "metrics": {
+            "steps": config.trainer.max_steps,
+            "parameters": architecture.parameters(),
+            "validation": history["validation"],
+            "train": history["train"],
+        },
+        "timings": {"training_seconds": seconds},
+        "details": {"architecture": architecture.to_dict()},
+    }

@@ -1,0 +1,1 @@
+"""Scoring a teacher through ModelOpt."""

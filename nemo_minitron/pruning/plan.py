@@ -1,0 +1,63 @@
+"""Works out what to cut, without loading a model: targets checked against the teacher and the grid."""
+
+from nemo_minitron.architecture import Architecture, PruningGrid, layer_problems, parse_layers
+from nemo_minitron.artifacts import ImportanceScores, PruningPlan
+from nemo_minitron.config import PruneTargets
+from nemo_minitron.errors import ConfigError
+
+WIDTH = ("hidden_size", "ffn_hidden_size", "num_attention_heads")
+
+
+def target_problems(architecture: Architecture, targets: PruneTargets) -> list[str]:
+    """Everything that is wrong with `targets` for a teacher of this architecture."""
+    grid = PruningGrid(
+        hidden_size=targets.hidden_size_divisor,
+        ffn_hidden_size=targets.ffn_hidden_size_divisor,
+        num_layers=targets.num_layers_divisor,
+    )
+    sizes = {name: getattr(targets, name) for name in (*WIDTH, "num_layers")}
+    found = grid.problems(architecture, sizes)
+    groups = targets.num_query_groups
+    if groups is not None and groups != architecture.num_query_groups:
+        found.append(
+            f"num_query_groups {groups} differs from the teacher's {architecture.num_query_groups}: "
+            "ModelOpt no longer prunes query groups"
+        )
+    try:
+        found += layer_problems(parse_layers(targets.drop_layers), architecture.num_layers)
+    except ValueError as error:
+        found.append(f"drop_layers: {error}")
+    return found
+
+
+def check_targets(architecture: Architecture, targets: PruneTargets) -> None:
+    """Raises one ConfigError with every problem of `targets`."""
+    found = target_problems(architecture, targets)
+    if found:
+        raise ConfigError([f"prune.{problem}" for problem in found], "prune")
+
+
+def needs_scores(architecture: Architecture, targets: PruneTargets) -> bool:
+    """Whether anything is chosen by importance; given layers need no scores."""
+    return any(
+        getattr(targets, name) is not None and getattr(targets, name) != getattr(architecture, name)
+        for name in (*WIDTH, "num_layers")
+    )
+
+
+def plan_cut(architecture: Architecture, targets: PruneTargets, scores: ImportanceScores | None) -> PruningPlan:
+    """The plan: which layers go and what the student's sizes are.
+
+    Layers are those given, or those of the least block influence (arXiv 2407.14679, section 2.2).
+    """
+    check_targets(architecture, targets)
+    drop = sorted(set(parse_layers(targets.drop_layers)))
+    if targets.num_layers is not None:
+        drop = sorted(scores.layers_by_importance()[targets.num_layers :])
+    width = {
+        name: getattr(targets, name)
+        for name in WIDTH
+        if getattr(targets, name) is not None and getattr(targets, name) != getattr(architecture, name)
+    }
+    student = architecture.with_sizes(num_layers=architecture.num_layers - len(drop), **width)
+    return PruningPlan(teacher=architecture.to_dict(), student=student.to_dict(), drop_layers=drop, width=width)

@@ -1,0 +1,266 @@
+"""Megatron Core, NeMo and ModelOpt on a machine without CUDA.
+
+These libraries name the device ``cuda`` in their code. Inside ``megatron_on_cpu()`` each such name means the CPU: the
+attributes listed by ``redirects()`` are replaced on entry and put back on exit. Where CUDA is available nothing is
+touched. Nothing of the engines' arithmetic is changed; only where tensors live, and calls about streams and events,
+which mean nothing on a CPU.
+
+Attributes are replaced, rather than each operation intercepted by a ``TorchFunctionMode``, because the latter costs
+microseconds on every operation and follows neither threads nor processes.
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from nemo_minitron.errors import EngineError
+
+FACTORIES = (
+    "tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "linspace", "eye", "rand", "randn", "randint",
+    "randperm", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+)  # fmt: skip
+MISSING = object()
+_active = False
+
+
+class Redirect(NamedTuple):
+    """One attribute that is replaced.
+
+    Attributes:
+        owner: dotted path of the module or class.
+        name: the attribute.
+        build: makes the replacement from the original (which is None where the attribute does not exist).
+        why: the reason.
+    """
+
+    owner: str
+    name: str
+    build: Callable[[Any], Any]
+    why: str
+
+
+def is_cuda_device(value: Any) -> bool:
+    """Whether `value` names a CUDA device: ``"cuda"``, ``"cuda:0"`` or such a ``torch.device``."""
+    if isinstance(value, str):
+        return value == "cuda" or value.startswith("cuda:")
+    return getattr(value, "type", None) == "cuda"
+
+
+def _to_cpu(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    args = tuple("cpu" if is_cuda_device(value) else value for value in args)
+    if is_cuda_device(kwargs.get("device")):
+        kwargs = {**kwargs, "device": "cpu"}
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
+    return args, kwargs
+
+
+def _on_cpu(original: Callable) -> Callable:
+    """`original` with CUDA devices among its arguments replaced by the CPU, and no pinned memory."""
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _to_cpu(args, kwargs)
+        return original(*args, **kwargs)
+
+    return call
+
+
+def _identity(original: Callable) -> Callable:
+    return lambda self, *args, **kwargs: self
+
+
+def _returns(value: Any) -> Callable:
+    return lambda original: lambda *args, **kwargs: value
+
+
+def _cpu_device(original: Callable) -> Callable:
+    import torch
+
+    return _returns(torch.device("cpu"))(original)
+
+
+def _tensor_type(original: Callable) -> Callable:
+    """``Tensor.type()``: answers the CUDA names that Megatron's optimizers compare with, and accepts them."""
+
+    @functools.wraps(original)
+    def call(self: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return original(self).replace("torch.", "torch.cuda.", 1)
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.", 1)
+        return original(self, dtype, *args, **kwargs)
+
+    return call
+
+
+class _Stream:
+    """Stand-in for a stream or an event: on a CPU everything has happened when a call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        return None
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    record = wait = wait_stream = wait_event = record_event = synchronize = _nothing
+
+
+def _stream_class(original: Any) -> Any:
+    return _Stream
+
+
+def _random_state(name: str) -> Callable:
+    def build(original: Callable) -> Callable:
+        import torch
+
+        cpu = getattr(torch.random, name)
+        if name == "get_rng_state":
+            return lambda device=None: cpu()
+        if name == "set_rng_state":
+            return lambda state, device=None: cpu(state)
+        return cpu
+
+    return build
+
+
+def _seed_model_parallel(original: Callable) -> Callable:
+    """NeMo seeds Megatron's model-parallel random states only where it counts a CUDA device."""
+
+    @functools.wraps(original)
+    def call(seed_: int, *args: Any, **kwargs: Any) -> Any:
+        import torch
+        from megatron.core import parallel_state, tensor_parallel
+
+        result = original(seed_, *args, **kwargs)
+        if seed_ is not None and seed_ > 0:
+            pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+            state = torch.get_rng_state()
+            tensor_parallel.model_parallel_cuda_manual_seed(seed_ + 100 * pipeline_rank)
+            torch.set_rng_state(state)
+        return result
+
+    return call
+
+
+def _gather_scalars(original: Callable) -> Callable:
+    """gloo's all_gather_into_tensor takes no tensors without dimensions; ModelOpt's layer drop passes one."""
+
+    @functools.wraps(original)
+    def call(output_tensor: Any, input_tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if input_tensor.dim() == 0:
+            input_tensor = input_tensor.view(1)
+        return original(output_tensor, input_tensor, *args, **kwargs)
+
+    return call
+
+
+def redirects() -> list[Redirect]:
+    """Each thing that is redirected on a machine without CUDA, and why."""
+    device = "names the CUDA device or asks for pinned memory"
+    streams = "streams and events order work on a GPU; on a CPU each call has finished when it returns"
+    torch_cuda = "torch.cuda"
+    set_rng_state = _random_state("set_rng_state")(None)
+    table = [Redirect("torch", name, _on_cpu, f"a factory call in Megatron or NeMo {device}") for name in FACTORIES]
+    table += [
+        Redirect("torch.Tensor", "to", _on_cpu, f"a call {device}"),
+        Redirect("torch.Tensor", "cuda", _identity, "tensors are moved to the GPU; here they stay"),
+        Redirect("torch.Tensor", "pin_memory", _identity, "pinned memory serves copies to a GPU"),
+        Redirect("torch.Tensor", "type", _tensor_type, "Megatron's optimizers compare type names with CUDA's"),
+        Redirect("torch.Tensor", "new_empty", _on_cpu, f"a call {device}"),
+        Redirect("torch.Tensor", "new_zeros", _on_cpu, f"a call {device}"),
+        Redirect("torch.Tensor", "new_tensor", _on_cpu, f"a call {device}"),
+        Redirect("torch.nn.Module", "to", _on_cpu, "models are moved to the GPU; here they stay"),
+        Redirect("torch.nn.Module", "cuda", _identity, "models are moved to the GPU; here they stay"),
+        Redirect(torch_cuda, "current_device", _cpu_device, "is passed as device= throughout Megatron"),
+        Redirect(torch_cuda, "set_device", _returns(None), "there is one device"),
+        Redirect(torch_cuda, "is_initialized", _returns(True), "NeMo's checkpoint reader asserts it"),
+        Redirect(torch_cuda, "synchronize", _returns(None), streams),
+        Redirect(torch_cuda, "empty_cache", _returns(None), "there is no caching allocator"),
+        Redirect(torch_cuda, "max_memory_allocated", _returns(0), "there is no caching allocator"),
+        Redirect(torch_cuda, "max_memory_reserved", _returns(0), "there is no caching allocator"),
+        Redirect(torch_cuda, "Stream", _stream_class, streams),
+        Redirect(torch_cuda, "Event", _stream_class, streams),
+        Redirect(torch_cuda, "stream", _stream_class, streams),
+        Redirect(torch_cuda, "current_stream", _stream_class, streams),
+        Redirect(torch_cuda, "default_stream", _stream_class, streams),
+        *(
+            Redirect(owner, name, _random_state(name), "Megatron forks and seeds the device's random state")
+            for owner in ("torch.cuda", "torch.cuda.random")
+            for name in ("get_rng_state", "set_rng_state", "manual_seed")
+        ),
+        Redirect(
+            "megatron.core.tensor_parallel.random", "_set_cuda_rng_state",
+            lambda original: lambda new_state, device=-1, graph_safe=False: set_rng_state(new_state),
+            "sets the state of a CUDA generator",
+        ),
+        Redirect("torch.distributed", "all_gather_into_tensor", _gather_scalars, "gloo refuses 0-d inputs"),
+        Redirect(
+            "nemo.lightning.megatron_init", "_set_random_seed", _seed_model_parallel,
+            "NeMo seeds Megatron's random states only where it counts CUDA devices",
+        ),
+        Redirect(
+            "nemo.lightning.io.pl", "_fix_tensors_device", lambda original: lambda checkpoint: checkpoint,
+            "moves loaded tensors to the rank's CUDA device",
+        ),
+    ]  # fmt: skip
+    return table
+
+
+def _resolve(path: str) -> Any:
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        parent, _, name = path.rpartition(".")
+        return getattr(_resolve(parent), name)
+
+
+@contextlib.contextmanager
+def megatron_on_cpu() -> Iterator[bool]:
+    """Runs the body with the redirects in place; yields whether they are. Does nothing where CUDA is available.
+
+    Re-entrant: an inner entry does nothing. The replaced attributes are process-wide, so keep the body to engine work.
+    """
+    import torch
+
+    global _active
+    if torch.cuda.is_available() or _active:
+        yield _active
+        return
+    replaced: list[tuple[Any, str, Any]] = []
+    _active = True
+    try:
+        for redirect in redirects():
+            owner = _resolve(redirect.owner)
+            original = getattr(owner, redirect.name, None)
+            if original is None:
+                raise EngineError(
+                    f"{redirect.owner}.{redirect.name} does not exist in the installed version; "
+                    "running without CUDA needs the versions of requirements.txt"
+                )
+            replaced.append((owner, redirect.name, vars(owner).get(redirect.name, MISSING)))
+            setattr(owner, redirect.name, redirect.build(original))
+        with torch.compiler.set_stance("force_eager"):
+            # Megatron compiles small functions with torch.compile, which asks CUDA for its device.
+            yield True
+    finally:
+        for owner, name, original in reversed(replaced):
+            if original is MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+        _active = False

@@ -1,0 +1,195 @@
+"""The one place that builds configs and trainers for a model on the hardware at hand.
+
+Transformer Engine's layer spec where it is installed and CUDA is there, Megatron's local spec otherwise.
+"""
+
+import contextlib
+import gc
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints.nemo2 import nemo_config
+from nemo_minitron.runtime.cpu import megatron_on_cpu
+from nemo_minitron.runtime.layout import Layout, has_transformer_engine
+
+#: Fields of NeMo's configs that need Transformer Engine or CUDA kernels, and their values without them.
+WITHOUT_FUSIONS = {
+    "apply_rope_fusion": False,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+    "gradient_accumulation_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "cross_entropy_loss_fusion": False,
+}
+
+
+@contextlib.contextmanager
+def engine(seed: int, log: Path | None = None) -> Iterator[None]:
+    """Megatron ready to use for the body, and no trace of its global state afterwards.
+
+    Args:
+        seed: seeds Python, NumPy and torch; Megatron's own states are seeded by NeMo.
+        log: file that takes the chatter of NeMo, Megatron, ModelOpt and Lightning.
+    """
+    with quiet(log), megatron_on_cpu():
+        import lightning.pytorch as pl
+
+        reset_parallel_state()
+        pl.seed_everything(seed, workers=True, verbose=False)
+        try:
+            yield
+        finally:
+            reset_parallel_state()
+            gc.collect()
+
+
+def reset_parallel_state() -> None:
+    """Clears what NeMo and Megatron keep in module globals, so that one process can run one stage after another."""
+    import torch
+    from megatron.core import num_microbatches_calculator, parallel_state
+    from nemo.utils import AppState
+
+    parallel_state.destroy_model_parallel()
+    num_microbatches_calculator.unset_num_microbatches_calculator()
+    AppState()._is_megatron_initialized = False
+    AppState().model_parallel_size = None
+    if torch.distributed.is_initialized() and "TORCHELASTIC_RUN_ID" not in os.environ:
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def quiet(log: Path | None) -> Iterator[None]:
+    """Sends log records and Python-level prints of the engines to the file `log`, warnings and errors included."""
+    if log is None:
+        yield
+        return
+    import warnings
+
+    from nemo.utils import logging as nemo_logging
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+        loggers = [logging.getLogger(), nemo_logging._logger]
+        loggers += [
+            logging.getLogger(name) for name in ("lightning.pytorch", "megatron", "nv_one_logger", "py.warnings")
+        ]
+        saved = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
+        for logger in loggers:
+            logger.handlers, logger.propagate = [handler], False
+        logging.captureWarnings(True)
+        try:
+            with contextlib.redirect_stdout(file), warnings.catch_warnings():
+                yield
+        finally:
+            logging.captureWarnings(False)
+            for logger, handlers, propagate in saved:
+                logger.handlers, logger.propagate = handlers, propagate
+
+
+def model_config(architecture: Architecture, layout: Layout, *, local_spec: bool = False) -> Any:
+    """NeMo's config of `architecture`, with the layer spec, fusions and precision for the hardware at hand.
+
+    Args:
+        local_spec: use Megatron's local layer spec even where Transformer Engine is installed.
+    """
+    import torch
+    from nemo.collections.llm.gpt.model.base import local_layer_spec
+
+    engine_fields: dict[str, Any] = {"forward_step_fn": forward_step}
+    if local_spec or not (layout.cuda and has_transformer_engine()):
+        engine_fields |= WITHOUT_FUSIONS | {"transformer_layer_spec": local_layer_spec}
+        if architecture.layernorm_zero_centered_gamma:
+            # Megatron's local LayerNorm has no zero-centred gamma: runtime.weights adds the 1 on load instead.
+            engine_fields["layernorm_zero_centered_gamma"] = False
+    if not layout.cuda:
+        engine_fields["use_cpu_initialization"] = True
+    if layout.bf16:
+        engine_fields |= {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+    else:
+        engine_fields |= {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
+    engine_fields |= _uneven_stages(architecture.num_layers, layout.pipeline_parallel)
+    fields = {name: value for name, value in engine_fields.items() if name != "layernorm_zero_centered_gamma"}
+    config = nemo_config(architecture, **fields)
+    if "layernorm_zero_centered_gamma" in engine_fields:
+        config.layernorm_zero_centered_gamma = False
+    return config
+
+
+def _uneven_stages(num_layers: int, stages: int) -> dict[str, int]:
+    """Megatron takes layers that do not divide evenly if it is told what the first and last stage get."""
+    if stages == 1 or num_layers % stages == 0:
+        return {}
+    per_stage = num_layers // stages
+    if stages == 2:
+        return {"num_layers_in_first_pipeline_stage": num_layers - per_stage}
+    inner = -(-num_layers // stages)
+    last = (num_layers - inner * (stages - 2)) // 2
+    return {
+        "num_layers_in_first_pipeline_stage": num_layers - inner * (stages - 2) - last,
+        "num_layers_in_last_pipeline_stage": last,
+    }
+
+
+def forward_step(model: Any, batch: dict[str, Any]) -> Any:
+    """Forward pass of a GPT model on a batch of NeMo's data module; the causal mask is the layers' own.
+
+    Without Transformer Engine NeMo's own step insists on a mask in the batch, which Megatron then does not need.
+    """
+    return model(
+        input_ids=batch["tokens"],  # [b, s]
+        position_ids=batch["position_ids"],  # [b, s]
+        attention_mask=batch.get("attention_mask"),
+        labels=batch["labels"],  # [b, s]
+    )
+
+
+def build_trainer(layout: Layout, *, callbacks: list | None = None, **arguments: Any) -> Any:
+    """NeMo's trainer for `layout`: no logger, bar or checkpoints of its own, they are callbacks here.
+
+    Args:
+        arguments: further arguments of the trainer (max_steps, val_check_interval, limit_val_batches...).
+    """
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from nemo import lightning as nl
+
+    strategy = nl.MegatronStrategy(
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        context_parallel_size=layout.context_parallel,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_dtype=_dtype(layout) if layout.pipeline_parallel > 1 else None,
+        ddp=DistributedDataParallelConfig(
+            use_distributed_optimizer=layout.cuda, grad_reduce_in_fp32=True, check_for_nan_in_grad=False
+        ),
+        ckpt_async_save=False,
+        replace_progress_bar=False,
+    )
+    precision = nl.MegatronMixedPrecision(precision="bf16-mixed") if layout.bf16 else None
+    return nl.Trainer(
+        accelerator="gpu" if layout.cuda else "cpu",
+        devices=layout.devices,
+        num_nodes=layout.num_nodes,
+        strategy=strategy,
+        plugins=precision,
+        callbacks=callbacks or [],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=arguments.pop("num_sanity_val_steps", 0),
+        **arguments,
+    )
+
+
+def _dtype(layout: Layout) -> Any:
+    import torch
+
+    return torch.bfloat16 if layout.bf16 else torch.float32

@@ -1,0 +1,107 @@
+"""What a training stage reads, checked before any long work: data, tokenizer, layout."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.config import StageConfig
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.runtime.layout import Layout, check_fits, layout_of
+
+LOG = "logs/engine.log"
+TOKENIZER = "tokenizer"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Checked inputs of a training stage.
+
+    Attributes:
+        prefixes: split -> prefixes of indexed datasets, weights before them as Megatron writes blends.
+        seq_length: tokens a sample.
+        tokenizer: directory or hub name.
+    """
+
+    prefixes: dict[str, list]
+    seq_length: int
+    tokenizer: str
+    layout: Layout
+
+    def files(self) -> dict[str, str]:
+        """Name -> file of the data, for the manifest."""
+        return {
+            f"{split}{number}": f"{path}.bin"
+            for split, entries in self.prefixes.items()
+            for number, path in enumerate(paths(entries))
+        }
+
+
+def paths(prefixes: list) -> list[str]:
+    """The paths of a blend, without its weights."""
+    return [str(entry) for entry in prefixes if not _is_number(entry)]
+
+
+def _is_number(entry: Any) -> bool:
+    try:
+        float(entry)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def data_tokenizer(config: StageConfig) -> str | None:
+    """The tokenizer that lies in the data folder that `minitron data` made, if it is one."""
+    prefix = config.model.data.data_prefix
+    if isinstance(prefix, str) and (Path(prefix) / TOKENIZER).is_dir():
+        return str(Path(prefix) / TOKENIZER)
+    return None
+
+
+def training_inputs(config: StageConfig, architecture: Architecture, own_tokenizer: str | None) -> Inputs:
+    """Checks and resolves the inputs of a training stage for a model of `architecture`.
+
+    Args:
+        own_tokenizer: the checkpoint's tokenizer.
+
+    Raises:
+        ConfigError, DataError, EngineError: before any long work.
+    """
+    from nemo_minitron.data.module import check_fits as check_data
+    from nemo_minitron.data.module import resolve_prefixes
+
+    layout = layout_of(config.trainer, config.model)
+    check_fits(architecture, layout)
+    tokenizer = config.model.tokenizer or own_tokenizer or data_tokenizer(config)
+    if tokenizer is None:
+        raise ConfigError("no tokenizer: neither checkpoint nor data folder has one; give model.tokenizer=DIR")
+    prefixes = resolve_prefixes(config.model.data.data_prefix)
+    missing = [split for split in ("train", "validation") if split not in prefixes]
+    if missing:
+        raise ConfigError(f"model.data.data_prefix has no {' and no '.join(missing)} split")
+    length = config.model.data.seq_length or config.model.encoder_seq_length or architecture.seq_length
+    check_data(prefixes, seq_length=length, vocab_size=architecture.vocab_size)
+    return Inputs(prefixes=prefixes, seq_length=length, tokenizer=tokenizer, layout=layout)
+
+
+def nemo_tokenizer(name: str) -> Any:
+    """NeMo's wrapper of a Hugging Face tokenizer."""
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+    return AutoTokenizer(name, use_fast=True)
+
+
+def build_data(config: StageConfig, inputs: Inputs, tokenizer: Any, partial: Path) -> Any:
+    """NeMo's data module for a training stage."""
+    from nemo_minitron.data.module import data_module
+
+    return data_module(
+        inputs.prefixes,
+        tokenizer,
+        seq_length=inputs.seq_length,
+        micro_batch_size=config.model.micro_batch_size,
+        global_batch_size=config.model.global_batch_size,
+        num_workers=config.model.data.num_workers,
+        seed=config.seed,
+        index_dir=config.model.data.index_mapping_dir or str(partial / "checkpoints" / "index"),
+    )

@@ -1,0 +1,36 @@
+"""ModelOpt's dynamic modules for the norms of Megatron's local layer spec.
+
+ModelOpt 0.43 has none for torch.nn.RMSNorm, and its own for torch.nn.LayerNorm takes no shared size. Both are
+registered for the body of a ``with`` and taken back afterwards.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def local_norms_prunable() -> Iterator[None]:
+    """Lets ModelOpt's Minitron pruning cut the torch norms of a local-spec Megatron model."""
+    from modelopt.torch.nas.modules.norm import _DynamicLayerNorm
+    from modelopt.torch.nas.registry import DMRegistry
+    from torch import nn
+
+    class _DynamicTorchNorm(_DynamicLayerNorm):
+        def _setup(self, *, num_features):
+            self._register_hparam("num_features", num_features)
+            for name in ("weight", "bias"):
+                if hasattr(self, name):
+                    self._register_dynamic_attribute(name, self._cut_to_active_features)
+            self._register_dynamic_attribute("normalized_shape", self._get_normalized_shape)
+
+    had_layer_norm = nn.LayerNorm in DMRegistry
+    if had_layer_norm:
+        DMRegistry.unregister(nn.LayerNorm)
+    DMRegistry.register({nn.RMSNorm: "nn.RMSNorm", nn.LayerNorm: "nn.LayerNorm"})(_DynamicTorchNorm)
+    try:
+        yield
+    finally:
+        DMRegistry.unregister(nn.RMSNorm)
+        DMRegistry.unregister(nn.LayerNorm)
+        if had_layer_norm:
+            DMRegistry.register({nn.LayerNorm: "nn.LayerNorm"})(_DynamicLayerNorm)

@@ -1,0 +1,194 @@
+"""One training run: fit with progress, TensorBoard, checkpoints to resume from; used by finetune and distill."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config import OptimConfig, StageConfig
+from nemo_minitron.errors import NonFiniteLossError
+from nemo_minitron.runtime.engine import build_trainer
+from nemo_minitron.runtime.layout import Layout
+from nemo_minitron.runtime.losses import from_last_stage
+
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+
+
+def optimizer(config: OptimConfig, max_steps: int, clip: float, layout: Layout) -> Any:
+    """Megatron's Adam with linear warm-up and cosine decay."""
+    import torch
+    from megatron.core.optimizer import OptimizerConfig
+    from nemo import lightning as nl
+    from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
+
+    return nl.MegatronOptimizerModule(
+        config=OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            clip_grad=clip,
+            bf16=layout.bf16,
+            params_dtype=torch.bfloat16 if layout.bf16 else torch.float32,
+            use_distributed_optimizer=layout.cuda,
+        ),
+        lr_scheduler=CosineAnnealingScheduler(
+            max_steps=max_steps,
+            warmup_steps=min(config.sched.warmup_steps, max_steps - 1),
+            constant_steps=config.sched.constant_steps,
+            min_lr=config.sched.min_lr,
+        ),
+    )
+
+
+def train_and_validate(module: Any, data: Any, config: StageConfig, layout: Layout, partial: Path) -> dict[str, Any]:
+    """Trains `module` (a GPTModel with `loss_names` and `take_sums`) to trainer.max_steps; returns its history.
+
+    Resumes from the newest whole checkpoint under `partial`, and keeps one there while it runs.
+    """
+    history = history_callback(config, partial)
+    trainer = build_trainer(
+        layout,
+        callbacks=[history],
+        max_steps=config.trainer.max_steps,
+        val_check_interval=min(config.trainer.val_check_interval, config.trainer.max_steps),
+        limit_val_batches=config.trainer.limit_val_batches,
+        num_sanity_val_steps=config.trainer.num_sanity_val_steps,
+    )
+    trainer.fit(module, data, ckpt_path=newest_checkpoint(partial / CHECKPOINTS))
+    history.close()
+    return {"train": history.train, "validation": history.validation}
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint to resume from; ones being written have another name."""
+    found = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return str(found[-1]) if found else None
+
+
+def validate(module: Any, data: Any, layout: Layout, batches: int) -> dict[str, float]:
+    """Mean of each loss over `batches` global batches of the data module's validation split, in nats a token."""
+    history = history_callback(None, None)
+    trainer = build_trainer(layout, callbacks=[history], limit_val_batches=batches, max_steps=1)
+    trainer.validate(module, data, verbose=False)
+    return {name: value for name, value in history.validation[-1].items() if name != "step"}
+
+
+def is_rank_zero() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def history_callback(config: StageConfig | None, partial: Path | None) -> Any:
+    """The callback that shows progress, keeps the history, logs to TensorBoard and saves checkpoints to resume from."""
+    import lightning.pytorch as pl
+    from tqdm import tqdm
+
+    class History(pl.Callback):
+        def __init__(self):
+            self.train: list[dict[str, float]] = []
+            self.validation: list[dict[str, float]] = []
+            self.sums: Any = None
+            self.started = time.perf_counter()
+            self.writer: Any = None
+            self.bar: Any = None
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"history": json.dumps({"train": self.train, "validation": self.validation})}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            saved = json.loads(state["history"])
+            self.train, self.validation = saved["train"], saved["validation"]
+
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            if not is_rank_zero():
+                return
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(partial / TENSORBOARD), purge_step=trainer.global_step or None)
+            self.bar = tqdm(
+                total=trainer.max_steps,
+                initial=trainer.global_step,
+                desc=config.exp_manager.name,
+                unit="step",
+                file=sys.__stderr__,
+                disable=None if sys.__stderr__.isatty() else True,
+            )
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+            means, tokens = self.means(module)
+            step = int(trainer.global_step)
+            for name, value in means.items():
+                if not math.isfinite(value):
+                    raise NonFiniteLossError(
+                        f"{name} is {value} at step {step} (batch {step - 1}); the last checkpoint before it is "
+                        f"under {partial / CHECKPOINTS}. Lower model.optim.lr, or look at that batch"
+                    )
+            rate = tokens / max(time.perf_counter() - self.started, 1e-9)
+            lr = float(trainer.optimizers[0].param_groups[0]["lr"])
+            self.train.append({"step": step, **means, "lr": lr})
+            if self.bar is not None:
+                self.bar.update(1)
+                self.bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
+            if self.writer is not None and (step % config.trainer.log_every_n_steps == 0 or step == 1):
+                self.scalars("train", {**means, "lr": lr, "tokens_per_second": rate}, step)
+
+        def on_validation_epoch_start(self, *args: Any) -> None:
+            self.sums = None
+
+        def on_validation_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+            sums = from_last_stage(module.sums, len(module.loss_names) + 1).double()
+            self.sums = sums if self.sums is None else self.sums + sums
+
+        def on_validation_end(self, trainer: Any, module: Any) -> None:
+            if self.sums is None:
+                return
+            means = dict(zip(module.loss_names, (self.sums[:-1] / self.sums[-1]).tolist()))
+            step = int(trainer.global_step)
+            self.validation.append({"step": step, **means})
+            if self.writer is not None:
+                self.scalars("validation", means, step)
+            if trainer.state.fn == "fit" and step < trainer.max_steps:
+                self.save(trainer, step)
+
+        def means(self, module: Any) -> tuple[dict[str, float], float]:
+            sums = from_last_stage(module.sums, len(module.loss_names) + 1).tolist()
+            tokens = max(sums[-1], 1.0)
+            return {name: value / tokens for name, value in zip(module.loss_names, sums)}, tokens
+
+        def scalars(self, split: str, values: dict[str, float], step: int) -> None:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{split}/{name}", value, step)
+
+        def save(self, trainer: Any, step: int) -> None:
+            folder = partial / CHECKPOINTS
+            unfinished = folder / "unfinished"
+            if is_rank_zero():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                folder.mkdir(parents=True, exist_ok=True)
+            trainer.strategy.barrier()
+            trainer.save_checkpoint(str(unfinished))
+            trainer.strategy.barrier()
+            if is_rank_zero():
+                older = [path for path in folder.glob("step-*") if path != folder / f"step-{step}"]
+                shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
+                os.replace(unfinished, folder / f"step-{step}")
+                for path in older:
+                    shutil.rmtree(path)
+            trainer.strategy.barrier()
+
+        def close(self) -> None:
+            for resource in (self.writer, self.bar):
+                if resource is not None:
+                    with contextlib.suppress(Exception):
+                        resource.close()
+
+    return History()
