@@ -6,6 +6,7 @@ A stage reads folders and writes one. While it works it writes to a folder besid
 for a resume of the very same job (same key) and thrown away otherwise.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -132,11 +133,23 @@ def versions() -> dict[str, str]:
     return found | {name: installed.get(name, "not installed") for name in ("nemo-minitron", *VERSIONED_PACKAGES)}
 
 
+def reset_peak_memory() -> None:
+    """Starts a new peak, where the kernel can (Linux) and on CUDA; elsewhere the peak is the whole process's."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes() -> int:
-    """Peak resident memory of this process so far; on a machine with CUDA in use, peak memory allocated there."""
+    """Peak resident memory since the last reset; on a machine with CUDA in use, peak memory allocated there."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -151,7 +164,7 @@ class Job:
         inputs: name -> path of each folder or file that is read.
         seed: seed of everything random.
         overwrite: replace an output that was made from something else.
-        ignore: top-level config keys that do not change the result (paths, progress, launch settings).
+        ignore: dotted config keys that do not change the result (paths, progress, launch settings), with all below.
     """
 
     stage: str
@@ -180,7 +193,7 @@ class Job:
         return self._inputs
 
     def key(self) -> str:
-        relevant = {name: value for name, value in self.config.items() if name not in self.ignore}
+        relevant = self._settings(self.config)
         inputs = {name: entry["fingerprint"] for name, entry in self.fingerprints().items()}
         text = json.dumps([self.stage, inputs, relevant, self.seed], sort_keys=True, default=_plain)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -213,12 +226,17 @@ class Job:
         for name, entry in self.fingerprints().items():
             if manifest.inputs.get(name, {}).get("fingerprint") != entry["fingerprint"]:
                 return f"it was made from another {name} than {entry['path']}"
-        changed = sorted(
-            name
-            for name in {*self.config, *manifest.config}
-            if name not in self.ignore and _differs(self.config.get(name), manifest.config.get(name))
-        )
+        now, then = self._settings(self.config), self._settings(manifest.config)
+        changed = sorted(name for name in {*now, *then} if _differs(now.get(name), then.get(name)))
         return f"it was made with other settings ({', '.join(changed) or 'seed'})"
+
+    def _settings(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Dotted name -> value of every setting that changes the result."""
+        return {
+            name: value
+            for name, value in _flat(config).items()
+            if not any(name == ignored or name.startswith(f"{ignored}.") for ignored in self.ignore)
+        }
 
     def begin(self) -> Path:
         """Makes the partial folder, or finds the one that an interrupted run of this very job left."""
@@ -231,6 +249,7 @@ class Job:
             if left_by != self.key():
                 shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
+        reset_peak_memory()
         write_json(marker, {"stage": self.stage, "key": self.key()})
         return self.partial
 
@@ -285,6 +304,13 @@ class Job:
                 self.discard()
             raise
         return self.finish(**result)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return flat
 
 
 def _differs(one: Any, other: Any) -> bool:

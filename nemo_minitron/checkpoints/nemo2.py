@@ -211,19 +211,25 @@ def nemo_config(architecture: Architecture, **engine: Any) -> Any:
     return getattr(llm, class_name)(**fields, **engine)
 
 
-def write_context(path: Path, architecture: Architecture, tokenizer_dir: str | None) -> None:
-    """Writes context/ so that plain NeMo loads the checkpoint; imports NeMo.
+def nemo_model(architecture: Architecture, tokenizer_dir: str | None = None) -> Any:
+    """NeMo's model object for `architecture`, without weights, as plain NeMo would load it; imports NeMo.
 
     Where Transformer Engine is not installed, the one fusion that NeMo's configs refuse without it is left off.
     """
-    from nemo import lightning as nl
     from nemo.collections import llm
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
     from nemo.collections.llm.gpt.model.base import HAVE_TE
-    from nemo.lightning.io.pl import TrainerContext
 
     config = nemo_config(architecture, **({} if HAVE_TE else {"apply_rope_fusion": False}))
     tokenizer = AutoTokenizer(tokenizer_dir, use_fast=True) if tokenizer_dir else None
-    model = getattr(llm, CLASSES[architecture.family][0])(config, tokenizer=tokenizer)
+    return getattr(llm, CLASSES[architecture.family][0])(config, tokenizer=tokenizer)
+
+
+def write_context(path: Path, architecture: Architecture, tokenizer_dir: str | None) -> None:
+    """Writes context/ so that plain NeMo loads the checkpoint; imports NeMo."""
+    from nemo import lightning as nl
+    from nemo.lightning.io.pl import TrainerContext
+
+    model = nemo_model(architecture, tokenizer_dir)
     context = TrainerContext(model=model, trainer=nl.Trainer(logger=False, accelerator="cpu"), extra={})
     context.io_dump(path / CONTEXT, yaml_attrs=["model"])

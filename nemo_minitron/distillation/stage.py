@@ -9,12 +9,9 @@ from nemo_minitron.artifacts import Job, Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import DistillConfig
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.runtime.inputs import LOG, Inputs, build_data, nemo_tokenizer, training_inputs
+from nemo_minitron.runtime.inputs import LOG, NOT_THE_RESULT, Inputs, build_data, nemo_tokenizer, training_inputs
 from nemo_minitron.runtime.launch import run_stage
 from nemo_minitron.runtime.layout import check_fits
-
-#: Settings that say where and how to run, not what comes out.
-NOT_THE_RESULT = ("overwrite", "exp_manager")
 
 
 def distill(config: DistillConfig) -> Manifest:

@@ -9,7 +9,7 @@ from typing import Any
 from nemo_minitron.artifacts import Job, Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import EvaluateConfig
-from nemo_minitron.runtime.inputs import LOG, Inputs, paths, training_inputs
+from nemo_minitron.runtime.inputs import LOG, NOT_THE_RESULT, Inputs, paths, training_inputs
 from nemo_minitron.runtime.launch import run_stage
 
 
@@ -31,7 +31,7 @@ def evaluate_loss(config: EvaluateConfig) -> Manifest:
         inputs={"checkpoint": config.model.restore_from_path} | inputs.files(),
         seed=config.seed,
         overwrite=config.overwrite,
-        ignore=("overwrite", "exp_manager"),
+        ignore=NOT_THE_RESULT,
     )
     return run_stage(
         job,

@@ -9,11 +9,16 @@ from nemo_minitron.artifacts import Job, Manifest
 from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.config import FinetuneConfig, all_problems
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.runtime.inputs import LOG, Inputs, build_data, data_tokenizer, nemo_tokenizer, training_inputs
+from nemo_minitron.runtime.inputs import (
+    LOG,
+    NOT_THE_RESULT,
+    Inputs,
+    build_data,
+    data_tokenizer,
+    nemo_tokenizer,
+    training_inputs,
+)
 from nemo_minitron.runtime.launch import run_stage
-
-#: Settings that say where and how to run, not what comes out.
-NOT_THE_RESULT = ("overwrite", "exp_manager")
 
 
 def finetune(config: FinetuneConfig) -> Manifest:

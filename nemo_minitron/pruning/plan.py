@@ -37,14 +37,6 @@ def check_targets(architecture: Architecture, targets: PruneTargets) -> None:
         raise ConfigError([f"prune.{problem}" for problem in found], "prune")
 
 
-def needs_scores(architecture: Architecture, targets: PruneTargets) -> bool:
-    """Whether anything is chosen by importance; given layers need no scores."""
-    return any(
-        getattr(targets, name) is not None and getattr(targets, name) != getattr(architecture, name)
-        for name in (*WIDTH, "num_layers")
-    )
-
-
 def plan_cut(architecture: Architecture, targets: PruneTargets, scores: ImportanceScores | None) -> PruningPlan:
     """The plan: which layers go and what the student's sizes are.
 

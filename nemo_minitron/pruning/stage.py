@@ -9,7 +9,7 @@ from nemo_minitron.artifacts import ImportanceScores, Job, Manifest, PruningPlan
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import ConfigError, MinitronError
-from nemo_minitron.pruning.plan import check_targets, needs_scores, plan_cut
+from nemo_minitron.pruning.plan import check_targets, plan_cut
 
 
 def check(config: PruneConfig) -> Checkpoint:
@@ -32,7 +32,7 @@ def prune(config: PruneConfig, scores_folder: str | Path | None) -> Manifest:
     teacher = check(config)
     scores = None
     inputs: dict[str, Any] = {"teacher": config.model.restore_from_path}
-    if needs_scores(teacher.architecture, config.prune):
+    if config.prune.needs_scores:
         scores = ImportanceScores.load(scores_folder)
         check_scores(scores, teacher.architecture, scores_folder)
         inputs["scores"] = scores_folder

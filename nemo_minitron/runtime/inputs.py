@@ -11,6 +11,19 @@ from nemo_minitron.runtime.layout import Layout, check_fits, layout_of
 
 LOG = "logs/engine.log"
 TOKENIZER = "tokenizer"
+#: Settings that say where things are and how fast, not what comes out; what lies there is in the inputs' fingerprints.
+NOT_THE_RESULT = (
+    "overwrite",
+    "exp_manager",
+    "trainer.log_every_n_steps",
+    "model.restore_from_path",
+    "model.kd_teacher_restore_from_path",
+    "model.nemo_path",
+    "model.tokenizer",
+    "model.data.data_prefix",
+    "model.data.index_mapping_dir",
+    "model.data.num_workers",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,12 +42,13 @@ class Inputs:
     layout: Layout
 
     def files(self) -> dict[str, str]:
-        """Name -> file of the data, for the manifest."""
-        return {
+        """Name -> file of the data and the tokenizer, for the manifest."""
+        files = {
             f"{split}{number}": f"{path}.bin"
             for split, entries in self.prefixes.items()
             for number, path in enumerate(paths(entries))
         }
+        return files | ({"tokenizer": self.tokenizer} if Path(self.tokenizer).is_dir() else {})
 
 
 def paths(prefixes: list) -> list[str]:

@@ -1,0 +1,184 @@
+"""The command `minitron`: one line per command, one function behind each.
+
+Nothing heavier than argparse is imported until a command has its arguments.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from nemo_minitron import __version__
+from nemo_minitron.errors import MinitronError
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A function `module:name` that takes the command's configuration and returns a Manifest or None."""
+
+    function: str
+    summary: str
+
+
+COMMANDS = {
+    "data": Command("nemo_minitron.data.stage:prepare", "tokenise a corpus into Megatron's indexed format"),
+    "finetune": Command("nemo_minitron.finetuning.stage:finetune", "correct the teacher on the data, or train a model"),
+    "prune": Command("nemo_minitron.flow:prune", "cut layers (depth) or sizes (width) out of a model"),
+    "distill": Command("nemo_minitron.distillation.stage:distill", "train a pruned student on its teacher's logits"),
+    "flow": Command("nemo_minitron.flow:run_flow", "all of it in order, from data to a table of results"),
+}
+
+USAGE_ERROR = 2
+INTERNAL_ERROR = 70
+INTERRUPTED = 130
+GRACE_SECONDS = 3.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `minitron <command> ...`; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    first = arguments[0] if arguments else "--help"
+    if first in COMMANDS:
+        return run(first, arguments[1:])
+    if first in ("-h", "--help"):
+        say(overview())
+        return 0
+    if first == "--version":
+        say(f"minitron {__version__}")
+        return 0
+    nearest = difflib.get_close_matches(first, COMMANDS, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(COMMANDS)}"
+    say(f"minitron: {first!r} is not a command; {hint}", sys.stderr)
+    return USAGE_ERROR
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Runs the command `name`; whatever goes wrong becomes one message and an exit code."""
+    options = _parser(name).parse_intermixed_args(arguments)
+    try:
+        if options.help:
+            say(_command_help(name, options))
+        else:
+            _execute(name, options)
+    except KeyboardInterrupt:
+        say("interrupted", sys.stderr)
+        return INTERRUPTED
+    except MinitronError as error:
+        _report(str(error), options.debug)
+        return error.exit_code
+    except Exception as error:
+        what = f"internal error: {type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
+        _report(what if options.debug else f"{what} (run again with --debug)", options.debug)
+        return INTERNAL_ERROR
+    return 0
+
+
+def overview() -> str:
+    """The text of `minitron --help`."""
+    commands = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: minitron COMMAND [key=value ...] [--config-name NAME] [--debug] [--help]\n\n"
+        "Prunes and distils models of the NeMo framework (Minitron).\n\n"
+        f"commands:\n{commands}\n\n"
+        "minitron COMMAND --help lists the settings of a command. minitron --version shows the version."
+    )
+
+
+def say(message: str, stream: Any = None) -> None:
+    """Prints on rank 0 only."""
+    if _rank() == 0:
+        print(message, file=stream or sys.stdout, flush=True)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK") or 0)
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"minitron {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--config-name")
+    parser.add_argument("--debug", action="store_true")
+    parser.add_argument("--help", "-h", action="store_true")
+    if name == "flow":
+        parser.add_argument("--dry-run", dest="overrides", action="append_const", const="dry_run=true")
+    # torch.distributed.launch hands it to every script; the environment says the same.
+    parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
+    return parser
+
+
+def _execute(name: str, options: argparse.Namespace) -> None:
+    from nemo_minitron.compose import compose
+
+    config = compose(name, options.overrides, options.config_name, note=lambda message: say(message, sys.stderr))
+    manifest = _function(COMMANDS[name].function)(config)
+    if manifest is not None:
+        say(_summary(name, config, manifest))
+
+
+def _function(reference: str) -> Callable[[Any], Any]:
+    module, _, function = reference.partition(":")
+    return getattr(import_module(module), function)
+
+
+def _summary(name: str, config: Any, manifest: Any) -> str:
+    """Where the result lies, and the numbers that were measured."""
+    output = getattr(config, "output", None) or config.output_dir
+    numbers = [
+        f"  {metric}: {value:.6g}" if isinstance(value, float) else f"  {metric}: {value}"
+        for metric, value in manifest.metrics.items()
+        if isinstance(value, int | float | str)
+    ]
+    return "\n".join([f"{name}: {output}", *numbers])
+
+
+def _report(message: str, debug: bool) -> None:
+    """Prints an error.
+
+    Other ranks leave rank 0 the time to say the same, upon which torchrun ends them; who is still there then met an
+    error of its own.
+    """
+    if _rank():
+        time.sleep(GRACE_SECONDS)
+        message = f"rank {_rank()}: {message}"
+    if debug:
+        traceback.print_exc()
+    print(message, file=sys.stderr, flush=True)
+
+
+def _command_help(name: str, options: argparse.Namespace) -> str:
+    """Usage, presets and every setting with its value so far and its description."""
+    from nemo_minitron.compose import leaf_values, presets, read, setting_docs
+
+    config = read(name, options.overrides, options.config_name)
+    docs = setting_docs(type(config))
+    settings = [f"  {key}={_shown(value)}\n      {docs[key]}" for key, value in leaf_values(config).items()]
+    groups = [f"  {group}={'|'.join(names)}" for group, names in presets(name).items()]
+    return "\n".join(
+        [
+            f"usage: minitron {name} [key=value ...] [--config-name NAME] [--debug] [--help]",
+            f"\n{COMMANDS[name].summary}\n",
+            "options:",
+            f"  --config-name NAME  a file of conf/ or the path of a .yaml file, instead of conf/{name}.yaml",
+            "  --debug             show the traceback of an error",
+            *(["\npresets:", *groups] if groups else []),
+            "\nsettings, as they stand with the arguments given:",
+            *settings,
+        ]
+    )
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

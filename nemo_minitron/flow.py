@@ -1,0 +1,238 @@
+"""The map: every stage of the way from a teacher to its students, in order.
+
+data -> teacher -> teacher correction -> importance -> prune -> distil, with a control beside it -> table
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nemo_minitron import config as c
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts import Manifest, versions, write_json
+from nemo_minitron.dry_run import describe
+from nemo_minitron.recipes import (
+    check_students,
+    check_teacher,
+    pretrains_on_broad,
+    prune_config,
+    student_targets,
+    teacher_architecture,
+    teachers,
+    training_fields,
+)
+
+REPORT = "report.json"
+
+
+class Step(NamedTuple):
+    """One stage of a flow: what it is called, the folder it makes, and the call that makes it."""
+
+    name: str
+    output: Path
+    run: Callable[[], Manifest]
+
+
+def prune(config: c.PruneConfig) -> Manifest:
+    """`minitron prune`: checks everything, scores the teacher where the targets need it, then cuts."""
+    from nemo_minitron.importance.scoring import score, scores_folder
+    from nemo_minitron.pruning import stage
+
+    stage.check(config)
+    folder = None
+    if config.prune.needs_scores:
+        score(config)
+        folder = scores_folder(config)
+    return stage.prune(config, folder)
+
+
+def run_flow(config: c.FlowConfig) -> Manifest | None:
+    """`minitron flow`: runs every stage that is not done yet, then writes report.json and prints the table."""
+    teacher = teacher_architecture(config)
+    check_students(config, teacher)
+    if config.dry_run:
+        print(describe(config, teacher))
+        return None
+    check_teacher(config)
+    manifests = {}
+    steps = plan_steps(config, teacher)
+    for number, step in enumerate(steps, 1):
+        manifests[step.name] = run_step(step, f"[{number}/{len(steps)}]")
+    report = summarize(config, manifests)
+    write_json(Path(config.output_dir) / REPORT, report)
+    show(config, report)
+    return None
+
+
+def run_step(step: Step, position: str) -> Manifest:
+    """Runs one step with a line before and after it."""
+    print(f"{position} {step.name} ...", file=sys.stderr, flush=True)
+    started = time.perf_counter()
+    manifest = step.run()
+    seconds = time.perf_counter() - started
+    print(f"{position} {step.name}: {seconds:.1f} s -> {step.output}", file=sys.stderr, flush=True)
+    return manifest
+
+
+def plan_steps(config: c.FlowConfig, teacher: Architecture) -> list[Step]:
+    """Every stage in order."""
+    run = Path(config.output_dir)
+    steps = data_steps(config, run)
+    steps += teacher_steps(config, run)
+    steps += [evaluate_step(config, name, folder) for name, folder in teachers(config, run)]
+    if any(student_targets(config, name).needs_scores for name in config.prune.students):
+        steps.append(score_step(config, run))
+    for name in config.prune.students:
+        steps += student_steps(config, run, name)
+    return steps
+
+
+def data_steps(config: c.FlowConfig, run: Path) -> list[Step]:
+    """The corpora: for a teacher made here on the embedded corpus, first the broad one it is pretrained on."""
+    from nemo_minitron.data.stage import prepare
+
+    def step(name: str, folder: Path, **fields: Any) -> Step:
+        data = c.DataConfig(
+            output=str(folder),
+            source=config.data.source,
+            limit_documents=config.data.limit_documents,
+            vocab_size=config.data.vocab_size,
+            workers=config.data.workers,
+            seed=config.seed,
+            overwrite=config.overwrite,
+            **fields,
+        )
+        return Step(name, folder, lambda: prepare(c.validated(data)))
+
+    tokenizer = config.data.tokenizer
+    steps = []
+    if pretrains_on_broad(config):
+        fields = {"domain": "broad", "words": config.data.pretrain_words, "tokenizer": tokenizer}
+        steps.append(step("data (broad)", run / "data-broad", **fields))
+        tokenizer = tokenizer or str(run / "data-broad" / "tokenizer")
+    elif config.model.init == "checkpoint" and tokenizer is None:
+        from nemo_minitron.checkpoints import open_checkpoint
+
+        tokenizer = open_checkpoint(config.model.restore_from_path, "teacher").tokenizer
+    steps.append(step("data", run / "data", words=config.data.words, tokenizer=tokenizer))
+    return steps
+
+
+def teacher_steps(config: c.FlowConfig, run: Path) -> list[Step]:
+    """Pretraining where the teacher is made here, then teacher correction on the flow's own text."""
+    from nemo_minitron.finetuning.stage import finetune
+
+    steps = []
+    if config.model.init == "random":
+        data = run / ("data-broad" if pretrains_on_broad(config) else "data")
+        fields = training_fields(config, config.pretrain, data, run / "teacher-pretrained")
+        fields["model"].init, fields["model"].architecture = "random", dict(config.model.architecture)
+        pretrain = c.FinetuneConfig(**fields)
+        steps.append(Step("pretrain teacher", run / "teacher-pretrained", lambda: finetune(c.validated(pretrain))))
+    fields = training_fields(config, config.finetune, run / "data", run / "teacher")
+    fields["model"].restore_from_path = str(teachers(config, run)[0][1])
+    correct = c.FinetuneConfig(**fields)
+    steps.append(Step("teacher correction", run / "teacher", lambda: finetune(c.validated(correct))))
+    return steps
+
+
+def score_step(config: c.FlowConfig, run: Path) -> Step:
+    """One calibration pass for all students."""
+    from nemo_minitron.importance.scoring import score
+
+    scoring = prune_config(config, run, next(iter(config.prune.students)))
+    return Step("importance", run / "scores", lambda: score(c.validated(scoring)))
+
+
+def student_steps(config: c.FlowConfig, run: Path, name: str) -> list[Step]:
+    """Prune, evaluate, distil, evaluate; and the control."""
+    from nemo_minitron.distillation.stage import distill
+    from nemo_minitron.pruning.stage import prune as cut
+
+    pruning = prune_config(config, run, name)
+    pruned = Path(pruning.export.save_path)
+    steps = [
+        Step(f"prune {name}", pruned, lambda: cut(c.validated(pruning), run / "scores")),
+        evaluate_step(config, f"{name} pruned", pruned),
+    ]
+    runs = [("distilled", config.distill.kd)]
+    if config.distill.control:
+        runs.append(("control", c.KDConfig(kd_weight=0.0, lm_weight=1.0)))
+    for kind, kd in runs:
+        output = run / f"{name}-{kind}"
+        fields = training_fields(config, config.distill, run / "data", output)
+        fields["model"].restore_from_path = str(pruned)
+        if kd.kd_weight:
+            fields["model"].kd_teacher_restore_from_path = str(run / "teacher")
+        training = c.DistillConfig(**fields, kd=kd)
+        verb = "distil" if kd.kd_weight else "retrain (LM loss alone)"
+        steps.append(Step(f"{verb} {name}", output, lambda training=training: distill(c.validated(training))))
+        steps.append(evaluate_step(config, f"{name} {kind}", output))
+    return steps
+
+
+def evaluate_step(config: c.FlowConfig, name: str, checkpoint: Path) -> Step:
+    """Validation and test loss of one checkpoint on the flow's own text."""
+    from nemo_minitron.evaluation.loss import evaluate_loss
+
+    run = Path(config.output_dir)
+    output = run / "evaluations" / name.replace(" ", "-")
+    fields = training_fields(config, config.distill, run / "data", output)
+    fields["model"].restore_from_path = str(checkpoint)
+    fields["trainer"].max_steps = fields["trainer"].val_check_interval = 1
+    evaluation = c.EvaluateConfig(**fields, limit_batches=config.limit_test_batches)
+    return Step(f"evaluate {name}", output, lambda: evaluate_loss(c.validated(evaluation)))
+
+
+def summarize(config: c.FlowConfig, manifests: dict[str, Manifest]) -> dict[str, Any]:
+    """report.json: the table, each stage's time and memory, and how all of it was made."""
+    from nemo_minitron.report.table import add_gaps, row, verdicts
+
+    def measured(name: str) -> dict[str, Any]:
+        return manifests[f"evaluate {name}"].metrics
+
+    rows = [
+        row("teacher", measured("teacher"), kind="teacher"),
+        row("teacher corrected", measured("teacher corrected"), kind="corrected"),
+    ]
+    for name in config.prune.students:
+        kinds = [kind for kind in ("pruned", "distilled", "control") if f"evaluate {name} {kind}" in manifests]
+        rows += [row(f"{name} {kind}", measured(f"{name} {kind}"), student=name, kind=kind) for kind in kinds]
+    rows = add_gaps(rows)
+    stages = [
+        {
+            "stage": name,
+            "seconds": manifest.timings.get("total_seconds", 0.0),
+            "peak_memory_bytes": manifest.peak_memory_bytes,
+        }
+        for name, manifest in manifests.items()
+    ]
+    data = manifests["data"].metrics
+    return {
+        "table": rows,
+        "verdicts": verdicts(rows),
+        "stages": stages,
+        "data": data,
+        "config": dataclasses.asdict(config),
+        "versions": versions(),
+        "seed": config.seed,
+    }
+
+
+def show(config: c.FlowConfig, report: dict[str, Any]) -> None:
+    """Prints the tables of a report."""
+    from nemo_minitron.report.table import render_stages, render_table
+
+    print()
+    print(render_table(report["table"]))
+    print()
+    print("losses in nats a token; gap closed = (pruned - this) / (pruned - corrected teacher), of test losses")
+    for verdict in report["verdicts"]:
+        print(verdict)
+    print()
+    print(render_stages(report["stages"]))
+    print()
+    print(f"report: {Path(config.output_dir) / REPORT}")

@@ -1,0 +1,97 @@
+"""The table that ends a flow: what each model costs and what it kept. JSON first, text from it."""
+
+from typing import Any
+
+from nemo_minitron.architecture import human
+
+COLUMNS = ("model", "parameters", "of teacher", "val loss", "val ppl", "test loss", "test ppl", "gap closed")
+
+
+def row(name: str, metrics: dict[str, Any], *, student: str | None = None, kind: str) -> dict[str, Any]:
+    """One line of the table from the metrics of an evaluation.
+
+    Args:
+        student: name of the student that the model belongs to; None for the teacher.
+        kind: ``teacher``, ``corrected``, ``pruned``, ``distilled`` or ``control``.
+    """
+    return {
+        "model": name,
+        "student": student,
+        "kind": kind,
+        "parameters": metrics["parameters"],
+        "validation": metrics["validation"],
+        "test": metrics["test"],
+    }
+
+
+def add_gaps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds to each line its share of the teacher's parameters and, after pruning, how much of the gap it closed.
+
+    gap closed = (pruned - this) / (pruned - teacher), of test losses; the teacher is the corrected one.
+    """
+    teacher = next(entry for entry in rows if entry["kind"] == "corrected")
+    pruned = {entry["student"]: entry for entry in rows if entry["kind"] == "pruned"}
+    for entry in rows:
+        entry["share_of_teacher"] = entry["parameters"] / teacher["parameters"]
+        entry["gap_closed"] = None
+        if entry["kind"] in ("distilled", "control"):
+            before = pruned[entry["student"]]["test"]["loss"]
+            gap = before - teacher["test"]["loss"]
+            entry["gap_closed"] = (before - entry["test"]["loss"]) / gap if gap else None
+    return rows
+
+
+def render_table(rows: list[dict[str, Any]]) -> str:
+    """The table as aligned text."""
+    lines = [COLUMNS]
+    for entry in rows:
+        closed = entry["gap_closed"]
+        lines.append(
+            (
+                entry["model"],
+                human(entry["parameters"]),
+                f"{entry['share_of_teacher']:.0%}",
+                f"{entry['validation']['loss']:.4f}",
+                f"{entry['validation']['perplexity']:.2f}",
+                f"{entry['test']['loss']:.4f}",
+                f"{entry['test']['perplexity']:.2f}",
+                "" if closed is None else f"{closed:.0%}",
+            )
+        )
+    return _aligned(lines)
+
+
+def render_stages(stages: list[dict[str, Any]]) -> str:
+    """Wall time and peak memory of each stage as aligned text."""
+    lines = [("stage", "seconds", "peak memory")]
+    lines += [
+        (entry["stage"], f"{entry['seconds']:.1f}", f"{entry['peak_memory_bytes'] / 2**20:.0f} MiB") for entry in stages
+    ]
+    lines.append(("total", f"{sum(entry['seconds'] for entry in stages):.1f}", ""))
+    return _aligned(lines)
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """One sentence a student: whether distilling beat retraining with the LM loss alone."""
+    found = []
+    for name in dict.fromkeys(entry["student"] for entry in rows if entry["student"]):
+        by_kind = {entry["kind"]: entry for entry in rows if entry["student"] == name}
+        if {"distilled", "control"} <= set(by_kind):
+            difference = by_kind["control"]["test"]["loss"] - by_kind["distilled"]["test"]["loss"]
+            word = "beats" if difference > 0 else "does not beat"
+            found.append(
+                f"{name}: distillation {word} retraining with the LM loss alone by {abs(difference):.4f} nats a token"
+                if difference
+                else f"{name}: distillation and retraining with the LM loss alone end level"
+            )
+    return found
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rendered = []
+    for line in lines:
+        cells = [line[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
+        rendered.append("  ".join(cells).rstrip())
+    rendered.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(rendered)

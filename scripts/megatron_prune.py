@@ -1,0 +1,8 @@
+"""`minitron prune` as a script: takes the overrides of NeMo 24.07's documentation, under torchrun as well."""
+
+import sys
+
+from nemo_minitron.cli import run
+
+if __name__ == "__main__":
+    sys.exit(run("prune", sys.argv[1:]))

@@ -1,0 +1,174 @@
+"""The command line: help, exit codes, one message an error, ranks, and its other doors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron import __version__, cli
+from nemo_minitron.artifacts import Manifest
+from nemo_minitron.config import FlowConfig
+from nemo_minitron.errors import CheckpointError
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "numpy", "hydra", "omegaconf", "nemo", "megatron", "modelopt", "transformers")
+
+
+def python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """Stands in for every stage: records the configuration it is called with, returns or raises `result`."""
+
+    class Stage:
+        result = None
+        config = None
+
+        def __call__(self, config):
+            self.config = config
+            if isinstance(self.result, BaseException):
+                raise self.result
+            return self.result
+
+    stub = Stage()
+    monkeypatch.setattr(cli, "_function", lambda reference: stub)
+    return stub
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_overview_names_every_command(arguments, capsys):
+    assert cli.main(arguments) == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n  {name} " in listed for name in cli.COMMANDS)
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"minitron {__version__}\n"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_every_command(name, capsys):
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "seed=1234" in text
+    assert "Seed of" in text
+
+
+def test_help_shows_presets_and_the_settings_as_chosen(capsys):
+    assert cli.main(["flow", "--help", "model=llama31_8b"]) == 0
+    text = capsys.readouterr().out
+    assert "model=llama31_8b|tiny" in text
+    assert "model.seq_length=8192" in text
+    assert "data.limit_documents=null" in text
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_its_function_without_loading_the_engine(name):
+    code = f"import sys; from nemo_minitron import cli; f = cli._function({cli.COMMANDS[name].function!r})"
+    done = python("-c", f"{code}; assert callable(f); sys.exit('torch' in sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_and_version_load_nothing_heavy():
+    code = "import sys; from nemo_minitron.cli import main; main(['--help']); print(*sys.modules)"
+    loaded = python("-c", code).stdout.splitlines()[-1].split()
+    assert "nemo_minitron.cli" in loaded
+    assert not {*HEAVY} & {*loaded}
+
+
+def test_a_mistyped_command_is_suggested(capsys):
+    assert cli.main(["prnue"]) == 2
+    assert capsys.readouterr().err == "minitron: 'prnue' is not a command; did you mean prune?\n"
+    assert cli.main(["zzz"]) == 2
+    assert "there are data, finetune" in capsys.readouterr().err
+
+
+def test_an_unknown_option_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["prune", "--verbose"])
+    assert caught.value.code == 2
+
+
+def test_a_wrong_configuration_is_one_message(stage, capsys):
+    assert cli.main(["data", "wrods=3", "workers=many"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "wrods is not a setting; did you mean words?" in captured.err
+    assert "workers = 'many' is not a whole number" in captured.err
+    assert "Traceback" not in captured.err
+    assert stage.config is None
+
+
+def test_success_tells_where_and_what(stage, capsys):
+    metrics = {"loss": 1.23456789, "tokens": 12, "table": [1]}
+    stage.result = Manifest(stage="data", key="k", inputs={}, config={}, seed=0, metrics=metrics)
+    assert cli.main(["data", "output=/out", "seed=3"]) == 0
+    assert capsys.readouterr().out == "data: /out\n  loss: 1.23457\n  tokens: 12\n"
+    assert stage.config.seed == 3
+
+
+def test_options_stand_anywhere_between_overrides(stage):
+    assert cli.main(["flow", "seed=3", "--debug", "dry_run=true", "--local-rank=0", "--config-name", "flow"]) == 0
+    assert stage.config == FlowConfig(**{**vars(stage.config), "seed": 3, "dry_run": True})
+
+
+@pytest.mark.parametrize(
+    "raised, code, message",
+    [
+        (CheckpointError("no weights in /x"), 1, "no weights in /x\n"),
+        (RuntimeError("bad\nthing"), 70, "internal error: RuntimeError: bad (run again with --debug)\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_errors_are_one_message_and_a_code(stage, capsys, raised, code, message):
+    stage.result = raised
+    assert cli.main(["flow"]) == code
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("raised", [CheckpointError("no weights"), RuntimeError("bad")])
+def test_debug_shows_the_traceback(stage, capsys, raised):
+    stage.result = raised
+    assert cli.main(["flow", "--debug"]) != 0
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_other_ranks_tell_only_errors_of_their_own(stage, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "GRACE_SECONDS", 0)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    stage.result = Manifest(stage="flow", key="k", inputs={}, config={}, seed=0)
+    assert cli.main(["flow"]) == 0
+    assert capsys.readouterr() == ("", "")
+    stage.result = RuntimeError("bad")
+    assert cli.main(["flow"]) == 70
+    assert capsys.readouterr().err.startswith("rank 3: internal error")
+
+
+@pytest.mark.parametrize("name", ["finetune", "prune", "distill"])
+def test_scripts_are_the_same_commands(name):
+    done = python(f"scripts/megatron_{name}.py", "trainer.devices=abc")
+    assert (done.returncode, done.stderr) == (2, f"minitron {name}: trainer.devices = 'abc' is not a whole number\n")
+
+
+def test_the_module_is_the_same_command():
+    assert python("-m", "nemo_minitron", "--version").stdout == f"minitron {__version__}\n"
+
+
+def test_nemo_run_offers_the_commands():
+    nemo = Path(sys.executable).with_name("nemo")
+    done = python(str(nemo), "minitron", "data", "wrods=3", "--debug")
+    assert done.returncode == 2
+    assert "wrods is not a setting; did you mean words?" in done.stderr
