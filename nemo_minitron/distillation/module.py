@@ -133,6 +133,33 @@ def _own_loss(model: Any, trained_on: bool) -> Any:
     return loss
 
 
+def teacher_in_validation() -> Any:
+    """A callback that lets validation's pipeline stages hand on the teacher's activations beside the student's.
+
+    NeMo sizes the messages between stages for both models in training only.
+    """
+    import dataclasses
+
+    import lightning.pytorch as pl
+    from nemo.collections.llm.modelopt.distill.utils import get_tensor_shapes_adjust_fn_for_distillation
+    from nemo.lightning.megatron_parallel import MegatronStep
+
+    class BothModelsStep(MegatronStep):
+        @property
+        def adjust_tensor_shapes_fn(self) -> Any:
+            return get_tensor_shapes_adjust_fn_for_distillation(
+                self.model, self.seq_length, self.micro_batch_size, self.decoder_seq_length, forward_only=False
+            )
+
+    class TeacherInValidation(pl.Callback):
+        def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
+            if not step.forward_only:
+                return step
+            return BothModelsStep(**{field.name: getattr(step, field.name) for field in dataclasses.fields(step)})
+
+    return TeacherInValidation()
+
+
 def _over_vocabulary(loss: tuple[Any, bool, bool]) -> Any:
     """Loss a token [b, s], summed over the ranks that share the vocabulary; gradients stay with each rank's part."""
     import torch

@@ -69,6 +69,7 @@ def _work(
     import shutil
     import time
 
+    from nemo_minitron.distillation.module import teacher_in_validation
     from nemo_minitron.runtime.engine import engine
     from nemo_minitron.runtime.training import CHECKPOINTS, train_and_validate
     from nemo_minitron.runtime.weights import bare, save_checkpoint
@@ -78,7 +79,8 @@ def _work(
         module = _module(config, student, teacher, inputs, tokenizer)
         data = build_data(config, inputs, tokenizer, partial)
         started = time.perf_counter()
-        history = train_and_validate(module, data, config, inputs.layout, partial)
+        callbacks = [] if teacher is None else [teacher_in_validation()]
+        history = train_and_validate(module, data, config, inputs.layout, partial, callbacks)
         seconds = time.perf_counter() - started
         save_checkpoint(_student_of(bare(module)), student.architecture, partial, student.tokenizer or inputs.tokenizer)
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)

@@ -129,11 +129,10 @@ def _uneven_stages(num_layers: int, stages: int) -> dict[str, int]:
     per_stage = num_layers // stages
     if stages == 2:
         return {"num_layers_in_first_pipeline_stage": num_layers - per_stage}
-    inner = -(-num_layers // stages)
-    last = (num_layers - inner * (stages - 2)) // 2
+    outer = num_layers - per_stage * (stages - 2)
     return {
-        "num_layers_in_first_pipeline_stage": num_layers - inner * (stages - 2) - last,
-        "num_layers_in_last_pipeline_stage": last,
+        "num_layers_in_first_pipeline_stage": outer - outer // 2,
+        "num_layers_in_last_pipeline_stage": outer // 2,
     }
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,20 @@ def optimizer(config: OptimConfig, max_steps: int, clip: float, layout: Layout) 
     )
 
 
-def train_and_validate(module: Any, data: Any, config: StageConfig, layout: Layout, partial: Path) -> dict[str, Any]:
-    """Trains `module` (a GPTModel with `loss_names` and `take_sums`) to trainer.max_steps; returns its history.
+def train_and_validate(
+    module: Any, data: Any, config: StageConfig, layout: Layout, partial: Path, callbacks: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Trains `module` (a GPTModel with `loss_names` and `sums`) to trainer.max_steps; returns its history.
 
     Resumes from the newest whole checkpoint under `partial`, and keeps one there while it runs.
+
+    Args:
+        callbacks: further callbacks of the trainer.
     """
     history = history_callback(config, partial)
     trainer = build_trainer(
         layout,
-        callbacks=[history],
+        callbacks=[history, *callbacks],
         max_steps=config.trainer.max_steps,
         val_check_interval=min(config.trainer.val_check_interval, config.trainer.max_steps),
         limit_val_batches=config.trainer.limit_val_batches,
@@ -72,19 +78,11 @@ def newest_checkpoint(folder: Path) -> str | None:
     return str(found[-1]) if found else None
 
 
-def validate(module: Any, data: Any, layout: Layout, batches: int) -> dict[str, float]:
-    """Mean of each loss over `batches` global batches of the data module's validation split, in nats a token."""
-    history = history_callback(None, None)
-    trainer = build_trainer(layout, callbacks=[history], limit_val_batches=batches, max_steps=1)
-    trainer.validate(module, data, verbose=False)
-    return {name: value for name, value in history.validation[-1].items() if name != "step"}
-
-
 def is_rank_zero() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def history_callback(config: StageConfig | None, partial: Path | None) -> Any:
+def history_callback(config: StageConfig, partial: Path) -> Any:
     """The callback that shows progress, keeps the history, logs to TensorBoard and saves checkpoints to resume from."""
     import lightning.pytorch as pl
     from tqdm import tqdm

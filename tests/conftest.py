@@ -1,0 +1,77 @@
+"""One tiny teacher, trained once, for every test that needs a model."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron import config as c
+
+SEQ_LENGTH = 64
+GRID = {"hidden_size_divisor": 32, "ffn_hidden_size_divisor": 64, "num_layers_divisor": 1}
+ARCHITECTURE = {
+    "family": "llama",
+    "num_layers": 4,
+    "hidden_size": 128,
+    "ffn_hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 32,
+    "vocab_size": None,
+    "seq_length": SEQ_LENGTH,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """Folders of the shared run."""
+
+    root: Path
+    data: Path
+    teacher: Path
+
+    def training(self, output: Path, steps: int = 4, **model) -> dict:
+        """Fields of a training stage's configuration on the shared data."""
+        return {
+            "trainer": c.TrainerConfig(
+                max_steps=steps, val_check_interval=max(1, steps // 2), limit_val_batches=2, accelerator="cpu"
+            ),
+            "model": c.ModelConfig(
+                nemo_path=str(output),
+                micro_batch_size=4,
+                global_batch_size=8,
+                data=c.ModelDataConfig(data_prefix=str(self.data), seq_length=SEQ_LENGTH, num_workers=0),
+                optim=c.OptimConfig(lr=2e-3, sched=c.SchedConfig(warmup_steps=2, min_lr=2e-4)),
+                **model,
+            ),
+        }
+
+    def pruning(self, output: Path, teacher: Path | None = None, **targets) -> c.PruneConfig:
+        """A pruning configuration for the shared teacher."""
+        return c.PruneConfig(
+            trainer=c.TrainerConfig(accelerator="cpu"),
+            model=c.PruneModelConfig(
+                restore_from_path=str(teacher or self.teacher),
+                data=c.ModelDataConfig(data_prefix=str(self.data), seq_length=SEQ_LENGTH),
+            ),
+            inference=c.InferenceConfig(batch_size=8),
+            prune=c.PruneTargets(**{"num_samples": 16, **GRID, **targets}),
+            export=c.ExportConfig(save_path=str(output)),
+        )
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    """The shared corpus and the teacher that was trained on it."""
+    import torch
+    from nemo_minitron.data.stage import prepare
+
+    from nemo_minitron.finetuning.stage import finetune
+
+    torch.set_num_threads(2)
+    root = tmp_path_factory.mktemp("tiny")
+    shared = Tiny(root=root, data=root / "data", teacher=root / "teacher")
+    prepare(c.DataConfig(output=str(shared.data), words=60_000, vocab_size=512))
+    fields = shared.training(shared.teacher, steps=40, init="random", architecture=ARCHITECTURE)
+    finetune(c.FinetuneConfig(**fields))
+    return shared

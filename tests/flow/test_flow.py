@@ -1,0 +1,117 @@
+"""The whole flow through the command line, at the smallest size."""
+
+import json
+
+import pytest
+from hf import read_weights
+
+from nemo_minitron.artifacts import Manifest
+from nemo_minitron.cli import main
+
+SMALL = [
+    "data.words=20000", "data.pretrain_words=20000", "data.vocab_size=400", "data.workers=1",
+    "model.seq_length=32",
+    "model.architecture.num_layers=3", "model.architecture.hidden_size=64", "model.architecture.ffn_hidden_size=128",
+    "model.architecture.num_attention_heads=4", "model.architecture.num_query_groups=2",
+    "model.architecture.kv_channels=16", "model.architecture.seq_length=32",
+    "prune.num_samples=8", "prune.students.depth.num_layers=2", "prune.students.width.hidden_size=32",
+    "prune.students.width.ffn_hidden_size=64", "limit_test_batches=1",
+    *(f"{stage}.{key}" for stage in ("pretrain", "finetune", "distill")
+      for key in ("max_steps=2", "val_check_interval=1", "limit_val_batches=1", "warmup_steps=1")),
+]  # fmt: skip
+STAGES = (
+    "data-broad", "data", "teacher-pretrained", "teacher", "scores", "depth-pruned", "depth-distilled", "depth-control",
+    "width-pruned", "width-distilled", "width-control",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flow") / "run"
+    assert main(["flow", f"output_dir={folder}", *SMALL]) == 0
+    return folder
+
+
+def stamps(folder) -> dict:
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("**/manifest.json")}
+
+
+def test_the_report_holds_every_model_and_stage(run):
+    report = json.loads((run / "report.json").read_text())
+    kinds = [(row["student"], row["kind"]) for row in report["table"]]
+    students = [(name, kind) for name in ("depth", "width") for kind in ("pruned", "distilled", "control")]
+    assert kinds == [(None, "teacher"), (None, "corrected"), *students]
+    for row in report["table"]:
+        evaluation = Manifest.read(run / "evaluations" / row["model"].replace(" ", "-")).metrics
+        assert row["test"] == evaluation["test"] and row["validation"] == evaluation["validation"]
+    assert all(stage["seconds"] > 0 and stage["peak_memory_bytes"] > 1e6 for stage in report["stages"])
+    assert {name for name in STAGES if not (run / name / "manifest.json").is_file()} == set()
+    assert len(report["verdicts"]) == 2
+
+
+def test_parameters_in_the_table_are_those_on_disk(run):
+    report = json.loads((run / "report.json").read_text())
+    on_disk = {
+        "teacher corrected": "teacher", "depth pruned": "depth-pruned", "width distilled": "width-distilled",
+    }  # fmt: skip
+    rows = {row["model"]: row for row in report["table"]}
+    for name, folder in on_disk.items():
+        assert rows[name]["parameters"] == sum(tensor.numel() for tensor in read_weights(run / folder).values())
+
+
+def test_a_second_run_does_nothing_again(run, capsys):
+    before = stamps(run)
+    assert main(["flow", f"output_dir={run}", *SMALL]) == 0
+    assert stamps(run) == before
+
+
+def test_a_stage_that_is_gone_is_made_again_with_the_same_bits(run):
+    before, weights = stamps(run), read_weights(run / "width-distilled")
+    for path in sorted((run / "width-distilled").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    (run / "width-distilled").rmdir()
+    assert main(["flow", f"output_dir={run}", *SMALL]) == 0
+    after, again = stamps(run), read_weights(run / "width-distilled")
+    assert all((again[name] == tensor).all() for name, tensor in weights.items())
+    assert {name for name in before if before[name] != after[name]} == {"width-distilled"}
+
+
+def test_another_setting_is_refused_and_nothing_is_lost(run, capsys):
+    before = stamps(run)
+    assert main(["flow", f"output_dir={run}", *SMALL, "finetune.lr=5e-4"]) == 1
+    message = capsys.readouterr().err
+    assert "model.optim.lr" in message and "overwrite=true" in message
+    assert stamps(run) == before
+
+
+@pytest.mark.parametrize("preset", [["model=tiny"], ["model=llama31_8b", "hardware=8x80gb"]])
+def test_a_dry_run_touches_nothing(tmp_path, monkeypatch, capsys, preset):
+    monkeypatch.chdir(tmp_path)
+    assert main(["flow", *preset, "--dry-run"]) == 0
+    assert not list(tmp_path.iterdir())
+    shown = capsys.readouterr().out
+    if "model=llama31_8b" in preset:
+        assert "8.03B" in shown and "4.54B" in shown and "4.51B" in shown
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("prune.students.width.hidden_size=100", "hidden_size 100 is not on the pruning grid"),
+        ("prune.students.depth.num_layers=99", "num_layers 99 is above the teacher's 8"),
+        ("prune.students.depth.hiden_size=64", "hiden_size is not a target"),
+        ("model.init=checkpoint", "restore_from_path is missing"),
+        ("finetune.max_stepz=3", "max_steps"),
+        ("data.source=/nowhere/at/all", "/nowhere/at/all"),
+    ],
+)
+def test_bad_input_ends_before_any_work(tmp_path, capsys, override, expected):
+    assert main(["flow", f"output_dir={tmp_path / 'run'}", override]) != 0
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_teacher_says_where_to_get_it(tmp_path, capsys):
+    arguments = ["flow", f"output_dir={tmp_path / 'run'}", "model=llama31_8b", "hardware=cpu"]
+    assert main(arguments) == 1
+    assert "ngc://nvidia/nemo/llama-3_1-8b" in capsys.readouterr().err
