@@ -12,7 +12,7 @@ def _open(prefix: str) -> Any:
     return IndexedDataset(prefix)
 
 
-def _stream(prefix: str) -> Any:
+def token_stream(prefix: str) -> Any:
     """All tokens of a dataset, documents one after another with their end-of-document tokens [tokens]."""
     import numpy
 
@@ -36,7 +36,7 @@ def random_sequences(prefixes: Sequence[str], count: int, length: int, seed: int
     import numpy
     import torch
 
-    streams = [_stream(prefix) for prefix in prefixes]
+    streams = [token_stream(prefix) for prefix in prefixes]
     starts = [max(0, len(stream) - length) for stream in streams]
     total = sum(starts)
     if total < 1:
@@ -62,7 +62,7 @@ def consecutive_sequences(prefixes: Sequence[str], length: int, limit: int | Non
 
     windows = []
     for prefix in prefixes:
-        stream = _stream(prefix)
+        stream = token_stream(prefix)
         for start in range(0, len(stream) - length, length):
             if limit is not None and len(windows) >= limit:
                 break

@@ -59,7 +59,8 @@ loaded = dist_checkpointing.load(
 module.load_state_dict({k.removeprefix("module."): v for k, v in loaded["state_dict"].items()}, strict=False)
 import megatron.core.transformer.dot_product_attention as attention
 import contextlib
-attention.tensor_parallel.get_cuda_rng_tracker = lambda: type("T", (), {"fork": lambda self: contextlib.nullcontext()})()
+tracker = type("Tracker", (), {"fork": lambda self: contextlib.nullcontext()})()
+attention.tensor_parallel.get_cuda_rng_tracker = lambda: tracker
 with torch.no_grad():
     logits = module(tokens, torch.arange(tokens.shape[1])[None], None)
 torch.save(logits, sys.argv[4])

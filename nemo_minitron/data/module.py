@@ -1,0 +1,165 @@
+"""Tokenised data for NeMo's data module: prefixes resolved and checked without torch, then the module itself."""
+
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nemo_minitron.errors import ConfigError, DataError
+
+SPLITS = ("train", "validation", "test")
+HEADER = b"MMIDIDX\x00\x00"
+#: Megatron's codes of token types -> bytes a token.
+TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+UNSIGNED_16 = 8
+
+
+class IndexHeader(NamedTuple):
+    """What an .idx file says: the code of its token type, sequences, documents and tokens."""
+
+    code: int
+    sequences: int
+    documents: int
+    tokens: int
+
+
+def resolve_prefixes(data: str | dict | Sequence) -> dict[str, list]:
+    """Split -> prefixes of indexed datasets.
+
+    Args:
+        data: a folder that `minitron data` made; a dict {train: ..., validation: ..., test: ...} of prefixes or blends
+            ([0.5, prefix, 0.5, prefix2]), as NeMo 24.07 takes it; or one prefix or blend for training alone.
+
+    Raises:
+        DataError: nothing is there, or a .bin or .idx is missing or truncated.
+        ConfigError: a split's name or a blend is not of that form.
+    """
+    if isinstance(data, dict):
+        unknown = sorted(set(data) - set(SPLITS))
+        if unknown:
+            raise ConfigError(f"model.data.data_prefix has the splits {unknown}; known are {', '.join(SPLITS)}")
+        found = {split: _blend(data[split]) for split in SPLITS if data.get(split)}
+    elif isinstance(data, str) and Path(data).is_dir():
+        found = {split: [str(Path(data) / split)] for split in SPLITS if (Path(data) / f"{split}.idx").exists()}
+        if "train" not in found:
+            raise DataError(f"{data} holds no train.idx: it is not a folder that `minitron data` made")
+    else:
+        found = {"train": _blend(data)}
+    for entries in found.values():
+        for entry in entries:
+            if not isinstance(entry, float):
+                read_header(entry)
+    return found
+
+
+def _blend(entries: Any) -> list:
+    """A blend as [weight, prefix, weight, prefix...] with weights as floats, or [prefix]."""
+    values = [entries] if isinstance(entries, str | os.PathLike) else list(entries)
+    blend = [_weight(value) for value in values]
+    weighted = [isinstance(value, float) for value in blend]
+    if any(weighted) and weighted != [True, False] * (len(blend) // 2):
+        raise ConfigError(f"model.data.data_prefix = {values}: weights and prefixes must alternate, [0.5,a,0.5,b]")
+    return blend
+
+
+def _weight(value: Any) -> float | str:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def read_header(prefix: str) -> IndexHeader:
+    """Reads the header of `prefix`.idx and checks the sizes of both files against it.
+
+    Raises:
+        DataError: a file is missing, not Megatron's, or truncated.
+    """
+    import numpy
+
+    index, tokens_file = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (index, tokens_file):
+        if not path.is_file():
+            raise DataError(f"{path} is missing: {prefix} is no indexed dataset; make one with `minitron data`")
+    with index.open("rb") as file:
+        head = file.read(len(HEADER) + 25)
+        if not head.startswith(HEADER) or len(head) < len(HEADER) + 25:
+            raise DataError(
+                f"{index} is not an index of Megatron's, or is truncated; make it again with `minitron data`"
+            )
+        _, code, sequences, documents = struct.unpack("<QBQQ", head[len(HEADER) :])
+        lengths = file.read(4 * sequences)
+    expected = len(head) + 12 * sequences + 8 * documents
+    if code not in TOKEN_BYTES or index.stat().st_size < expected:
+        raise DataError(f"{index} is truncated or damaged; make it again with `minitron data`")
+    tokens = int(numpy.frombuffer(lengths, dtype="<i4").sum(dtype=numpy.int64))
+    if tokens_file.stat().st_size < tokens * TOKEN_BYTES[code]:
+        raise DataError(
+            f"{tokens_file} is truncated: {tokens_file.stat().st_size} bytes, the index says {tokens} tokens of "
+            f"{TOKEN_BYTES[code]}; make it again with `minitron data`"
+        )
+    return IndexHeader(code, sequences, documents, tokens)
+
+
+def check_fits(prefixes: dict[str, list], *, seq_length: int, vocab_size: int) -> None:
+    """Checks that each split holds a sequence and no token that the embedding has no row for.
+
+    Raises:
+        DataError: with the split, the numbers, and what to do.
+    """
+    import numpy
+
+    for split, entries in prefixes.items():
+        paths = [entry for entry in entries if not isinstance(entry, float)]
+        headers = [read_header(path) for path in paths]
+        tokens = sum(header.tokens for header in headers)
+        if tokens < seq_length + 1:
+            raise DataError(
+                f"the {split} split holds {tokens} tokens, fewer than one sequence of {seq_length} + 1 "
+                f"({', '.join(paths)}); give a shorter model.data.seq_length or more text"
+            )
+        for path, header in zip(paths, headers):
+            kind = numpy.uint16 if header.code == UNSIGNED_16 else numpy.int32
+            if TOKEN_BYTES[header.code] != numpy.dtype(kind).itemsize or not header.tokens:
+                continue
+            highest = int(numpy.memmap(f"{path}.bin", dtype=kind, mode="r", shape=(header.tokens,)).max())
+            if highest >= vocab_size:
+                raise DataError(
+                    f"{path} holds the token {highest}, but the model's embedding has {vocab_size} rows: the data was "
+                    "made with another, larger tokenizer; make it again with the model's own"
+                )
+
+
+def data_module(
+    prefixes: dict[str, list],
+    tokenizer: Any,
+    *,
+    seq_length: int,
+    micro_batch_size: int,
+    global_batch_size: int,
+    num_workers: int,
+    seed: int,
+    index_dir: str,
+) -> Any:
+    """NeMo's PreTrainingDataModule on resolved prefixes.
+
+    Args:
+        index_dir: where Megatron keeps the sample order; never beside the data.
+    """
+    from nemo.collections import llm
+
+    paths = {split: [str(entry) for entry in prefixes.get(split, prefixes["validation"])] for split in SPLITS}
+    Path(index_dir).mkdir(parents=True, exist_ok=True)
+    return llm.PreTrainingDataModule(
+        paths=paths,
+        seq_length=seq_length,
+        tokenizer=tokenizer,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        index_mapping_dir=index_dir,
+        seed=seed,
+        split=None,
+    )

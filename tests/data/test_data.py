@@ -1,0 +1,259 @@
+"""The data stage: the same text, tokens and splits, whoever reads them; what is no corpus is refused."""
+
+import itertools
+import json
+import re
+
+import pytest
+import torch
+
+from nemo_minitron.config import DataConfig
+from nemo_minitron.data import embedded
+from nemo_minitron.data.module import check_fits, read_header, resolve_prefixes
+from nemo_minitron.data.samples import consecutive_sequences, token_stream
+from nemo_minitron.data.sources import articles, open_corpus, split_of
+from nemo_minitron.data.stage import prepare
+from nemo_minitron.data.tokenizer import load_tokenizer
+from nemo_minitron.errors import ConfigError, DataError
+
+WORDS = 20_000
+ARTICLE = (
+    " = {} = \n \n The town of {} lies on the river . It has 3 @,@ 412 people . \n \n = = History = = \n \n Old . \n"
+)
+
+
+def small(output, **fields) -> DataConfig:
+    return DataConfig(**{"output": str(output), "words": WORDS, "vocab_size": 400, **fields})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "made"
+    return folder, prepare(small(folder))
+
+
+@pytest.mark.parametrize("domain", ["broad", "encyclopedic"])
+def test_the_embedded_corpus_is_deterministic_and_of_the_size_asked(domain):
+    first = list(embedded.documents(domain, "train", WORDS, 7))
+    assert first == list(embedded.documents(domain, "train", WORDS, 7))
+    assert first != list(embedded.documents(domain, "train", WORDS, 8))
+    assert sum(len(text.split()) for text in first) == pytest.approx(WORDS, rel=0.1)
+    held_out = sum(len(text.split()) for text in embedded.documents(domain, "test", WORDS, 7))
+    assert held_out == pytest.approx(WORDS / 10, rel=0.3)
+
+
+def test_no_document_is_in_two_splits():
+    seen: set[str] = set()
+    for domain, split in itertools.product(("broad", "encyclopedic"), ("train", "validation", "test")):
+        texts = list(embedded.documents(domain, split, WORDS, 7))
+        assert len(set(texts)) == len(texts) and not seen & set(texts)
+        seen |= set(texts)
+
+
+def test_articles_have_wikitexts_form():
+    for text in embedded.documents("encyclopedic", "train", WORDS, 7):
+        assert re.match(r"^ = [^=]+ = \n", text)
+        assert " = = " in text and not re.search(r"\d,\d|\d\.\d", text)
+        assert list(articles(text.split("\n"))) == [text]
+
+
+def test_every_answer_is_stated_in_the_training_text():
+    text = " ".join(" ".join(embedded.documents("encyclopedic", "train", WORDS, 7)).split())
+    questions = embedded.questions(WORDS, 7)
+    assert len(questions) > 50
+    for question in questions:
+        assert len(set(question["choices"])) == 4
+        answer = question["choices"][question["answer"]]
+        assert answer in text, question
+    positions = {question["answer"] for question in questions}
+    assert positions == {0, 1, 2, 3}
+
+
+def test_tokens_decode_to_the_documents(made):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    folder, manifest = made
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    dataset = IndexedDataset(str(folder / "validation"))
+    documents = list(embedded.documents("encyclopedic", "validation", WORDS, 1234))
+    assert len(dataset) == len(documents) == manifest.metrics["validation"]["documents"]
+    for number, text in enumerate(documents):
+        *ids, last = dataset.get(number).tolist()
+        assert last == tokenizer.eos_token_id
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    header = read_header(str(folder / "validation"))
+    assert header.tokens == manifest.metrics["validation"]["tokens"] == dataset.index.sequence_lengths.sum()
+
+
+def test_any_number_of_workers_gives_the_same_files(made, tmp_path):
+    folder, _ = made
+    prepare(small(tmp_path / "two", workers=2, tokenizer=str(folder / "tokenizer")))
+    for name in ("train.bin", "train.idx", "test.bin", "test.idx", "tokenizer/tokenizer.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_a_rerun_does_nothing(made):
+    folder, manifest = made
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert prepare(small(folder)) == manifest
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_run_that_dies_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+    def die(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nemo_minitron.data.stage.unigram_perplexity", die)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(small(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_unigram_model_does_much_worse_than_the_vocabulary_allows(made):
+    _, manifest = made
+    assert 20 < manifest.metrics["unigram_perplexity"] < 400
+
+
+def test_the_split_is_read_from_the_name(tmp_path):
+    cases = {
+        "wiki.train.tokens": "train", "valid.txt": "validation", "dev.jsonl": "validation",
+        "test-00000-of-1.parquet": "test",
+        "training/a.txt": "train", "val/x.txt": "validation", "notes.txt": None, "contest.txt": None,
+    }  # fmt: skip
+    for name, split in cases.items():
+        assert split_of(tmp_path / "corpus" / name) == split, name
+
+
+def write_all_forms(folder):
+    import pyarrow
+    from pyarrow import parquet
+
+    texts = [ARTICLE.format(f"T {number}", f"T {number}") for number in range(30)]
+    (folder / "train.txt").write_text("".join(texts))
+    (folder / "validation.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:5]))
+    lines = [line for text in texts[5:8] for line in text.splitlines()]
+    parquet.write_table(pyarrow.table({"text": lines}), folder / "test.parquet")
+    (folder / "README.txt").write_text("not a corpus")
+    return texts
+
+
+def test_text_jsonl_and_parquet_give_the_same_articles(tmp_path):
+    texts = [text.rstrip("\n") for text in write_all_forms(tmp_path)]
+    corpus = open_corpus(small(tmp_path / "out", source=str(tmp_path)))
+    read = {split: [text.rstrip("\n") for text in documents()] for split, documents in corpus.splits.items()}
+    assert read == {"train": texts, "validation": texts[:5], "test": texts[5:8]}
+    assert not corpus.notes and len(corpus.inputs) == 3
+
+
+def test_missing_splits_are_carved_out_and_said(tmp_path):
+    texts = [ARTICLE.format(f"T {number}", f"T {number}") for number in range(200)]
+    (tmp_path / "valid.txt").write_text("".join(texts))
+    (tmp_path / "test.txt").write_text("".join(texts[:3]).replace("T ", "U "))
+    corpus = open_corpus(small(tmp_path / "out", source=str(tmp_path)))
+    train, validation, test = (list(corpus.splits[split]()) for split in ("train", "validation", "test"))
+    assert len(validation) == 10 and len(train) == 190 and len(test) == 3
+    assert not set(train) & set(validation)
+    assert len(corpus.notes) == 2 and "used for training" in corpus.notes[0]
+    alone = open_corpus(small(tmp_path / "out", source=str(tmp_path / "valid.txt")))
+    parts = [set(alone.splits[split]()) for split in ("train", "validation", "test")]
+    assert [len(part) for part in parts] == [180, 10, 10] and not parts[1] & parts[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("train.jsonl", '{"text": "a"}\n{"txt": 3}\n', "train.jsonl:2"),
+        ("train.txt", "\n \n", "empty"),
+        ("train.parquet", "PAR1 not really", "parquet"),
+        ("train.txt", b"\xff\xfe\x00", "UTF-8"),
+        ("train.pdf", "x", "holds no text"),
+    ],
+)
+def test_a_corpus_that_cannot_be_used_is_refused(tmp_path, name, content, expected):
+    (tmp_path / "corpus").mkdir()
+    data = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "corpus" / name).write_bytes(data)
+    with pytest.raises(DataError, match=expected):
+        prepare(small(tmp_path / "out", source=str(tmp_path / "corpus")))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_corpus_or_tokenizer_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        prepare(small(tmp_path / "out", source=str(tmp_path / "nowhere")))
+    (tmp_path / "empty").mkdir()
+    for name in (str(tmp_path / "empty"), str(tmp_path / "nowhere")):
+        with pytest.raises(DataError, match="tokenizer"):
+            prepare(small(tmp_path / "out", tokenizer=name))
+
+
+def test_data_that_does_not_fit_the_model_is_refused(made):
+    folder, manifest = made
+    prefixes = resolve_prefixes(str(folder))
+    check_fits(prefixes, seq_length=64, vocab_size=400)
+    with pytest.raises(DataError, match="fewer than one sequence of 999999"):
+        check_fits(prefixes, seq_length=999_999, vocab_size=400)
+    with pytest.raises(DataError, match="embedding has 100 rows"):
+        check_fits(prefixes, seq_length=64, vocab_size=100)
+
+
+def test_broken_datasets_are_refused(made, tmp_path):
+    folder, _ = made
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"a{suffix}").write_bytes((folder / f"test{suffix}").read_bytes())
+    read_header(str(tmp_path / "a"))
+    (tmp_path / "a.bin").write_bytes((folder / "test.bin").read_bytes()[:-2])
+    with pytest.raises(DataError, match="truncated"):
+        read_header(str(tmp_path / "a"))
+    for length in (0, 5, 20, 40):
+        (tmp_path / "a.idx").write_bytes((folder / "test.idx").read_bytes()[:length])
+        with pytest.raises(DataError):
+            read_header(str(tmp_path / "a"))
+    with pytest.raises(DataError, match="missing"):
+        resolve_prefixes([str(tmp_path / "b")])
+
+
+def test_blends_take_nemos_form(made):
+    folder, _ = made
+    prefix = str(folder / "train")
+    found = resolve_prefixes({"train": ["0.5", prefix, 0.5, prefix], "validation": [1.0, prefix], "test": prefix})
+    assert found == {"train": [0.5, prefix, 0.5, prefix], "validation": [1.0, prefix], "test": [prefix]}
+    with pytest.raises(ConfigError, match="alternate"):
+        resolve_prefixes({"train": [0.5, prefix, prefix]})
+    with pytest.raises(ConfigError, match="splits"):
+        resolve_prefixes({"train": prefix, "tset": prefix})
+
+
+def test_consecutive_windows_predict_each_token_once(made):
+    folder, _ = made
+    windows = consecutive_sequences([str(folder / "test")], 32)
+    stream = torch.from_numpy(token_stream(str(folder / "test")).astype("int64"))
+    assert torch.equal(windows[:, 1:].flatten(), stream[1 : 1 + windows[:, 1:].numel()])
+
+
+def test_nemos_data_module_reads_true_splits(tiny):
+    """Every sample of NeMo's validation set is a run of tokens of the validation split, and of no other."""
+    from nemo_minitron.data.module import data_module
+    from nemo_minitron.runtime.engine import engine
+    from nemo_minitron.runtime.inputs import nemo_tokenizer
+    from nemo_minitron.runtime.layout import Layout
+    from nemo_minitron.runtime.ranks import parallel_ranks
+
+    with engine(1), parallel_ranks(Layout(cuda=False, bf16=False), 1):
+        data = data_module(
+            resolve_prefixes(str(tiny.data)),
+            nemo_tokenizer(str(tiny.data / "tokenizer")),
+            seq_length=64,
+            micro_batch_size=1,
+            global_batch_size=1,
+            num_workers=0,
+            seed=1,
+            index_dir=str(tiny.root / "index"),
+        )
+        data.build(4, 1, 1.0, 4, 4)
+        sets = {"train": data._train_ds, "validation": data._validation_ds, "test": data._test_ds}
+        streams = {split: str(token_stream(str(tiny.data / split)).tolist()) for split in sets}
+        for split, dataset in sets.items():
+            sample = dataset[0]["tokens"].tolist()
+            text = str(sample[:20])[1:-1]
+            assert [name for name in streams if text in streams[name]] == [split]
