@@ -167,9 +167,10 @@ def century(writer: Writer, world: World, entity: Entity) -> str:
 def comparison(writer: Writer, world: World, entity: Entity) -> str:
     """Two entities of a kind side by side, attribute by attribute."""
     rng = writer.rng
-    other = pick(rng, [one for one in world.kinds[entity.kind] if one is not entity] or [entity.facts[0].target])
-    if other.kind != entity.kind:
+    others = [one for one in world.kinds[entity.kind] if one is not entity]
+    if not others:
         return survey(writer, world, entity)
+    other = pick(rng, others)
     sentences = []
     for one, two in rng.sample(list(zip(entity.facts, other.facts)), 4):
         contrast = pick(rng, (", whereas", ", while", "; on the other hand ,", ", but"))

@@ -21,7 +21,7 @@ REGION = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(eq=False, slots=True)
+@dataclasses.dataclass(eq=False, slots=True, repr=False)
 class Entity:
     """A thing with a name.
 
@@ -49,7 +49,7 @@ class Entity:
         return name[0].upper() + name[1:]
 
 
-@dataclasses.dataclass(eq=False, slots=True)
+@dataclasses.dataclass(eq=False, slots=True, repr=False)
 class Fact:
     """One attribute of an entity; `target` is the entity that is the value, if it is one."""
 
