@@ -106,12 +106,15 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 
 def _content_files(folder: Path) -> Iterable[Path]:
+    """Files that make up a folder's content.
+
+    Hidden ones are left out: the .metadata of a distributed checkpoint carries an id drawn anew for each save, and what
+    it describes is in the files beside it.
+    """
     for root, folders, files in os.walk(folder):
-        if Path(root) == folder:
-            folders[:] = [name for name in folders if name not in VOLATILE]
-            files = [name for name in files if name not in VOLATILE]
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(root) / name for name in files)
+        volatile = VOLATILE if Path(root) == folder else ()
+        folders[:] = [name for name in folders if name not in volatile and not name.startswith(".")]
+        yield from (Path(root) / name for name in files if name not in volatile and not name.startswith("."))
 
 
 def _hash_file(path: Path) -> str:

@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(name: str, arguments: Sequence[str]) -> int:
     """Runs the command `name`; whatever goes wrong becomes one message and an exit code."""
     options = _parser(name).parse_intermixed_args(arguments)
+    if getattr(options, "dry_run", False):
+        options.overrides = [*options.overrides, "dry_run=true"]
     try:
         if options.help:
             say(_command_help(name, options))
@@ -107,7 +109,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true")
     parser.add_argument("--help", "-h", action="store_true")
     if name == "flow":
-        parser.add_argument("--dry-run", dest="overrides", action="append_const", const="dry_run=true")
+        parser.add_argument("--dry-run", action="store_true")
     # torch.distributed.launch hands it to every script; the environment says the same.
     parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
     return parser
@@ -167,6 +169,7 @@ def _command_help(name: str, options: argparse.Namespace) -> str:
             "options:",
             f"  --config-name NAME  a file of conf/ or the path of a .yaml file, instead of conf/{name}.yaml",
             "  --debug             show the traceback of an error",
+            *(["  --dry-run           print the resolved plan and touch nothing"] if name == "flow" else []),
             *(["\npresets:", *groups] if groups else []),
             "\nsettings, as they stand with the arguments given:",
             *settings,

@@ -192,6 +192,7 @@ def nemo_config(architecture: Architecture, **engine: Any) -> Any:
     import torch.nn.functional as functional
     from megatron.core.activations import squared_relu
     from nemo.collections import llm
+    from nemo.collections.llm.gpt.model import llama
 
     activations = {"silu": functional.silu, "gelu": functional.gelu, "squared_relu": squared_relu}
     fields = {name: getattr(architecture, name) for name in SAME_NAME}
@@ -208,7 +209,9 @@ def nemo_config(architecture: Architecture, **engine: Any) -> Any:
     if architecture.rope_scaling is not None:
         class_name = "Llama31Config"
         fields |= {theirs: getattr(architecture.rope_scaling, ours) for theirs, ours in ROPE_SCALING.items()}
-    return getattr(llm, class_name)(**fields, **engine)
+    # Llama31Config without sizes is not among llm's own names.
+    kind = getattr(llm, class_name, None) or getattr(llama, class_name)
+    return kind(**fields, **engine)
 
 
 def nemo_model(architecture: Architecture, tokenizer_dir: str | None = None) -> Any:

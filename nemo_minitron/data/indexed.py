@@ -1,13 +1,22 @@
 """Documents into Megatron's indexed datasets (.bin with tokens, .idx with lengths), by several processes."""
 
 import multiprocessing
+import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nemo_minitron.errors import EngineError
+
+#: Documents a task.
 CHUNK = 64
-_tokenizer: Any = None
+#: Tasks a worker may have waiting: bounds the memory.
+AHEAD = 4
+
+Encode = Callable[[list[str]], list[list[int]]]
 
 
 class Written(NamedTuple):
@@ -23,7 +32,6 @@ def write_indexed(documents: Iterable[str], tokenizer_dir: str, prefix: Path, wo
 
     The files are the same for any number of workers.
     """
-    import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
     from tqdm import tqdm
 
@@ -33,8 +41,8 @@ def write_indexed(documents: Iterable[str], tokenizer_dir: str, prefix: Path, wo
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(len(tokenizer)))
     counts = [0, 0, 0]
     bar = tqdm(desc=f"tokenise {prefix.name}", unit=" documents", disable=None if sys.stderr.isatty() else True)
-    for words, ids in _encoded(documents, tokenizer_dir, workers):
-        builder.add_document(torch.tensor(ids), [len(ids)])
+    for words, ids in _encoded(documents, Encoder(tokenizer, tokenizer_dir), workers):
+        builder.add_document(ids, [len(ids)])
         counts = [counts[0] + 1, counts[1] + words, counts[2] + len(ids)]
         bar.update(1)
     bar.close()
@@ -42,15 +50,35 @@ def write_indexed(documents: Iterable[str], tokenizer_dir: str, prefix: Path, wo
     return Written(*counts)
 
 
-def _encoded(documents: Iterable[str], tokenizer_dir: str, workers: int) -> Iterator[tuple[int, list[int]]]:
+def _encoded(documents: Iterable[str], encoder: "Encoder", workers: int) -> Iterator[tuple[int, list[int]]]:
+    """Words and tokens of each document, in the order of the documents."""
     if workers == 1:
-        _start(tokenizer_dir)
+        encode = encoder.ready()
         for chunk in _chunks(documents):
-            yield from _encode(chunk)
+            yield from _counted(chunk, encode(chunk), encoder.end)
         return
-    with multiprocessing.get_context("spawn").Pool(workers, _start, (tokenizer_dir,)) as pool:
-        for encoded in pool.imap(_encode, _chunks(documents), chunksize=1):
-            yield from encoded
+    spawn = multiprocessing.get_context("spawn")
+    waiting: deque = deque()
+    try:
+        with ProcessPoolExecutor(workers, spawn, initializer=_start, initargs=(encoder,)) as pool:
+            for chunk in _chunks(documents):
+                waiting.append((chunk, pool.submit(_encode, chunk)))
+                if len(waiting) > AHEAD * workers:
+                    chunk, task = waiting.popleft()
+                    yield from _counted(chunk, task.result(), encoder.end)
+            while waiting:
+                chunk, task = waiting.popleft()
+                yield from _counted(chunk, task.result(), encoder.end)
+    except BrokenExecutor:
+        raise EngineError(
+            "a process that tokenises died: there was too little memory, or the calling script starts its work without "
+            '`if __name__ == "__main__":`. Use workers=1'
+        ) from None
+
+
+def _counted(chunk: list[str], encoded: list[list[int]], end: int) -> Iterator[tuple[int, list[int]]]:
+    for text, ids in zip(chunk, encoded):
+        yield len(text.split()), [*ids, end]
 
 
 def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -64,13 +92,39 @@ def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _start(tokenizer_dir: str) -> None:
-    global _tokenizer
-    from nemo_minitron.data.tokenizer import load_tokenizer
+class Encoder:
+    """A tokenizer that can be sent to other processes.
 
-    _tokenizer = load_tokenizer(tokenizer_dir)
+    A fast tokenizer travels as its definition, so that the workers need not import transformers.
+    """
+
+    def __init__(self, tokenizer: Any, folder: str):
+        self.folder = folder
+        self.end = tokenizer.eos_token_id
+        self.definition = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None
+
+    def ready(self) -> Encode:
+        if self.definition is None:
+            from nemo_minitron.data.tokenizer import load_tokenizer
+
+            slow = load_tokenizer(self.folder)
+            return lambda texts: slow(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        from tokenizers import Tokenizer
+
+        fast = Tokenizer.from_str(self.definition)
+        fast.no_truncation()
+        fast.no_padding()
+        return lambda texts: [found.ids for found in fast.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _encode(chunk: list[str]) -> list[tuple[int, list[int]]]:
-    encoded = _tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
-    return [(len(text.split()), [*ids, _tokenizer.eos_token_id]) for text, ids in zip(chunk, encoded)]
+_encode_here: Encode | None = None
+
+
+def _start(encoder: Encoder) -> None:
+    global _encode_here
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _encode_here = encoder.ready()
+
+
+def _encode(chunk: list[str]) -> list[list[int]]:
+    return _encode_here(chunk)

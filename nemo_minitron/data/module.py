@@ -1,11 +1,13 @@
 """Tokenised data for NeMo's data module: prefixes resolved and checked without torch, then the module itself."""
 
+import hashlib
 import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nemo_minitron.artifacts import fingerprint
 from nemo_minitron.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation", "test")
@@ -142,24 +144,42 @@ def data_module(
     seed: int,
     index_dir: str,
 ) -> Any:
-    """NeMo's PreTrainingDataModule on resolved prefixes.
+    """NeMo's PreTrainingDataModule on resolved prefixes; without a test split the validation split stands for it.
 
     Args:
-        index_dir: where Megatron keeps the sample order; never beside the data.
+        index_dir: where Megatron keeps the sample order, in a folder for each state of the data; never beside the data.
     """
-    from nemo.collections import llm
+    from nemo_minitron.data.pretraining import TextDataModule
 
-    paths = {split: [str(entry) for entry in prefixes.get(split, prefixes["validation"])] for split in SPLITS}
-    Path(index_dir).mkdir(parents=True, exist_ok=True)
-    return llm.PreTrainingDataModule(
-        paths=paths,
+    blends = {split: _weighted(prefixes.get(split, prefixes["validation"])) for split in SPLITS}
+    folder = Path(index_dir) / _index_key(blends)
+    folder.mkdir(parents=True, exist_ok=True)
+    return TextDataModule(
+        paths={split: [str(entry) for entry in blend] for split, blend in blends.items()},
         seq_length=seq_length,
         tokenizer=tokenizer,
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        index_mapping_dir=index_dir,
+        index_mapping_dir=str(folder),
         seed=seed,
         split=None,
     )
+
+
+def _weighted(blend: list) -> list:
+    """Several prefixes without weights get their tokens as weights: Megatron reads unweighted ones only once."""
+    if len(blend) == 1 or isinstance(blend[0], float):
+        return blend
+    return [part for prefix in blend for part in (float(read_header(prefix).tokens), prefix)]
+
+
+def _index_key(blends: dict[str, list]) -> str:
+    """Changes with the lengths of the documents: Megatron would reuse the sample order of data that was replaced."""
+    digest = hashlib.sha256()
+    for blend in blends.values():
+        for prefix in blend:
+            if not isinstance(prefix, float):
+                digest.update(fingerprint(f"{prefix}.idx").encode())
+    return digest.hexdigest()[:16]

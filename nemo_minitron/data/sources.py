@@ -26,7 +26,7 @@ NOT_TEXT = re.compile(r"(?i)^(readme|licen[cs]e|copying|notice|changelog)")
 TITLE = re.compile(r"^\s*= [^=].*[^=] =\s*$")
 #: One document in so many goes to a split that has to be carved out of another.
 CARVE_EVERY = 20
-#: A plain text without headings that is longer than this is cut into documents at its blank lines.
+#: A plain text without headings that is longer than this, or its split's only file, is cut at its blank lines.
 WHOLE_FILE_BYTES = 100_000
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,12 @@ def _wikitext103() -> Corpus:
 
 
 def split_of(path: Path) -> str | None:
-    """The split that a file's name says, or else its folder's: `wiki.train.tokens`, `valid.txt`, `test/a.jsonl`."""
-    for name in (path.name, path.parent.name):
+    """The split that a file's name says, or else its nearest folder's: `wiki.train.tokens`, `test/en/a.jsonl`.
+
+    Args:
+        path: relative to the corpus, so that no folder above it counts.
+    """
+    for name in reversed(path.parts):
         words = re.split(r"[^a-z]+", name.lower())
         for split, known in NAMES.items():
             if any(word in known for word in words):
@@ -116,12 +120,14 @@ def _files(source: Path, seed: int) -> Corpus:
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
     unnamed = []
     for file in files:
-        split = split_of(file) if source.is_dir() or split_of(Path(file.name)) else None
+        split = split_of(file.relative_to(source) if source.is_dir() else Path(file.name))
         (found[split] if split else unnamed).append(file)
+    notes = [f"{file} names no split: it is training text" for file in unnamed if len(unnamed) < len(files)]
     found["train"] += unnamed
     whole = {split: _reader(paths) for split, paths in found.items() if paths}
-    splits, notes = _fill(whole, source, seed)
-    return Corpus(splits=splits, inputs={f"file{number}": str(file) for number, file in enumerate(files)}, notes=notes)
+    splits, carved = _fill(whole, source, seed)
+    inputs = {f"file{number}": str(file) for number, file in enumerate(files)}
+    return Corpus(splits=splits, inputs=inputs, notes=notes + carved)
 
 
 def _text_files(source: Path) -> list[Path]:
@@ -150,35 +156,40 @@ def _fill(whole: dict[str, Documents], source: Path, seed: int) -> tuple[dict[st
         whole["train"] = whole.pop(spare)
         notes.append(f"{source} has no training split: its {spare} split is used for training")
     missing = [split for split in ("validation", "test") if split not in whole]
+    if not missing:
+        return whole, notes
     train = whole["train"]
+    every = sum(1 for _ in itertools.islice(train(), CARVE_EVERY))
+    if 0 < every <= len(missing):
+        raise DataError(
+            f"{source} holds {every} documents, too few to have a {' and a '.join(missing)} split carved out of them; "
+            "give more text, or a file for each split: train.txt, validation.txt, test.txt"
+        )
     for number, split in enumerate(missing):
-        whole[split] = lambda number=number: _carved(train(), seed, number)
-        notes.append(f"{source} has no {split} split left: one document in {CARVE_EVERY} of the training text is it")
-    if missing:
-        whole["train"] = lambda: _carved(train(), seed, None, len(missing))
+        whole[split] = lambda number=number: _carved(train(), seed, every, {number})
+        notes.append(f"{source} has no {split} split left: one document in {every} of the training text is it")
+    whole["train"] = lambda: _carved(train(), seed, every, set(range(len(missing), every)))
     return whole, notes
 
 
-def _carved(documents: Iterable[str], seed: int, part: int | None, parts: int = 0) -> Iterator[str]:
-    """Part `part` of a text, one document of each CARVE_EVERY; with None what is left without the first `parts`.
-
-    Which document of each CARVE_EVERY goes to which part is drawn anew for each, by the seed.
-    """
+def _carved(documents: Iterable[str], seed: int, every: int, places: set[int]) -> Iterator[str]:
+    """The documents at `places` of each `every`, whose order is drawn anew for each by the seed."""
     generator = random.Random(seed)
     order: list[int] = []
     for number, document in enumerate(documents):
-        if number % CARVE_EVERY == 0:
-            order = generator.sample(range(CARVE_EVERY), CARVE_EVERY)
-        place = order[number % CARVE_EVERY]
-        if place == part or (part is None and place >= parts):
+        if number % every == 0:
+            order = generator.sample(range(every), every)
+        if order[number % every] in places:
             yield document
 
 
 def _reader(paths: list[Path]) -> Documents:
-    readers = {".jsonl": _jsonl, ".parquet": _parquet}
-    return lambda: (
-        document for path in paths for document in readers.get(path.suffix, _text)(path) if document.strip()
-    )
+    def documents() -> Iterator[str]:
+        for path in paths:
+            read = READERS.get(path.suffix, lambda path: _text(path, alone=len(paths) == 1))
+            yield from (document for document in read(path) if document.strip())
+
+    return documents
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
@@ -204,11 +215,12 @@ def _lines(path: Path) -> Iterator[str]:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _text(path: Path) -> Iterator[str]:
-    """Documents of a text file: WikiText's articles; without headings the whole file, or its paragraphs if large."""
+def _text(path: Path, *, alone: bool) -> Iterator[str]:
+    """Documents of a text file: WikiText's articles; without headings the whole file, or the blocks between its blank
+    lines if it is large or the only file of its split."""
     if any(TITLE.match(line) for line in _lines(path)):
         yield from articles(_lines(path))
-    elif path.stat().st_size <= WHOLE_FILE_BYTES:
+    elif not alone and path.stat().st_size <= WHOLE_FILE_BYTES:
         yield "".join(_lines(path))
     else:
         for blank, lines in itertools.groupby(_lines(path), key=lambda line: not line.strip()):
@@ -249,3 +261,6 @@ def _rows(path: Path) -> Iterator[Any]:
             yield from (row or "" for row in batch.column(0).to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a parquet file that can be read: {str(error).splitlines()[0]}") from None
+
+
+READERS = {".jsonl": _jsonl, ".parquet": _parquet}

@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.config import KDConfig
+from nemo_minitron.runtime.engine import spread_layers
 from nemo_minitron.runtime.losses import token_loss_reduction
 from nemo_minitron.runtime.model import LM_LOSS
 from nemo_minitron.runtime.weights import load_weights
@@ -79,6 +80,7 @@ def _convert(config: Any, student: tuple, teacher: tuple, kd: KDConfig, strictne
     from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
     from nemo.collections.llm.modelopt.distill.utils import DistillationConfig, adjust_distillation_model_for_mcore
 
+    spread_layers(config)
     model = config.configure_model(None)
     load_weights(model, student[1], student[2], strictness)
     criterion = {("output_layer", "output_layer"): LogitsKLLoss(config, temperature=kd.temperature)}
@@ -96,6 +98,7 @@ def _convert(config: Any, student: tuple, teacher: tuple, kd: KDConfig, strictne
 
 
 def _load_teacher(config: Any, architecture: Architecture, path: Path, strictness: str) -> Any:
+    spread_layers(config)
     model = config.configure_model(None)
     load_weights(model, architecture, path, strictness)
     return model

@@ -114,12 +114,20 @@ def model_config(architecture: Architecture, layout: Layout, *, local_spec: bool
         engine_fields |= {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
     else:
         engine_fields |= {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
-    engine_fields |= _uneven_stages(architecture.num_layers, layout.pipeline_parallel)
     fields = {name: value for name, value in engine_fields.items() if name != "layernorm_zero_centered_gamma"}
     config = nemo_config(architecture, **fields)
     if "layernorm_zero_centered_gamma" in engine_fields:
         config.layernorm_zero_centered_gamma = False
     return config
+
+
+def spread_layers(config: Any) -> None:
+    """Tells Megatron how layers that do not divide evenly lie over the pipeline stages; call it before building.
+
+    NeMo's strategy resets these fields of a model's config to its own, which are one for student and teacher.
+    """
+    for name, layers in _uneven_stages(config.num_layers, config.pipeline_model_parallel_size).items():
+        setattr(config, name, layers)
 
 
 def _uneven_stages(num_layers: int, stages: int) -> dict[str, int]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,11 +145,20 @@ def worker(stage: str, config_class: str, config_file: str) -> int:
     try:
         _load(stage)(config)
     except MinitronError as error:
-        target = os.environ.get(ERROR_FILE)
-        if target and not os.path.exists(target):
-            write_json(target, {"kind": type(error).__name__, "message": str(error)})
+        _tell_parent(type(error).__name__, str(error))
         return error.exit_code
+    except Exception as error:
+        where = traceback.format_exc(limit=-3)
+        _tell_parent("EngineError", f"rank {rank()} of {stage} failed: {type(error).__name__}: {error}\n{where}")
+        raise
     return 0
+
+
+def _tell_parent(kind: str, message: str) -> None:
+    """Leaves the error of the first rank that fails where the parent looks for it."""
+    target = os.environ.get(ERROR_FILE)
+    if target and not os.path.exists(target):
+        write_json(target, {"kind": kind, "message": message})
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.runtime.engine import spread_layers
 from nemo_minitron.runtime.losses import token_loss_reduction
 from nemo_minitron.runtime.weights import load_weights
 
@@ -34,6 +35,7 @@ def gpt_module(
         def configure_model(self, vp_stage: int | None = None) -> None:
             if hasattr(self, "module"):
                 return
+            spread_layers(self.config)
             self.module = self.config.configure_model(self.tokenizer, vp_stage=vp_stage)
             if weights is not None:
                 load_weights(self.module, architecture, weights, strictness)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.runtime.engine import model_config
+from nemo_minitron.runtime.engine import model_config, spread_layers
 from nemo_minitron.runtime.layout import Layout
 from nemo_minitron.runtime.weights import load_weights
 
@@ -52,6 +52,7 @@ def load_model(
     config.sequence_parallel = layout.sequence_parallel
     config.context_parallel_size = layout.context_parallel
     config.variable_seq_lengths = False
+    spread_layers(config)
     model = config.configure_model(None)
     if path is not None:
         load_weights(model, architecture, path, strictness)

@@ -151,6 +151,8 @@ def history_callback(config: StageConfig, partial: Path) -> Any:
                 return
             means = dict(zip(module.loss_names, (self.sums[:-1] / self.sums[-1]).tolist()))
             step = int(trainer.global_step)
+            if any(entry["step"] == step for entry in self.validation):
+                return  # a resumed run validates once more where it goes on
             self.validation.append({"step": step, **means})
             if self.writer is not None:
                 self.scalars("validation", means, step)

@@ -62,7 +62,9 @@ import contextlib
 tracker = type("Tracker", (), {"fork": lambda self: contextlib.nullcontext()})()
 attention.tensor_parallel.get_cuda_rng_tracker = lambda: tracker
 with torch.no_grad():
-    logits = module(tokens, torch.arange(tokens.shape[1])[None], None)
+    length = tokens.shape[1]
+    mask = torch.ones(length, length).triu(1).bool()[None, None]
+    logits = module(tokens, torch.arange(length)[None], mask)
 torch.save(logits, sys.argv[4])
 assert not [name for name in sys.modules if name.startswith("nemo_minitron")], "nemo_minitron was imported"
 print(type(model).__name__, type(model.tokenizer).__name__)
