@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf import llama, read_weights
+from hf import llama, nemotron, read_weights
 
 from nemo_minitron.architecture import Architecture, RopeScaling
 from nemo_minitron.checkpoints import nemo2, open_checkpoint, torch_dist
@@ -92,6 +92,28 @@ def test_a_round_trip_is_bit_exact_and_keeps_the_architecture(family, tmp_path):
     assert all(torch.allclose(after[name], value, rtol=0, atol=2e-7) for name, value in before.items())
     stored = read_weights(tmp_path / "checkpoint")
     assert sum(tensor.numel() for tensor in stored.values()) == architecture.parameters()
+
+
+def test_a_nemotron_computes_what_transformers_does_before_and_after_a_cut(tiny, tmp_path):
+    """LayerNorm with zero-centred gamma, squared ReLU, partial rotary: checkpoint, scores and cut."""
+    from nemo_minitron import flow
+    from nemo_minitron.config import EvaluateConfig, FinetuneConfig
+    from nemo_minitron.data.samples import consecutive_sequences
+    from nemo_minitron.evaluation.loss import evaluate_loss
+    from nemo_minitron.finetuning.stage import finetune
+
+    architecture = {**SMALL, **NEMOTRON, "vocab_size": 512, "seq_length": 64}
+    finetune(FinetuneConfig(**tiny.training(tmp_path / "teacher", 3, init="random", architecture=architecture)))
+    flow.prune(tiny.pruning(tmp_path / "student", tmp_path / "teacher", hidden_size=32, ffn_hidden_size=64))
+    sequences = consecutive_sequences([str(tiny.data / "test")], 64, 8)
+    for name in ("teacher", "student"):
+        fields = tiny.training(tmp_path / f"{name}-loss", restore_from_path=str(tmp_path / name))
+        measured = evaluate_loss(EvaluateConfig(**fields, limit_batches=1, splits=["test"])).metrics["test"]["loss"]
+        model = nemotron(tmp_path / name, open_checkpoint(tmp_path / name).architecture).double()
+        with torch.no_grad():
+            logits = model(sequences[:, :-1]).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten())
+        assert measured == pytest.approx(float(expected), abs=2e-5), name
 
 
 def test_plain_nemo_loads_a_pruned_student_and_computes_what_transformers_does(tiny, tmp_path):

@@ -3,18 +3,20 @@
 import itertools
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from nemo_minitron.config import DataConfig
 from nemo_minitron.data import embedded
+from nemo_minitron.data.indexed import Encoder, _encoded
 from nemo_minitron.data.module import check_fits, read_header, resolve_prefixes
 from nemo_minitron.data.samples import consecutive_sequences, token_stream
 from nemo_minitron.data.sources import articles, open_corpus, split_of
 from nemo_minitron.data.stage import prepare
 from nemo_minitron.data.tokenizer import load_tokenizer
-from nemo_minitron.errors import ConfigError, DataError
+from nemo_minitron.errors import ConfigError, DataError, EngineError
 
 WORDS = 20_000
 ARTICLE = (
@@ -60,13 +62,18 @@ def test_articles_have_wikitexts_form():
 
 
 def test_every_answer_is_stated_in_the_training_text():
-    text = " ".join(" ".join(embedded.documents("encyclopedic", "train", WORDS, 7)).split())
+    lines = [
+        f" {line} ".lower()
+        for text in embedded.documents("encyclopedic", "train", WORDS, 7)
+        for line in re.split(r"\n", text)
+    ]
     questions = embedded.questions(WORDS, 7)
     assert len(questions) > 50
     for question in questions:
         assert len(set(question["choices"])) == 4
-        answer = question["choices"][question["answer"]]
-        assert answer in text, question
+        answer = question["choices"][question["answer"]].lower()
+        name = question["entity"].lower().removeprefix("the ").split()[-1]
+        assert any(f" {answer} " in line and name in line for line in lines), question
     positions = {question["answer"] for question in questions}
     assert positions == {0, 1, 2, 3}
 
@@ -94,6 +101,14 @@ def test_any_number_of_workers_gives_the_same_files(made, tmp_path):
         assert (tmp_path / "two" / name).read_bytes() == (folder / name).read_bytes(), name
 
 
+def test_a_worker_that_dies_ends_the_run_with_one_message(made):
+    folder, _ = made
+    encoder = Encoder(load_tokenizer(str(folder / "tokenizer")), str(folder / "tokenizer"))
+    encoder.definition = "nothing that can be loaded"
+    with pytest.raises(EngineError, match="workers=1"):
+        list(_encoded(["a b"], encoder, 2))
+
+
 def test_a_rerun_does_nothing(made):
     folder, manifest = made
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -116,14 +131,15 @@ def test_a_unigram_model_does_much_worse_than_the_vocabulary_allows(made):
     assert 20 < manifest.metrics["unigram_perplexity"] < 400
 
 
-def test_the_split_is_read_from_the_name(tmp_path):
+def test_the_split_is_read_from_the_name():
     cases = {
         "wiki.train.tokens": "train", "valid.txt": "validation", "dev.jsonl": "validation",
         "test-00000-of-1.parquet": "test",
         "training/a.txt": "train", "val/x.txt": "validation", "notes.txt": None, "contest.txt": None,
+        "train/en/part.txt": "train", "train/valid.txt": "validation",
     }  # fmt: skip
     for name, split in cases.items():
-        assert split_of(tmp_path / "corpus" / name) == split, name
+        assert split_of(Path(name)) == split, name
 
 
 def write_all_forms(folder):
@@ -159,6 +175,51 @@ def test_missing_splits_are_carved_out_and_said(tmp_path):
     alone = open_corpus(small(tmp_path / "out", source=str(tmp_path / "valid.txt")))
     parts = [set(alone.splits[split]()) for split in ("train", "validation", "test")]
     assert [len(part) for part in parts] == [180, 10, 10] and not parts[1] & parts[2]
+
+
+def test_a_plain_book_is_cut_at_blank_lines_and_carved(tmp_path):
+    for count, sizes in ((9, [7, 1, 1]), (60, [54, 3, 3])):
+        (tmp_path / "book.txt").write_text("\n\n".join(f"Paragraph {number} ." for number in range(count)))
+        corpus = open_corpus(small(tmp_path / "out", source=str(tmp_path / "book.txt")))
+        assert [len(list(corpus.splits[split]())) for split in ("train", "validation", "test")] == sizes
+    (tmp_path / "book.txt").write_text("One .\n\nTwo .\n")
+    with pytest.raises(DataError, match="2 documents, too few"):
+        open_corpus(small(tmp_path / "out", source=str(tmp_path / "book.txt")))
+
+
+def test_a_folder_named_like_a_split_is_none_and_unnamed_files_are_said(tmp_path):
+    folder = tmp_path / "test"
+    folder.mkdir()
+    (folder / "a.txt").write_text("".join(ARTICLE.format(number, number) for number in range(40)))
+    assert len(open_corpus(small(tmp_path / "out", source=str(folder))).notes) == 2
+    (folder / "valid.txt").write_text(ARTICLE.format("V", "V"))
+    notes = open_corpus(small(tmp_path / "out", source=str(folder))).notes
+    assert len(notes) == 2 and "a.txt names no split" in notes[0]
+
+
+def test_a_broken_line_deep_in_the_last_split_is_found_before_the_long_work(tmp_path, monkeypatch):
+    def never(*args):
+        raise AssertionError("the long work has begun")
+
+    monkeypatch.setattr("nemo_minitron.data.tokenizer.train_bpe", never)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for split in ("train", "validation", "test"):
+        (corpus / f"{split}.jsonl").write_text('{"text": "a b"}\n' * 50)
+    (corpus / "test.jsonl").write_text('{"text": "a b"}\n' * 50 + "{}\n")
+    with pytest.raises(DataError, match="test.jsonl:51"):
+        prepare(small(tmp_path / "out", source=str(corpus)))
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_wikitext103_out_of_reach_is_one_message(tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route to host\nlong trace")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(DataError, match="no route to host.*source=PATH") as caught:
+        open_corpus(small(tmp_path / "out", source="wikitext103"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -233,29 +294,75 @@ def test_consecutive_windows_predict_each_token_once(made):
     assert torch.equal(windows[:, 1:].flatten(), stream[1 : 1 + windows[:, 1:].numel()])
 
 
-def test_nemos_data_module_reads_true_splits(tiny):
-    """Every sample of NeMo's validation set is a run of tokens of the validation split, and of no other."""
-    from nemo_minitron.data.module import data_module
+@pytest.fixture
+def parallel():
     from nemo_minitron.runtime.engine import engine
-    from nemo_minitron.runtime.inputs import nemo_tokenizer
     from nemo_minitron.runtime.layout import Layout
     from nemo_minitron.runtime.ranks import parallel_ranks
 
     with engine(1), parallel_ranks(Layout(cuda=False, bf16=False), 1):
-        data = data_module(
-            resolve_prefixes(str(tiny.data)),
-            nemo_tokenizer(str(tiny.data / "tokenizer")),
-            seq_length=64,
-            micro_batch_size=1,
-            global_batch_size=1,
-            num_workers=0,
-            seed=1,
-            index_dir=str(tiny.root / "index"),
-        )
-        data.build(4, 1, 4, 4)
-        sets = {"train": data._train_ds, "validation": data._validation_ds, "test": data._test_ds}
-        streams = {split: str(token_stream(str(tiny.data / split)).tolist()) for split in sets}
-        for split, dataset in sets.items():
-            sample = dataset[0]["tokens"].tolist()
-            text = str(sample[:20])[1:-1]
-            assert [name for name in streams if text in streams[name]] == [split]
+        yield
+
+
+def nemos_module(data, tokenizer, index, **fields):
+    from nemo_minitron.data.module import data_module
+    from nemo_minitron.runtime.inputs import nemo_tokenizer
+
+    sizes = {"seq_length": 64, "micro_batch_size": 1, "global_batch_size": 1, "num_workers": 0, "seed": 1}
+    return data_module(resolve_prefixes(data), nemo_tokenizer(str(tokenizer)), index_dir=str(index), **(sizes | fields))
+
+
+def test_nemos_data_module_reads_true_splits(made, parallel, tmp_path):
+    """Every sample of NeMo's validation set is a run of tokens of the validation split, and of no other."""
+    folder, _ = made
+    beside = sorted(folder.iterdir())
+    data = nemos_module(str(folder), folder / "tokenizer", tmp_path)
+    data.build(4, 1, 4, 4)
+    sets = {"train": data._train_ds, "validation": data._validation_ds, "test": data._test_ds}
+    streams = {split: str(token_stream(str(folder / split)).tolist()) for split in sets}
+    for split, dataset in sets.items():
+        text = str(dataset[0]["tokens"].tolist()[:20])[1:-1]
+        assert [name for name in streams if text in streams[name]] == [split]
+    assert sorted(folder.iterdir()) == beside
+
+
+def test_ends_of_documents_are_learnt_though_the_tokenizer_pads_with_them(made, parallel, tmp_path):
+    folder, _ = made
+    data = nemos_module(str(folder), folder / "tokenizer", tmp_path)
+    assert data.tokenizer.pad == data.tokenizer.eod
+    data.build(64, 1, 4, 4)
+    samples = [data._train_ds[number] for number in range(64)]
+    assert any((sample["labels"] == data.tokenizer.eod).any() for sample in samples)
+    assert all(sample["loss_mask"].all() for sample in samples)
+
+
+def test_validation_is_the_same_for_any_number_of_steps(made, parallel, tmp_path):
+    folder, _ = made
+    seen = []
+    for steps in (4, 400):
+        data = nemos_module(str(folder), folder / "tokenizer", tmp_path, global_batch_size=4)
+        data.build(steps, 10, 4, 4)
+        seen.append([data._validation_ds[number]["tokens"].tolist() for number in range(16)])
+    assert seen[0] == seen[1]
+
+
+def test_a_blend_without_weights_lasts_for_the_whole_training(made, parallel, tmp_path):
+    folder, _ = made
+    train, validation = str(folder / "train"), str(folder / "validation")
+    data = nemos_module({"train": [train, validation], "validation": validation}, folder / "tokenizer", tmp_path)
+    data.build(5000, 10, 4, 4)
+    assert len(data._train_ds) >= 5000
+
+
+def test_data_that_was_replaced_gets_a_new_sample_order(made, parallel, tmp_path):
+    folder, _ = made
+    kept = tmp_path / "data"
+    folders = []
+    for split in ("validation", "test"):
+        kept.mkdir(exist_ok=True)
+        for suffix in (".bin", ".idx"):
+            (kept / f"same{suffix}").write_bytes((folder / f"{split}{suffix}").read_bytes())
+        prefix = str(kept / "same")
+        data = nemos_module({"train": prefix, "validation": prefix}, folder / "tokenizer", tmp_path / "index")
+        folders.append(data.index_mapping_dir)
+    assert folders[0] != folders[1]

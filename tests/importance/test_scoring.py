@@ -67,6 +67,15 @@ def test_the_batch_size_of_calibration_does_not_matter(tiny, scored, tmp_path):
     assert one.layers_by_importance() == other.layers_by_importance()
 
 
+def test_two_pipeline_ranks_score_as_one(tiny, scored, tmp_path):
+    config = tiny.pruning(tmp_path / "unused", num_layers=2, scores_path=str(tmp_path / "scores"))
+    config.trainer.devices = config.model.pipeline_model_parallel_size = 2
+    score(config)
+    one, other = ImportanceScores.load(scores_folder(scored)), ImportanceScores.load(scores_folder(config))
+    for name in ImportanceScores.names():
+        assert torch.allclose(getattr(one, name), getattr(other, name), rtol=1e-4), name
+
+
 def test_a_second_prune_runs_no_forward_pass(tiny, scored, tmp_path, monkeypatch):
     from nemo_minitron import flow
     from nemo_minitron.runtime import ranks
