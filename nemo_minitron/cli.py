@@ -116,8 +116,12 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
 
 def _execute(name: str, options: argparse.Namespace) -> None:
+    import logging
+
     from nemo_minitron.compose import compose
 
+    # What the engines say while they are imported; a stage sends the rest to its own log.
+    logging.getLogger("megatron").addHandler(logging.NullHandler())
     config = compose(name, options.overrides, options.config_name, note=lambda message: say(message, sys.stderr))
     manifest = _function(COMMANDS[name].function)(config)
     if manifest is not None:

@@ -133,3 +133,8 @@ def check_teacher(config: c.FlowConfig) -> None:
             f"the teacher model.restore_from_path={config.model.restore_from_path} does not exist."
             f"{where} name its place, model.restore_from_path=PATH"
         )
+    if config.model.init == "checkpoint" and config.data.tokenizer is None:
+        from nemo_minitron.checkpoints import open_checkpoint
+
+        if open_checkpoint(config.model.restore_from_path, "teacher").tokenizer is None:
+            raise ConfigError("the teacher's checkpoint has no tokenizer: give it, data.tokenizer=DIR", "flow")

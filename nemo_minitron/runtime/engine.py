@@ -70,19 +70,17 @@ def quiet(log: Path | None) -> Iterator[None]:
         return
     import warnings
 
-    from nemo.utils import logging as nemo_logging
-
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-        loggers = [logging.getLogger(), nemo_logging._logger]
-        loggers += [
-            logging.getLogger(name) for name in ("lightning.pytorch", "megatron", "nv_one_logger", "py.warnings")
-        ]
-        saved = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
-        for logger in loggers:
-            logger.handlers, logger.propagate = [handler], False
+        # The root first: the engines' imports below have things to say already.
+        saved = [_send_to(handler, logging.getLogger())]
+        from nemo.collections import llm  # noqa: F401
+        from nemo.utils import logging as nemo_logging
+
+        noisy = [logging.getLogger(name) for name in ("lightning.pytorch", "megatron", "nv_one_logger", "py.warnings")]
+        saved += [_send_to(handler, logger) for logger in (nemo_logging._logger, *noisy)]
         logging.captureWarnings(True)
         try:
             with contextlib.redirect_stdout(file), warnings.catch_warnings():
@@ -91,6 +89,13 @@ def quiet(log: Path | None) -> Iterator[None]:
             logging.captureWarnings(False)
             for logger, handlers, propagate in saved:
                 logger.handlers, logger.propagate = handlers, propagate
+
+
+def _send_to(handler: logging.Handler, logger: logging.Logger) -> tuple[logging.Logger, list, bool]:
+    """Makes `handler` the logger's only one; returns what was there before."""
+    before = logger, logger.handlers[:], logger.propagate
+    logger.handlers, logger.propagate = [handler], False
+    return before
 
 
 def model_config(architecture: Architecture, layout: Layout, *, local_spec: bool = False) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 from nemo_minitron.config import OptimConfig, StageConfig
 from nemo_minitron.errors import NonFiniteLossError
 from nemo_minitron.runtime.engine import build_trainer
+from nemo_minitron.runtime.launch import rank
 from nemo_minitron.runtime.layout import Layout
 from nemo_minitron.runtime.losses import from_last_stage
 
@@ -78,10 +79,6 @@ def newest_checkpoint(folder: Path) -> str | None:
     return str(found[-1]) if found else None
 
 
-def is_rank_zero() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def history_callback(config: StageConfig, partial: Path) -> Any:
     """The callback that shows progress, keeps the history, logs to TensorBoard and saves checkpoints to resume from."""
     import lightning.pytorch as pl
@@ -104,7 +101,7 @@ def history_callback(config: StageConfig, partial: Path) -> Any:
             self.train, self.validation = saved["train"], saved["validation"]
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
-            if not is_rank_zero():
+            if rank() != 0:
                 return
             from torch.utils.tensorboard import SummaryWriter
 
@@ -171,13 +168,13 @@ def history_callback(config: StageConfig, partial: Path) -> Any:
         def save(self, trainer: Any, step: int) -> None:
             folder = partial / CHECKPOINTS
             unfinished = folder / "unfinished"
-            if is_rank_zero():
+            if rank() == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 folder.mkdir(parents=True, exist_ok=True)
             trainer.strategy.barrier()
             trainer.save_checkpoint(str(unfinished))
             trainer.strategy.barrier()
-            if is_rank_zero():
+            if rank() == 0:
                 older = [path for path in folder.glob("step-*") if path != folder / f"step-{step}"]
                 shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
                 os.replace(unfinished, folder / f"step-{step}")
