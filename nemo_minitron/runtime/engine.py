@@ -76,11 +76,13 @@ def quiet(log: Path | None) -> Iterator[None]:
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
         # The root first: the engines' imports below have things to say already.
         saved = [_send_to(handler, logging.getLogger())]
-        from nemo.collections import llm  # noqa: F401
         from nemo.utils import logging as nemo_logging
 
+        saved.append(_send_to(handler, nemo_logging._logger))
+        from nemo.collections import llm  # noqa: F401
+
         noisy = [logging.getLogger(name) for name in ("lightning.pytorch", "megatron", "nv_one_logger", "py.warnings")]
-        saved += [_send_to(handler, logger) for logger in (nemo_logging._logger, *noisy)]
+        saved += [_send_to(handler, logger) for logger in noisy]
         logging.captureWarnings(True)
         try:
             with contextlib.redirect_stdout(file), warnings.catch_warnings():
