@@ -64,8 +64,8 @@ class Tiny:
 def tiny(tmp_path_factory) -> Tiny:
     """The shared corpus and the teacher that was trained on it."""
     import torch
-    from nemo_minitron.data.stage import prepare
 
+    from nemo_minitron.data.stage import prepare
     from nemo_minitron.finetuning.stage import finetune
 
     torch.set_num_threads(2)

@@ -102,7 +102,7 @@ def test_fields_that_no_file_mentions_can_be_set():
 
 def test_mappings_take_new_keys_and_lose_old_ones():
     config = compose("flow", ["prune.students.half.num_layers=4", "~prune.students.width", "model.architecture.x.y=1"])
-    assert config.prune.students == {"depth": {"num_layers": 4}, "half": {"num_layers": 4}}
+    assert config.prune.students == {"depth": {"num_layers": 3}, "half": {"num_layers": 4}}
     assert config.model.architecture["x"] == {"y": 1}
     config = compose("finetune", ["model.init=random", "model.architecture.num_layers=4", "model.data.data_prefix=/d"])
     assert config.model.architecture == {"num_layers": 4}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf import llama, nemotron, read_weights
 
+from hf import llama, nemotron, read_weights
 from nemo_minitron.architecture import Architecture, RopeScaling
 from nemo_minitron.checkpoints import nemo2, open_checkpoint, torch_dist
 from nemo_minitron.errors import CheckpointError

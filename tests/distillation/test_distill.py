@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from hf import llama, read_weights
 
+from hf import llama, read_weights
 from nemo_minitron import flow
 from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.config import DistillConfig, KDConfig

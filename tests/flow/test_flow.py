@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from hf import read_weights
 
+from hf import read_weights
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.cli import main
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from hf import llama
 
+from hf import llama
 from nemo_minitron.artifacts import ImportanceScores, Manifest
 from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.data.samples import random_sequences

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from hf import read_weights
 
+from hf import read_weights
 from nemo_minitron import flow
 from nemo_minitron.artifacts import ImportanceScores, Manifest
 from nemo_minitron.checkpoints import open_checkpoint
