@@ -1,6 +1,9 @@
 """The whole flow through the command line, at the smallest size."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -74,6 +77,31 @@ def test_a_stage_that_is_gone_is_made_again_with_the_same_bits(run):
     after, again = stamps(run), read_weights(run / "width-distilled")
     assert all((again[name] == tensor).all() for name, tensor in weights.items())
     assert {name for name in before if before[name] != after[name]} == {"width-distilled"}
+
+
+def test_the_whole_flow_again_gives_the_same_bits(run, tmp_path):
+    assert main(["flow", f"output_dir={tmp_path / 'again'}", *SMALL]) == 0
+    for name in ("teacher", "depth-distilled", "depth-control", "width-distilled", "width-control"):
+        first, again = read_weights(run / name), read_weights(tmp_path / "again" / name)
+        assert first.keys() == again.keys()
+        assert all((again[key] == tensor).all() for key, tensor in first.items()), name
+
+
+def test_a_flow_that_is_killed_goes_on_where_it_was(run, tmp_path):
+    """SIGKILL in the middle, wherever that is; the next run ends in the same bits and leaves nothing half-made."""
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "nemo_minitron", "flow", f"output_dir={folder}", *SMALL]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(".teacher.partial/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert list(folder.glob(".*.partial")) and not (folder / "report.json").exists()
+    assert main(["flow", f"output_dir={folder}", *SMALL]) == 0
+    assert not list(folder.glob(".*.partial"))
+    first, again = read_weights(run / "width-distilled"), read_weights(folder / "width-distilled")
+    assert all((again[key] == tensor).all() for key, tensor in first.items())
 
 
 def test_another_setting_is_refused_and_nothing_is_lost(run, capsys):
