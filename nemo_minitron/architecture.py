@@ -148,12 +148,12 @@ class PruningGrid:
 
     def choices(self, architecture: Architecture, name: str) -> list[int]:
         """Legal values of the size `name`, ascending, the model's own last."""
-        own = getattr(architecture, name)
-        if name == "num_attention_heads":
-            step = architecture.num_query_groups
-        else:
-            step = getattr(self, name)
+        own, step = getattr(architecture, name), self.step(architecture, name)
         return [*range(step, own, step), own]
+
+    def step(self, architecture: Architecture, name: str) -> int:
+        """What the size `name` must be a multiple of."""
+        return architecture.num_query_groups if name == "num_attention_heads" else getattr(self, name)
 
     def problems(self, architecture: Architecture, targets: dict[str, int | None]) -> list[str]:
         """One message for each target that is not on the grid, with the equation that failed and the nearest values."""
@@ -166,7 +166,7 @@ class PruningGrid:
             if target > own:
                 found.append(f"{name} {target} is above the teacher's {own}: pruning only makes a model smaller")
             elif target not in choices:
-                step = choices[0]
+                step = self.step(architecture, name)
                 below = [value for value in choices if value < target][-1:]
                 above = [value for value in choices if value > target][:1]
                 nearest = " and ".join(str(value) for value in below + above)

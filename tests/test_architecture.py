@@ -185,3 +185,11 @@ def test_vocabulary_padding(size, parallel, rows):
 def test_counts_read_as_people_write_them():
     assert [human(count) for count in (8.03e9, 3_220_000, 1500, 12)] == ["8.03B", "3.22M", "1.50K", "12"]
     assert "8.03B parameters" in LLAMA31_8B.describe()
+
+
+def test_a_model_smaller_than_the_grid_is_told_the_grids_own_step():
+    small = Architecture(
+        num_layers=4, hidden_size=192, ffn_hidden_size=576, num_attention_heads=6, num_query_groups=2, vocab_size=512
+    )
+    (problem,) = PruningGrid().problems(small, {"hidden_size": 100})
+    assert "multiples of 256 up to 192 (100 mod 256 = 100); nearest 192" in problem
