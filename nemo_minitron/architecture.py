@@ -7,7 +7,8 @@ import dataclasses
 import math
 from typing import Any
 
-from nemo_minitron.config import Config, at_least, one_of
+from nemo_minitron.config import Config, all_problems, at_least, one_of
+from nemo_minitron.errors import ConfigError
 
 FAMILIES = ("llama", "mistral", "nemotron", "qwen2", "gpt")
 PRUNABLE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
@@ -115,6 +116,23 @@ class Architecture(Config):
         if isinstance(values.get("rope_scaling"), dict):
             values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
         return cls(**values)
+
+    @classmethod
+    def from_settings(cls, fields: dict[str, Any], source: str) -> "Architecture":
+        """The architecture that the setting model.architecture states; raises ConfigError with all its problems.
+
+        Args:
+            source: what was being read, for the message.
+        """
+        try:
+            architecture = cls.from_dict(fields)
+        except TypeError as error:
+            reason = str(error).removeprefix("Architecture.__init__() ")
+            raise ConfigError(f"model.architecture: {reason}", source) from None
+        problems = all_problems(architecture, "model.architecture.")
+        if problems:
+            raise ConfigError(problems, source)
+        return architecture
 
     def describe(self) -> str:
         """One line: sizes and parameter counts."""

@@ -94,16 +94,7 @@ def teacher_architecture(config: c.FlowConfig) -> Architecture:
     fields = dict(config.model.architecture)
     if fields.get("vocab_size") is None:
         fields["vocab_size"] = padded_vocab_size(config.data.vocab_size)
-    try:
-        architecture = Architecture.from_dict(fields)
-    except TypeError as error:
-        raise ConfigError(
-            f"model.architecture: {str(error).removeprefix('Architecture.__init__() ')}", "flow"
-        ) from None
-    problems = c.all_problems(architecture, "model.architecture.")
-    if problems:
-        raise ConfigError(problems, "flow")
-    return architecture
+    return Architecture.from_settings(fields, "flow")
 
 
 def student_architecture(config: c.FlowConfig, teacher: Architecture, name: str) -> Architecture:

@@ -49,9 +49,8 @@ def resolve_prefixes(data: str | dict | Sequence) -> dict[str, list]:
     else:
         found = {"train": _blend(data)}
     for entries in found.values():
-        for entry in entries:
-            if not isinstance(entry, float):
-                read_header(entry)
+        for prefix in paths(entries):
+            read_header(prefix)
     return found
 
 
@@ -63,6 +62,11 @@ def _blend(entries: Any) -> list:
     if any(weighted) and weighted != [True, False] * (len(blend) // 2):
         raise ConfigError(f"model.data.data_prefix = {values}: weights and prefixes must alternate, [0.5,a,0.5,b]")
     return blend
+
+
+def paths(blend: list) -> list[str]:
+    """The prefixes of a resolved blend, without its weights."""
+    return [entry for entry in blend if not isinstance(entry, float)]
 
 
 def _weight(value: Any) -> float | str:
@@ -113,15 +117,15 @@ def check_fits(prefixes: dict[str, list], *, seq_length: int, vocab_size: int) -
     import numpy
 
     for split, entries in prefixes.items():
-        paths = [entry for entry in entries if not isinstance(entry, float)]
-        headers = [read_header(path) for path in paths]
+        own = paths(entries)
+        headers = [read_header(path) for path in own]
         tokens = sum(header.tokens for header in headers)
         if tokens < seq_length + 1:
             raise DataError(
                 f"the {split} split holds {tokens} tokens, fewer than one sequence of {seq_length} + 1 "
-                f"({', '.join(paths)}); give a shorter model.data.seq_length or more text"
+                f"({', '.join(own)}); give a shorter model.data.seq_length or more text"
             )
-        for path, header in zip(paths, headers):
+        for path, header in zip(own, headers):
             kind = numpy.uint16 if header.code == UNSIGNED_16 else numpy.int32
             if TOKEN_BYTES[header.code] != numpy.dtype(kind).itemsize or not header.tokens:
                 continue
@@ -179,7 +183,6 @@ def _index_key(blends: dict[str, list]) -> str:
     """Changes with the lengths of the documents: Megatron would reuse the sample order of data that was replaced."""
     digest = hashlib.sha256()
     for blend in blends.values():
-        for prefix in blend:
-            if not isinstance(prefix, float):
-                digest.update(fingerprint(f"{prefix}.idx").encode())
+        for prefix in paths(blend):
+            digest.update(fingerprint(f"{prefix}.idx").encode())
     return digest.hexdigest()[:16]

@@ -7,7 +7,7 @@ from typing import Any
 from nemo_minitron.architecture import Architecture, padded_vocab_size
 from nemo_minitron.artifacts import Job, Manifest
 from nemo_minitron.checkpoints import open_checkpoint
-from nemo_minitron.config import FinetuneConfig, all_problems
+from nemo_minitron.config import FinetuneConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime.inputs import (
     LOG,
@@ -69,14 +69,7 @@ def random_architecture(config: FinetuneConfig) -> Architecture:
         from nemo_minitron.data.tokenizer import load_tokenizer
 
         fields["vocab_size"] = padded_vocab_size(len(load_tokenizer(name)))
-    try:
-        architecture = Architecture.from_dict(fields)
-    except TypeError as error:
-        raise ConfigError(f"model.architecture: {str(error).removeprefix('Architecture.__init__() ')}") from None
-    problems = all_problems(architecture, "model.architecture.")
-    if problems:
-        raise ConfigError(problems)
-    return architecture
+    return Architecture.from_settings(fields, "configuration")
 
 
 def _work(

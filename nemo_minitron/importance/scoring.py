@@ -7,8 +7,10 @@ from typing import Any
 from nemo_minitron.artifacts import ImportanceScores, Job, Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import PruneConfig, missing_data
+from nemo_minitron.data.module import check_fits as check_data
+from nemo_minitron.data.module import paths, resolve_prefixes
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.runtime.inputs import LOG, paths
+from nemo_minitron.runtime.inputs import LOG, data_files
 from nemo_minitron.runtime.launch import run_stage
 from nemo_minitron.runtime.layout import Layout, check_fits, layout_of
 
@@ -32,9 +34,6 @@ def score(config: PruneConfig) -> Manifest:
     problems = missing_data(config.model.data)
     if problems:
         raise ConfigError([f"{problems[0]}, to score the teacher on; only prune.drop_layers alone needs none"], "prune")
-    from nemo_minitron.data.module import check_fits as check_data
-    from nemo_minitron.data.module import resolve_prefixes
-
     prefixes = resolve_prefixes(config.model.data.data_prefix)
     length = config.model.data.seq_length or config.model.encoder_seq_length or teacher.architecture.seq_length
     check_data({"train": prefixes["train"]}, seq_length=length, vocab_size=teacher.architecture.vocab_size)
@@ -50,7 +49,7 @@ def score(config: PruneConfig) -> Manifest:
             "layout": dataclasses.asdict(layout),
             "command": dataclasses.asdict(config),
         },
-        inputs={"teacher": config.model.restore_from_path, **_data_inputs(prefixes["train"])},
+        inputs={"teacher": config.model.restore_from_path, **data_files({"data": prefixes["train"]})},
         seed=config.seed,
         overwrite=config.overwrite,
         ignore=("overwrite", "layout", "command"),
@@ -63,10 +62,6 @@ def score(config: PruneConfig) -> Manifest:
         trainer=config.trainer,
         resumable=False,
     )
-
-
-def _data_inputs(prefixes: list) -> dict[str, str]:
-    return {f"data{number}": f"{path}.bin" for number, path in enumerate(paths(prefixes))}
 
 
 def _work(

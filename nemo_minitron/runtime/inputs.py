@@ -6,6 +6,8 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.config import StageConfig
+from nemo_minitron.data.module import check_fits as check_data
+from nemo_minitron.data.module import data_module, paths, resolve_prefixes
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime.layout import Layout, check_fits, layout_of
 
@@ -43,25 +45,17 @@ class Inputs:
 
     def files(self) -> dict[str, str]:
         """Name -> file of the data and the tokenizer, for the manifest."""
-        files = {
-            f"{split}{number}": f"{path}.bin"
-            for split, entries in self.prefixes.items()
-            for number, path in enumerate(paths(entries))
-        }
+        files = data_files(self.prefixes)
         return files | ({"tokenizer": self.tokenizer} if Path(self.tokenizer).is_dir() else {})
 
 
-def paths(prefixes: list) -> list[str]:
-    """The paths of a blend, without its weights."""
-    return [str(entry) for entry in prefixes if not _is_number(entry)]
-
-
-def _is_number(entry: Any) -> bool:
-    try:
-        float(entry)
-    except (TypeError, ValueError):
-        return False
-    return True
+def data_files(prefixes: dict[str, list]) -> dict[str, str]:
+    """Name -> file of the tokens of each split, for the manifest."""
+    return {
+        f"{split}{number}": f"{path}.bin"
+        for split, blend in prefixes.items()
+        for number, path in enumerate(paths(blend))
+    }
 
 
 def data_tokenizer(config: StageConfig) -> str | None:
@@ -81,9 +75,6 @@ def training_inputs(config: StageConfig, architecture: Architecture, own_tokeniz
     Raises:
         ConfigError, DataError, EngineError: before any long work.
     """
-    from nemo_minitron.data.module import check_fits as check_data
-    from nemo_minitron.data.module import resolve_prefixes
-
     layout = layout_of(config.trainer, config.model)
     check_fits(architecture, layout)
     tokenizer = config.model.tokenizer or own_tokenizer or data_tokenizer(config)
@@ -107,8 +98,6 @@ def nemo_tokenizer(name: str) -> Any:
 
 def build_data(config: StageConfig, inputs: Inputs, tokenizer: Any, partial: Path) -> Any:
     """NeMo's data module for a training stage."""
-    from nemo_minitron.data.module import data_module
-
     return data_module(
         inputs.prefixes,
         tokenizer,

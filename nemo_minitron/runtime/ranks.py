@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.runtime.engine import model_config, spread_layers
+from nemo_minitron.runtime.launch import rank
 from nemo_minitron.runtime.layout import Layout
 from nemo_minitron.runtime.weights import load_weights
 
@@ -18,14 +19,14 @@ def parallel_ranks(layout: Layout, seed: int) -> Iterator[None]:
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     if layout.cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     with tempfile.TemporaryDirectory(prefix="minitron-") as folder:
         if not torch.distributed.is_initialized():
             init = "env://" if world > 1 else f"file://{folder}/store"
             backend = "nccl" if layout.cuda else "gloo"
-            torch.distributed.init_process_group(backend, init_method=init, rank=rank, world_size=world)
+            torch.distributed.init_process_group(backend, init_method=init, rank=rank(), world_size=world)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor_parallel,
             pipeline_model_parallel_size=layout.pipeline_parallel,
