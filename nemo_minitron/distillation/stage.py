@@ -9,7 +9,15 @@ from nemo_minitron.artifacts import Job, Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import DistillConfig
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.runtime.inputs import LOG, NOT_THE_RESULT, Inputs, build_data, nemo_tokenizer, training_inputs
+from nemo_minitron.runtime.inputs import (
+    CHECKPOINTS,
+    LOG,
+    NOT_THE_RESULT,
+    Inputs,
+    build_data,
+    nemo_tokenizer,
+    training_inputs,
+)
 from nemo_minitron.runtime.launch import run_stage
 from nemo_minitron.runtime.layout import check_fits
 
@@ -71,7 +79,7 @@ def _work(
 
     from nemo_minitron.distillation.module import teacher_in_validation
     from nemo_minitron.runtime.engine import engine
-    from nemo_minitron.runtime.training import CHECKPOINTS, train_and_validate
+    from nemo_minitron.runtime.training import train_and_validate
     from nemo_minitron.runtime.weights import bare, save_checkpoint
 
     with engine(config.seed, partial / LOG):

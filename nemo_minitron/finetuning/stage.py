@@ -10,6 +10,7 @@ from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.config import FinetuneConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime.inputs import (
+    CHECKPOINTS,
     LOG,
     NOT_THE_RESULT,
     Inputs,
@@ -80,7 +81,7 @@ def _work(
 
     from nemo_minitron.runtime.engine import engine, model_config
     from nemo_minitron.runtime.model import gpt_module
-    from nemo_minitron.runtime.training import CHECKPOINTS, optimizer, train_and_validate
+    from nemo_minitron.runtime.training import optimizer, train_and_validate
     from nemo_minitron.runtime.weights import bare, save_checkpoint
 
     with engine(config.seed, partial / LOG):

@@ -12,7 +12,7 @@ from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime.layout import Layout, check_fits, layout_of
 
 LOG = "logs/engine.log"
-TOKENIZER = "tokenizer"
+TOKENIZER, CHECKPOINTS, TENSORBOARD = "tokenizer", "checkpoints", "tensorboard"
 #: Settings that say where things are and how fast, not what comes out; what lies there is in the inputs' fingerprints.
 NOT_THE_RESULT = (
     "overwrite",
@@ -106,5 +106,5 @@ def build_data(config: StageConfig, inputs: Inputs, tokenizer: Any, partial: Pat
         global_batch_size=config.model.global_batch_size,
         num_workers=config.model.data.num_workers,
         seed=config.seed,
-        index_dir=config.model.data.index_mapping_dir or str(partial / "checkpoints" / "index"),
+        index_dir=config.model.data.index_mapping_dir or str(partial / CHECKPOINTS / "index"),
     )
