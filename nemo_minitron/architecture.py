@@ -30,7 +30,8 @@ class Architecture(Config):
 
     `kv_channels` is the size of one head and is kept when the width is pruned, so it is stated and never computed
     from hidden_size / num_attention_heads once it is known. `vocab_size` counts the rows of the embedding matrix,
-    padding included.
+    padding included; the last `vocab_padding` of them belong to no token. `sliding_window` is how many tokens back a
+    token attends (Mistral 7B v0.1); None: all of them.
     """
 
     family: str = "llama"
@@ -54,6 +55,8 @@ class Architecture(Config):
     rotary_percent: float = 1.0
     rope_scaling: RopeScaling | None = None
     init_method_std: float = 0.02
+    vocab_padding: int = 0
+    sliding_window: int | None = None
 
     def __post_init__(self):
         if self.num_query_groups is None:
@@ -66,7 +69,11 @@ class Architecture(Config):
         found += one_of("normalization", self.normalization, ("RMSNorm", "LayerNorm"))
         found += one_of("activation", self.activation, ("silu", "gelu", "squared_relu"))
         sizes = {name: getattr(self, name) for name in (*PRUNABLE, "vocab_size", "seq_length", "kv_channels")}
-        found += at_least(1, **sizes)
+        found += at_least(1, **sizes, sliding_window=self.sliding_window)
+        if not 0 <= self.vocab_padding < self.vocab_size:
+            found.append(
+                f"vocab_padding {self.vocab_padding} must be at least 0 and below vocab_size {self.vocab_size}"
+            )
         if not found and self.num_attention_heads % self.num_query_groups:
             found.append(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of "

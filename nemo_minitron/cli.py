@@ -7,23 +7,49 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
+import shlex
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_minitron import __version__
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import ConfigError, MinitronError
+
+
+class Option(NamedTuple):
+    """An option that stands for a setting: `--flag` for `setting=true`, `--flag VALUE` for `setting=VALUE`."""
+
+    flag: str
+    setting: str
+    meaning: str
+    value: str | None = None
+
+    @property
+    def shown(self) -> str:
+        return f"{self.flag} {self.value}" if self.value else self.flag
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A function `module:name` that takes the command's configuration and returns a Manifest or None."""
+    """A function `module:name` that takes the command's configuration and returns a Manifest or None.
+
+    Attributes:
+        function: where the function is.
+        summary: what it does, in a line.
+        positionals: setting and name in the usage line of each argument that may be given without `key=`.
+        options: options that stand for settings.
+        afterwards: command to run next, with `{output}` for where the result lies.
+    """
 
     function: str
     summary: str
+    positionals: tuple[tuple[str, str], ...] = ()
+    options: tuple[Option, ...] = ()
+    afterwards: str = ""
 
 
 COMMANDS = {
@@ -31,8 +57,36 @@ COMMANDS = {
     "finetune": Command("nemo_minitron.finetuning.stage:finetune", "correct the teacher on the data, or train a model"),
     "prune": Command("nemo_minitron.flow:prune", "cut layers (depth) or sizes (width) out of a model"),
     "distill": Command("nemo_minitron.distillation.stage:distill", "train a pruned student on its teacher's logits"),
-    "flow": Command("nemo_minitron.flow:run_flow", "all of it in order, from data to a table of results"),
+    "flow": Command(
+        "nemo_minitron.flow:run_flow",
+        "all of it in order, from data to a table of results",
+        options=(Option("--dry-run", "dry_run", "print the resolved plan and touch nothing"),),
+    ),
+    "convert": Command(
+        "nemo_minitron.checkpoints.convert:convert",
+        "a checkpoint from one format to another: .nemo, NeMo-2, Hugging Face",
+        positionals=(("source", "SRC"), ("output", "DST")),
+        options=(Option("--to", "to", "nemo2, nemo1 or hf, where the name DST does not say it", "FORMAT"),),
+    ),
+    "inspect": Command(
+        "nemo_minitron.checkpoints.describe:inspect",
+        "what a checkpoint is: format, sizes, tokenizer, damage",
+        positionals=(("source", "PATH"),),
+        options=(
+            Option("--json", "json", "print JSON"),
+            Option("--values", "values", "read all weights and report NaN and Inf"),
+        ),
+    ),
+    "download": Command(
+        "nemo_minitron.checkpoints.download:download",
+        "a checkpoint from NGC (ngc://) or the Hugging Face hub (hf://)",
+        positionals=(("source", "SOURCE"), ("output", "[DIR]")),
+        afterwards="minitron inspect {output}",
+    ),
 }
+
+#: What is a setting and no path: name=value, +name=value, ~name.
+SETTING = re.compile(r"(\+{0,2}[A-Za-z_]\w*(\.\w+)*=.*)|(~[A-Za-z_]\w*(\.\w+)*(=.*)?)", re.DOTALL)
 
 USAGE_ERROR = 2
 INTERNAL_ERROR = 70
@@ -61,9 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(name: str, arguments: Sequence[str]) -> int:
     """Runs the command `name`; whatever goes wrong becomes one message and an exit code."""
     options = _parser(name).parse_intermixed_args(arguments)
-    if getattr(options, "dry_run", False):
-        options.overrides = [*options.overrides, "dry_run=true"]
     try:
+        options.overrides = [*_settings(name, options.overrides), *_chosen(name, options)]
         if options.help:
             say(_command_help(name, options))
         else:
@@ -103,16 +156,44 @@ def _rank() -> int:
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"minitron {name}", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=f"minitron {name}", usage=_usage(name), add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--config-name")
     parser.add_argument("--debug", action="store_true")
     parser.add_argument("--help", "-h", action="store_true")
-    if name == "flow":
-        parser.add_argument("--dry-run", action="store_true")
+    for option in COMMANDS[name].options:
+        parser.add_argument(option.flag, action="store" if option.value else "store_true", dest=option.flag)
     # torch.distributed.launch hands it to every script; the environment says the same.
     parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
     return parser
+
+
+def _usage(name: str) -> str:
+    command = COMMANDS[name]
+    own = [shown for _, shown in command.positionals] + [f"[{option.shown}]" for option in command.options]
+    return " ".join(["minitron", name, *own, "[key=value ...] [--config-name NAME] [--debug] [--help]"])
+
+
+def _settings(name: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments as `key=value`; raises ConfigError where more are given without `key=` than the command takes."""
+    names = [setting for setting, _ in COMMANDS[name].positionals]
+    if not names:
+        return list(arguments)
+    bare = [argument for argument in arguments if not SETTING.fullmatch(argument)]
+    if len(bare) > len(names):
+        raise ConfigError(f"{bare[len(names)]!r} is one argument too many; usage: {_usage(name)}", f"minitron {name}")
+    keys = iter(names)
+    return [argument if SETTING.fullmatch(argument) else f"{next(keys)}={argument}" for argument in arguments]
+
+
+def _chosen(name: str, options: argparse.Namespace) -> list[str]:
+    """The options that stand for settings, as `key=value`."""
+    values = [(option, getattr(options, option.flag)) for option in COMMANDS[name].options]
+    return [
+        f"{option.setting}={value if option.value else 'true'}"
+        for option, value in values
+        if value not in (None, False)
+    ]
 
 
 def _execute(name: str, options: argparse.Namespace) -> None:
@@ -134,14 +215,17 @@ def _function(reference: str) -> Callable[[Any], Any]:
 
 
 def _summary(name: str, config: Any, manifest: Any) -> str:
-    """Where the result lies, and the numbers that were measured."""
-    output = getattr(config, "output", None) or config.output_dir
+    """Where the result lies, the numbers that were measured, and what to run next."""
+    places = (getattr(config, place, None) for place in ("folder", "output", "output_dir"))
+    output = next(place for place in places if place)
     numbers = [
         f"  {metric}: {value:.6g}" if isinstance(value, float) else f"  {metric}: {value}"
         for metric, value in manifest.metrics.items()
         if isinstance(value, int | float | str)
     ]
-    return "\n".join([f"{name}: {output}", *numbers])
+    afterwards = COMMANDS[name].afterwards
+    following = [f"next: {afterwards.format(output=shlex.quote(output))}"] if afterwards else []
+    return "\n".join([f"{name}: {output}", *numbers, *following])
 
 
 def _report(message: str, debug: bool) -> None:
@@ -168,12 +252,12 @@ def _command_help(name: str, options: argparse.Namespace) -> str:
     groups = [f"  {group}={'|'.join(names)}" for group, names in presets(name).items()]
     return "\n".join(
         [
-            f"usage: minitron {name} [key=value ...] [--config-name NAME] [--debug] [--help]",
+            f"usage: {_usage(name)}",
             f"\n{COMMANDS[name].summary}\n",
             "options:",
             f"  --config-name NAME  a file of conf/ or the path of a .yaml file, instead of conf/{name}.yaml",
             "  --debug             show the traceback of an error",
-            *(["  --dry-run           print the resolved plan and touch nothing"] if name == "flow" else []),
+            *(f"  {option.shown:<20}{option.meaning}" for option in COMMANDS[name].options),
             *(["\npresets:", *groups] if groups else []),
             "\nsettings, as they stand with the arguments given:",
             *settings,

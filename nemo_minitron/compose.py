@@ -29,6 +29,9 @@ SCHEMAS: dict[str, type[Config]] = {
     "prune": schemas.PruneConfig,
     "distill": schemas.DistillConfig,
     "flow": schemas.FlowConfig,
+    "convert": schemas.ConvertConfig,
+    "inspect": schemas.InspectConfig,
+    "download": schemas.DownloadConfig,
 }
 
 #: Commands that take the overrides of NeMo 24.07's scripts; the two tables below are for them.
@@ -56,6 +59,7 @@ NEMO_UNUSED = {
         model.num_attention_heads model.num_layers model.num_query_groups model.position_embedding_type
         model.post_process model.pre_process model.rotary_base model.rotary_percentage model.scale_positional_embedding
         model.seq_len_interpolation_factor model.share_embeddings_and_output_weights model.tokenizer.*""",
+    "a checkpoint must hold just the weights that its configuration describes": "model.dist_ckpt_load_strictness",
     "logs and checkpoints are written the same way in every run": """
         exp_manager.checkpoint_callback_params.* exp_manager.create_checkpoint_callback
         exp_manager.create_tensorboard_logger exp_manager.create_wandb_logger exp_manager.ema.*

@@ -1,4 +1,4 @@
-"""NeMo model connectors: pruning and distillation as importers of NeMo's own `llm.import_ckpt`.
+"""NeMo model connectors: pruning, distillation and checkpoint formats through NeMo's own `import_ckpt`, `export_ckpt`.
 
 ::
 
@@ -6,6 +6,11 @@
     llm.import_ckpt(model, "minitron-depth:///path/teacher", output_path="student", drop_layers=["16-31"])
     llm.import_ckpt(model, "minitron-width:///path/teacher", output_path="student", hidden_size=3072, data="data")
     llm.import_ckpt(model, "minitron-distill:///path/student", output_path="kd", teacher="/path/teacher", data="data")
+
+    llm.import_ckpt(model, "nemo1:///path/llama3_1_8b.nemo", output_path="llama")  # a NeMo-1 archive
+    llm.import_ckpt(model, "hf:///path/Llama-3.1-8B", output_path="llama")         # also without Transformer Engine
+    llm.export_ckpt("student", "hf", output_path="student-hf")                     # pruned shapes as well
+    llm.export_ckpt("student", "nemo1", output_path="student.nemo")
 
 The source's path is the checkpoint to start from; the keywords are those of the functions below. `model` only names
 the family. The checkpoint's own sizes count.
@@ -124,35 +129,121 @@ CONNECTORS: dict[str, Callable[..., None]] = {
 }
 
 
+def import_checkpoint(source: Path, output: Path, **arguments: Any) -> None:
+    """Converts a checkpoint of any format to NeMo 2.
+
+    Args:
+        source: a path, or the name of a repository on the Hugging Face hub.
+        output: the NeMo-2 checkpoint.
+        arguments: fields of ConvertConfig by their names (verify, tokenizer, dtype...).
+    """
+    _convert(source, output, "nemo2", arguments)
+
+
+def export_nemo1(source: Path, output: Path, **arguments: Any) -> None:
+    """Converts a checkpoint to a NeMo-1 archive; the output's name must end in .nemo."""
+    _convert(source, output, "nemo1", arguments)
+
+
+def export_hf(source: Path, output: Path, **arguments: Any) -> None:
+    """Converts a checkpoint to a Hugging Face directory."""
+    _convert(source, output, "hf", arguments)
+
+
+def _convert(source: Path, output: Path, to: str, arguments: dict[str, Any]) -> None:
+    from nemo_minitron.checkpoints.convert import convert
+
+    values = _Arguments(arguments)
+    fields = {"source": str(_local(source)), "output": str(output), "to": to}
+    config = values.build(c.ConvertConfig, **fields)
+    values.finish(f"conversion to {to}")
+    convert(c.validated(config, f"conversion to {to}"))
+
+
+def _local(source: Path) -> Path:
+    """The checkpoint on disk: itself, or the hub's in its cache."""
+    if source.exists() or source.is_absolute():
+        return source
+    from nemo_minitron.checkpoints.download import cached
+
+    return cached(str(source))
+
+
 def register() -> None:
-    """Registers the importers for every dense GPT family of NeMo; imports NeMo."""
+    """Registers the connectors for every dense GPT family of NeMo; imports NeMo.
+
+    NeMo's own `hf` connectors stay in charge of what they can do: with Transformer Engine, and shapes in which the head
+    size is the hidden size over the heads. Everything else goes to the conversion here.
+    """
     from nemo.collections import llm
     from nemo.lightning import io
 
-    for name, function in CONNECTORS.items():
-        connector = _connector(io.ModelConnector, name, function)
-        for family in FAMILIES:
-            getattr(llm, family).register_importer(name)(connector)
+    for family in FAMILIES:
+        model = getattr(llm, family)
+        for name, function in CONNECTORS.items():
+            model.register_importer(name)(_connector(io.ModelConnector, name, function))
+        model.register_importer("nemo1")(_connector(io.ModelConnector, "nemo1", import_checkpoint))
+        model.register_exporter("nemo1")(_connector(io.ModelConnector, "nemo1", export_nemo1))
+        importer, exporter = (
+            known.get(f"{model}hf", io.ModelConnector) for known in (model._IMPORTERS, model._EXPORTERS)
+        )
+        model.register_importer("hf")(_connector(importer, "hf", import_checkpoint))
+        model.register_exporter("hf")(_connector(exporter, "hf", export_hf))
+
+
+def nemo_can(source: Path) -> bool:
+    """Whether NeMo's own hf connectors take this checkpoint: they need Transformer Engine and unpruned heads."""
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.runtime.layout import has_transformer_engine
+
+    if not has_transformer_engine():
+        return False
+    if not source.exists():
+        return True
+    a = open_checkpoint(source).architecture
+    return a.num_attention_heads * a.kv_channels == a.hidden_size
 
 
 def _connector(base: type, name: str, function: Callable[..., None]) -> type:
     class MinitronConnector(base):
-        """Importer that calls a stage of nemo_minitron."""
+        """Importer or exporter that calls a function of nemo_minitron, or NeMo's own where that is in charge."""
 
-        def init(self) -> Any:
+        @property
+        def source(self) -> Path:
+            return Path(str(self))
+
+        @property
+        def nemo_in_charge(self) -> bool:
+            return hasattr(base, "convert_state") and nemo_can(self.source)
+
+        def init(self, *args: Any, **kwargs: Any) -> Any:
+            if self.nemo_in_charge:
+                return super().init(*args, **kwargs)
             from nemo_minitron.checkpoints import open_checkpoint
             from nemo_minitron.checkpoints.nemo2 import nemo_model
 
-            return nemo_model(open_checkpoint(Path(self)).architecture)
+            return nemo_model(open_checkpoint(_local(self.source)).architecture)
 
         def apply(self, output_path: Path, **arguments: Any) -> Path:
-            function(Path(str(self)), Path(output_path), **arguments)
+            if self.nemo_in_charge and not arguments:
+                return super().apply(output_path)
+            function(self.source, Path(output_path), **arguments)
             return output_path
 
-        def on_import_ckpt(self, model: Any) -> None:
-            """The checkpoint is complete; nothing is left to set up."""
+        def nemo_load(self, *args: Any, **kwargs: Any) -> Any:
+            """llm.export_ckpt loads the model to see whether ModelOpt quantised it; RuntimeError sends it to apply."""
+            if not self.nemo_in_charge:
+                raise RuntimeError("converted tensor by tensor; the model is not loaded")
+            return super().nemo_load(*args, **kwargs)
 
-    MinitronConnector.__name__ = MinitronConnector.__qualname__ = "".join(part.title() for part in name.split("-"))
+        def on_import_ckpt(self, model: Any) -> None:
+            """The checkpoint is complete; only NeMo's own importers have something left to set up."""
+            if self.nemo_in_charge:
+                super().on_import_ckpt(model)
+
+    MinitronConnector.__name__ = MinitronConnector.__qualname__ = "".join(
+        part.title() for part in f"minitron-{name.removeprefix('minitron-')}".split("-")
+    )
     return MinitronConnector
 
 

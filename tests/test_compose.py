@@ -8,6 +8,7 @@ import pytest
 from nemo_minitron import compose as composer
 from nemo_minitron.architecture import parse_layers
 from nemo_minitron.compose import compose, presets, read
+from nemo_minitron.config import output_format
 from nemo_minitron.errors import ConfigError
 
 REQUIRED = {
@@ -20,6 +21,9 @@ REQUIRED = {
         "model.data.data_prefix=/data",
     ],
     "flow": [],
+    "convert": ["source=/model.nemo", "output=/out"],
+    "inspect": ["source=/model.nemo"],
+    "download": ["source=hf://acme/llama"],
 }
 
 FINETUNE_OF_THE_TUTORIAL = """
@@ -179,7 +183,7 @@ def test_a_file_of_the_user_builds_on_conf(tmp_path):
     assert len(problems("flow", config_name=str(file))) == 2
     file.write_text("seed: [7\n")
     assert str(file) in problems("flow", config_name=str(file))[0]
-    assert "data, distill, finetune, flow, prune" in problems("flow", config_name="nowhere")[0]
+    assert "convert, data, distill, download, finetune, flow" in problems("flow", config_name="nowhere")[0]
 
 
 @pytest.mark.parametrize(
@@ -222,3 +226,82 @@ def test_every_setting_is_documented(command):
     docs = composer.setting_docs(composer.SCHEMAS[command])
     assert docs.keys() == composer.leaf_types(composer.SCHEMAS[command]).keys()
     assert all(docs.values()), [name for name, text in docs.items() if not text]
+
+
+@pytest.mark.parametrize(
+    "path, to, written",
+    [
+        ("/a/model.nemo", None, "nemo1"),
+        ("model.nemo/", None, "nemo1"),
+        ("/a.nemo/model", None, "nemo2"),
+        ("model", None, "nemo2"),
+        ("model", "hf", "hf"),
+        ("model.nemo", "nemo1", "nemo1"),
+    ],
+)
+def test_a_path_decides_the_format_unless_to_does(path, to, written):
+    assert output_format(path, to) == written
+    asked = [] if to is None else [f"to={to}"]
+    assert compose("convert", ["source=/s", f"output={path}", *asked]).target_format == written
+    assert compose("finetune", [*REQUIRED["finetune"], f"model.nemo_path={path}", *asked]).target_format == written
+    prune = [f"export.save_path={path}" if "save_path" in entry else entry for entry in REQUIRED["prune"]]
+    assert compose("prune", [*prune, *asked]).target_format == written
+
+
+@pytest.mark.parametrize(
+    "command, place", [("convert", "output"), ("finetune", "model.nemo_path"), ("prune", "export.save_path")]
+)
+def test_a_format_that_does_not_fit_the_name_is_refused(command, place):
+    for to, path, said in [
+        ("hf", "m.nemo", "leave .nemo off"),
+        ("nemo2", "m.nemo", "leave .nemo off"),
+        ("nemo1", "m/", "name it m.nemo"),
+        ("onnx", "m", "must be one of nemo2, nemo1, hf"),
+    ]:
+        found = problems(command, *REQUIRED[command], f"{place}={path}", f"to={to}")
+        assert len(found) == 1 and said in found[0]
+
+
+def test_convert_names_all_that_is_wrong():
+    found = problems("convert", "verify=maybe", "weights=npz", "dtype=int8", "shard_size_gb=0", "vocab_size=0")
+    assert {problem.split()[0] for problem in found} == {
+        "source", "output", "verify", "weights", "dtype", "shard_size_gb", "vocab_size",
+    }  # fmt: skip
+    assert found[0] == "source is missing: name the checkpoint to read, source=PATH"
+
+
+def test_convert_takes_what_fits_the_target():
+    assert compose("convert", ["source=/s", "output=/m.nemo", "weights=zarr", "dtype=32"]).dtype == "32"
+    assert compose("convert", ["source=/s", "output=/m", "to=hf", "vocab_size=5"]).vocab_size == 5
+    assert compose("convert", ["source=/s", "output=/m", "pad_vocab_to_multiple_of=128"]).target_format == "nemo2"
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["output=/m", "weights=zarr"], "weights = zarr is for .nemo archives; the result is nemo2"),
+        (["output=/m", "to=hf", "weights=zarr"], "weights = zarr is for .nemo archives; the result is hf"),
+        (["output=/m.nemo", "vocab_size=5"], "vocab_size is for Hugging Face; the result is nemo1"),
+        (["output=/m", "to=hf", "pad_vocab_to_multiple_of=128"], "pad_vocab_to_multiple_of is for nemo1 and nemo2"),
+        (["output=/s/."], "output = /s/. is the source itself"),
+        (["output=/s/../"], "output = '/s/../' has no name of its own"),
+    ],
+)
+def test_convert_refuses_what_has_no_use_for_the_target(overrides, said):
+    found = problems("convert", "source=/s", *overrides)
+    assert any(problem.startswith(said) for problem in found), found
+
+
+def test_convert_refuses_to_replace_its_source(tmp_path):
+    model = tmp_path / "models" / "one"
+    model.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(model)
+    assert "is the source itself" in problems("convert", f"source={model}", f"output={tmp_path / 'link'}")[0]
+    assert "is a folder around the source" in problems("convert", f"source={model}", f"output={model.parent}")[0]
+    assert compose("convert", [f"source={model}", f"output={model}-hf", "to=hf"]).target_format == "hf"
+
+
+def test_inspect_takes_its_source_and_what_to_show():
+    assert problems("inspect") == ["source is missing: name the checkpoint to look at, source=PATH"]
+    config = compose("inspect", ["source=/m", "json=true", "values=true"])
+    assert (config.source, config.json, config.values) == ("/m", True, True)

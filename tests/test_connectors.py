@@ -86,3 +86,43 @@ def test_unknown_keywords_are_named(tiny, model, tmp_path):
             drop_layers=[1],
             hiden_size=3,
         )
+
+
+def test_nemo1_and_hf_come_in_and_go_out(tiny, model, tmp_path):
+    """Through NeMo's own import_ckpt and export_ckpt, without Transformer Engine, a pruned shape."""
+    from nemo.collections import llm
+
+    from nemo_minitron import flow
+
+    flow.prune(tiny.pruning(tmp_path / "student", hidden_size=96, drop_layers=[2]))
+    start = open_checkpoint(tmp_path / "student")
+    archive = llm.export_ckpt(tmp_path / "student", "nemo1", output_path=tmp_path / "student.nemo")
+    directory = llm.export_ckpt(tmp_path / "student", "hf", output_path=tmp_path / "student-hf", verify="none")
+    for number, source in enumerate((f"nemo1://{archive}", f"hf://{directory}")):
+        back = llm.import_ckpt(model, source, output_path=tmp_path / f"back{number}", verify="tensors")
+        found = open_checkpoint(back)
+        assert found.architecture == start.architecture
+        for name, tensor in start.tensors.items():
+            assert tensor.read().equal(found.tensors[name].read()), name
+
+
+def test_an_export_never_replaces_what_is_there(tiny, model, tmp_path):
+    from nemo.collections import llm
+
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "precious").write_text("mine")
+    with pytest.raises(FileExistsError):
+        llm.import_ckpt(model, f"nemo1://{tiny.teacher}", output_path=tmp_path / "there")
+    assert (tmp_path / "there" / "precious").read_text() == "mine"
+
+
+def test_nemos_own_hf_connectors_stay_beneath(model):
+    """With Transformer Engine and plain shapes they do the work; ours are subclasses of them."""
+    from nemo.collections import llm
+    from nemo.collections.llm.gpt.model.llama import HFLlamaExporter, HFLlamaImporter
+
+    from nemo_minitron.connectors import nemo_can
+
+    assert isinstance(llm.LlamaModel.importer("hf://meta-llama/Llama-3.1-8B"), HFLlamaImporter)
+    assert isinstance(llm.LlamaModel.exporter("hf", "/somewhere"), HFLlamaExporter)
+    assert not nemo_can("/somewhere")  # without Transformer Engine

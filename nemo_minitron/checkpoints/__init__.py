@@ -1,10 +1,25 @@
-"""Disk formats of checkpoints."""
+"""Checkpoints on disk, of any format, in one view: architecture, tensors by Megatron's names, tokenizer.
+
+Nothing here imports NeMo or Megatron, and no weight is read before it is asked for.
+"""
 
 import dataclasses
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints import canonical, files, huggingface, nemo1, nemo2
+from nemo_minitron.checkpoints.tensors import Lazy
+from nemo_minitron.checkpoints.tokenizers import Tokenizer
 from nemo_minitron.errors import CheckpointError
+
+NEMO1, NEMO2, HF = "nemo1", "nemo2", "hf"
+FORMATS = {NEMO1: "NeMo-1 archive (.nemo)", NEMO2: "NeMo-2 directory", HF: "Hugging Face directory"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,19 +28,65 @@ class Checkpoint:
 
     Attributes:
         path: where it is.
-        format: ``nemo2``.
+        format: ``nemo1``, ``nemo2`` or ``hf``.
         architecture: family and sizes.
-        tokenizer: directory with the tokenizer's files, or a hub name, or None.
+        tensors: canonical name -> tensor that is read when asked for, in the order of a forward pass.
+        tokenizer_files: the tokenizer, or None.
+        generation: settings of generation (`eos_token_id`...), where the checkpoint keeps them.
+        size: bytes of its files.
+        layout: how the weights lie (``torch_dist``, ``zarr``, ``ckpt``, ``safetensors``).
     """
 
     path: Path
     format: str
     architecture: Architecture
-    tokenizer: str | None
+    tensors: Mapping[str, Lazy]
+    tokenizer_files: Tokenizer | None
+    generation: Mapping[str, Any]
+    size: int
+    layout: str
+    keep: Any = None
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the first tensor, the embedding (``bfloat16``)."""
+        return next(iter(self.tensors.values())).dtype
+
+    @functools.cached_property
+    def tokenizer(self) -> str | None:
+        """Directory with the tokenizer's files as transformers reads them, or its hub name, or None.
+
+        Files inside an archive, or among weights, are copied to the user's cache once.
+        """
+        found = self.tokenizer_files
+        if found is None or not found.files:
+            return found.name if found else None
+        return str(_cached(found))
+
+
+def _cached(tokenizer: Tokenizer) -> Path:
+    """The tokenizer's files in a folder of their own, named by their content."""
+    digest = hashlib.sha256(tokenizer.kind.encode())
+    for name in sorted(tokenizer.files):
+        digest.update(f"\0{name}\0".encode() + hashlib.sha256(tokenizer.files[name].read()).digest())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_minitron" / "tokenizers"
+    folder = cache / digest.hexdigest()[:32]
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache) as beside:
+            tokenizer.copy_to(Path(beside) / "tokenizer")
+            try:
+                os.rename(Path(beside) / "tokenizer", folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+    return folder
 
 
 def open_checkpoint(path: str | Path, role: str = "checkpoint") -> Checkpoint:
     """Tells the format of the checkpoint at `path`, checks that it is whole, and reads its sizes; loads no weights.
+
+    A folder as the NGC client leaves it, with one `.nemo` file in it, stands for that file.
 
     Args:
         role: what the checkpoint is for (teacher, student), for messages.
@@ -33,15 +94,96 @@ def open_checkpoint(path: str | Path, role: str = "checkpoint") -> Checkpoint:
     Raises:
         CheckpointError: it is missing, truncated, or none of the known formats.
     """
-    from nemo_minitron.checkpoints import nemo2, torch_dist
-
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"the {role} {path} does not exist")
-    if not path.is_dir() or not nemo2.is_nemo2(path):
+    found = locate(path)
+    if found is None:
         raise CheckpointError(
-            f"the {role} {path} is no checkpoint that is known here: a NeMo-2 checkpoint is a directory with "
-            "context/ and weights/"
+            f"the {role} {path} is no checkpoint that is known here: neither a .nemo archive, nor a directory with "
+            "context/ and weights/ (NeMo 2), model_config.yaml (NeMo 1) or config.json (Hugging Face)"
         )
-    torch_dist.check_complete(path / nemo2.WEIGHTS)
-    return Checkpoint(path=path, format="nemo2", architecture=nemo2.architecture(path), tokenizer=nemo2.tokenizer(path))
+    place, kind = found
+    return {NEMO1: _open_nemo1, NEMO2: _open_nemo2, HF: _open_hf}[kind](place)
+
+
+def locate(path: Path) -> tuple[Path, str] | None:
+    """Path and format of the checkpoint that `path` stands for, or None."""
+    if path.is_file():
+        return path, NEMO1
+    if nemo2.is_nemo2(path):
+        return path, NEMO2
+    if (path / nemo1.CONFIG).is_file():
+        return path, NEMO1
+    if huggingface.is_huggingface(path):
+        return path, HF
+    archives = sorted(path.glob("*.nemo")) if path.is_dir() else []
+    if len(archives) > 1:
+        names = ", ".join(archive.name for archive in archives)
+        raise CheckpointError(f"{path} holds {len(archives)} archives ({names}); name one of them")
+    if archives:
+        return locate(archives[0])
+    inside = [entry for entry in sorted(path.iterdir()) if entry.is_dir()] if path.is_dir() else []
+    found = [place for entry in inside if not entry.name.startswith(".") and (place := locate_here(entry))]
+    return found[0] if len(found) == 1 else None
+
+
+def locate_here(path: Path) -> tuple[Path, str] | None:
+    """As locate, for a directory that is a checkpoint itself."""
+    if nemo2.is_nemo2(path):
+        return path, NEMO2
+    if (path / nemo1.CONFIG).is_file():
+        return path, NEMO1
+    return (path, HF) if huggingface.is_huggingface(path) else None
+
+
+def _open_nemo1(path: Path) -> Checkpoint:
+    keep = None
+    if path.is_dir():
+        found = files.folder_files(path)
+    elif files.is_gzip(path):
+        keep, found = files.unzipped(path)
+    else:
+        found = files.archive_files(path)
+    architecture, _, tokenizer, tensors = nemo1.read(found)
+    return Checkpoint(
+        path=path,
+        format=NEMO1,
+        architecture=architecture,
+        tensors=canonical.check(tensors, architecture, path),
+        tokenizer_files=tokenizer,
+        generation={},
+        size=found.size(),
+        layout=nemo1.layout(found),
+        keep=keep,
+    )
+
+
+def _open_nemo2(path: Path) -> Checkpoint:
+    found = files.folder_files(path)
+    architecture, tokenizer, generation, tensors = nemo2.read(found)
+    return Checkpoint(
+        path=path,
+        format=NEMO2,
+        architecture=architecture,
+        tensors=canonical.check(tensors, architecture, path / nemo2.WEIGHTS),
+        tokenizer_files=tokenizer,
+        generation=generation,
+        size=found.size(),
+        layout="torch_dist",
+    )
+
+
+def _open_hf(path: Path) -> Checkpoint:
+    found = files.folder_files(path, deep=False)
+    architecture, _, generation, tensors = huggingface.read(found)
+    return Checkpoint(
+        path=path,
+        format=HF,
+        architecture=architecture,
+        tensors=tensors,
+        tokenizer_files=huggingface.tokenizer(found),
+        generation=generation,
+        size=found.size(),
+        layout="safetensors",
+    )

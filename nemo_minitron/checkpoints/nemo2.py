@@ -3,18 +3,22 @@
 io.json is read as plain JSON and model.yaml with a safe loader: no class that they name is imported, none is run.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_minitron.architecture import Architecture, RopeScaling
-from nemo_minitron.checkpoints import torch_dist
+from nemo_minitron.checkpoints import canonical, described, tokenizers, torch_dist, zarr_store
+from nemo_minitron.checkpoints.files import Files
+from nemo_minitron.checkpoints.tensors import Chunked, Lazy
 from nemo_minitron.errors import CheckpointError
 
 CONTEXT, WEIGHTS = "context", "weights"
-EMBEDDING = "module.embedding.word_embeddings.weight"
+MODEL_YAML, GENERATION = "model.yaml", "artifacts/generation_config.json"
+PREFIX = "module."
+#: Where a conversion notes, in the context's `extra`, how many rows of the vocabulary are padding.
+PADDING = "vocab_padding"
 
 #: Prefix of a NeMo config class -> family. The first that fits counts.
 FAMILY_OF_CLASS = (
@@ -70,78 +74,143 @@ def is_nemo2(path: Path) -> bool:
     return (path / CONTEXT).is_dir() and (path / WEIGHTS).is_dir()
 
 
-def architecture(path: Path) -> Architecture:
-    """Family and sizes of the checkpoint at `path`, from its context and the metadata of its weights.
+def read(files: Files) -> tuple[Architecture, tokenizers.Tokenizer | None, dict[str, Any], dict[str, Lazy]]:
+    """Architecture, tokenizer, generation settings and canonical tensors; reads no weights.
 
     Raises:
-        CheckpointError: the context is missing or unreadable, the family is not a dense one that is known here, or
-            the weights' metadata is missing or damaged.
+        CheckpointError: the context is missing or unreadable, the family is not a dense one that is known here, or the
+            weights are missing, damaged or of another model.
     """
-    class_name, values = _model_config(path)
+    context, source = files.below(CONTEXT), f"{files.where}/{CONTEXT}"
+    class_name, values = _model_config(context)
     family = next((family for prefix, family in FAMILY_OF_CLASS if class_name.startswith(prefix)), None)
     if family is None:
         known = ", ".join(prefix for prefix, _ in FAMILY_OF_CLASS)
-        raise CheckpointError(f"{path}/context names the config class {class_name}; known are those of {known}")
+        raise CheckpointError(f"{source} names the config class {class_name}; known are those of {known}")
+    tensors = canonical.canonical(_stored(files.below(WEIGHTS)), files.where / WEIGHTS)
+    embedding = tensors.get(canonical.EMBEDDING)
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(f"{files.where / WEIGHTS} has no embedding matrix")
+    fields = _fields(family, class_name, values) | {"vocab_size": embedding.shape[0]}
+    architecture = described.architecture(family, fields, source)
+    tokenizer = _tokenizer(context)
+    padding = _padding(context, values, architecture.vocab_size, tokenizer)
+    return architecture.with_sizes(vocab_padding=padding or None), tokenizer, _generation(context), tensors
+
+
+def _fields(family: str, class_name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of Architecture, as the context states them or as the config class has them by default."""
     fields = dict(DEFAULTS[family])
     fields |= {name: values[name] for name in SAME_NAME if values.get(name) is not None}
-    if values.get("activation"):
+    if isinstance(values.get("activation"), str):
         fields["activation"] = values["activation"]
     scaling = {ours: values[theirs] for theirs, ours in ROPE_SCALING.items() if values.get(theirs) is not None}
     if scaling or class_name.startswith(("Llama31", "Llama32")):
         defaults = {"factor": 32.0} if class_name.startswith("Llama32") else {}
         fields["rope_scaling"] = RopeScaling(**{**defaults, **scaling})
-    stored = torch_dist.tensors(path / WEIGHTS)
-    if EMBEDDING not in stored:
-        raise CheckpointError(f"{path}/weights has no tensor {EMBEDDING}: it is not a dense GPT checkpoint of NeMo")
-    fields["vocab_size"] = stored[EMBEDDING].shape[0]
-    missing = [
-        name for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads") if name not in fields
-    ]
-    if missing:
-        raise CheckpointError(f"{path}/context does not state {', '.join(missing)}, and model.yaml is missing")
-    return Architecture(family=family, **fields)
+    window = values.get("window_size", [4096, 0] if class_name == "MistralConfig7B" else None)
+    if isinstance(window, list | tuple) and window and window[0] != -1:
+        fields["sliding_window"] = window[0]
+    return fields
 
 
-def tokenizer(path: Path) -> str | None:
-    """The tokenizer's directory inside the checkpoint, or the hub name that stands for it, or None."""
-    objects, root = _context(path)
+def _padding(context: Files, values: dict[str, Any], rows: int, tokenizer: tokenizers.Tokenizer | None) -> int:
+    """Rows of the embedding without a token: what a conversion noted, or what is beyond the stated vocabulary, or
+    beyond the tokenizer's where none is stated."""
+    objects, root = _context(context)
+    noted = _arguments(objects, _follow(objects, root, "extra")).get(PADDING)
+    if type(noted) is int and 0 <= noted < rows:
+        return noted
+    stated = values.get("vocab_size")
+    if type(stated) is int and 0 < stated <= rows:
+        return rows - stated if values.get("should_pad_vocab") else 0
+    ranks = values.get("tensor_model_parallel_size", 1)
+    return described.vocab_padding(rows, tokenizer, values.get("make_vocab_size_divisible_by", 128), ranks)
+
+
+def _stored(weights: Files) -> dict[str, Chunked]:
+    """Tensors by Megatron's keys; NeMo 2 writes torch_dist, early releases could write zarr."""
+    backend = "torch_dist"
+    if torch_dist.METADATA not in weights and "metadata.json" in weights:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            backend = json.loads(weights.text("metadata.json"))["sharded_backend"]
+    return zarr_store.tensors(weights) if backend == "zarr" else torch_dist.tensors(weights)
+
+
+def _generation(context: Files) -> dict[str, Any]:
+    """Generation settings, where the checkpoint came from Hugging Face and kept them."""
+    if GENERATION not in context:
+        return {}
+    with contextlib.suppress(ValueError, RecursionError):
+        loaded = json.loads(context.text(GENERATION))
+        if isinstance(loaded, dict):
+            return {key: value for key, value in loaded.items() if key != "transformers_version"}
+    return {}
+
+
+def _tokenizer(context: Files) -> tokenizers.Tokenizer | None:
+    """The tokenizer's files inside the context, or the hub name that stands for them, or None."""
+    objects, root = _context(context)
     node = _follow(objects, root, "model", "tokenizer")
-    name = _arguments(objects, node).get("pretrained_model_name") if node else None
+    arguments = _arguments(objects, node) if node else {}
+    model, name = arguments.get("model_path"), arguments.get("pretrained_model_name")
+    if isinstance(model, str) and model in context:
+        return tokenizers.Tokenizer(kind=tokenizers.SENTENCEPIECE, files={tokenizers.MODEL: context[model]})
     if not isinstance(name, str):
         return None
-    inside = (path / CONTEXT / name).resolve()
-    if inside.is_dir() and inside.is_relative_to((path / CONTEXT).resolve()):
-        return str(inside)
-    return name
+    inside = context.below(name.strip("/"))
+    if inside.names():
+        return tokenizers.in_folder(inside)
+    return tokenizers.Tokenizer(name=name) if tokenizers.HUB_NAME.fullmatch(name) else None
 
 
-def _context(path: Path) -> tuple[dict[str, Any], str]:
-    file = path / CONTEXT / "io.json"
+def _context(context: Files) -> tuple[dict[str, Any], str]:
+    source = f"{context.where}/io.json"
+    if "io.json" not in context:
+        raise CheckpointError(f"{source} is missing: {context.where.parent} is not a whole NeMo-2 checkpoint")
     try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
-        return loaded["objects"], loaded["root"]["key"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing: {path} is not a whole NeMo-2 checkpoint") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is not a NeMo-2 context ({type(error).__name__}: {error})") from None
+        loaded = json.loads(context.text("io.json"))
+        objects, root = loaded["objects"], loaded["root"]["key"]
+        if not isinstance(objects, dict) or not all(isinstance(node, dict) for node in objects.values()):
+            raise TypeError("objects")
+        return objects, root
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{source} is not a NeMo-2 context ({type(error).__name__}: {error})") from None
 
 
-def _arguments(objects: dict[str, Any], key: str) -> dict[str, Any]:
-    """Arguments of the object `key`: leaves as values, references as {"ref": key}, classes as {"name": ...}."""
+def _arguments(objects: dict[str, Any], key: Any) -> dict[str, Any]:
+    """Arguments of the object `key`: leaves as values, lists of leaves as lists, other references as {"ref": key},
+    classes and functions as {"name": ...}. Nothing that is named is looked up."""
     found = {}
-    for label, node in objects.get(key, {}).get("items", []):
-        name = label.removeprefix("Attr(name='").removesuffix("')")
+    for label, node in _items(objects, key):
+        name = label.removeprefix("Attr(name='").removeprefix("Key(key='").removesuffix("')")
         kind = node.get("type") if isinstance(node, dict) else None
         if kind == "leaf":
             found[name] = node.get("value")
         elif kind == "ref":
-            found[name] = {"ref": node["key"]}
+            values = _sequence(objects, node.get("key"))
+            found[name] = {"ref": node.get("key")} if values is None else values
         elif kind == "pyref":
-            found[name] = {"name": node["name"]}
+            found[name] = {"name": str(node.get("name"))}
     return found
 
 
-def _follow(objects: dict[str, Any], key: str, *names: str) -> str | None:
+def _items(objects: dict[str, Any], key: Any) -> list[tuple[str, Any]]:
+    items = objects.get(key, {}).get("items") if isinstance(key, str) else None
+    pairs = items if isinstance(items, list) else []
+    return [tuple(pair) for pair in pairs if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)]
+
+
+def _sequence(objects: dict[str, Any], key: Any) -> list[Any] | None:
+    """A list or tuple of plain values."""
+    kind = objects.get(key, {}).get("type") if isinstance(key, str) else None
+    if not isinstance(kind, dict) or kind.get("name") not in ("list", "tuple"):
+        return None
+    nodes = [node for _, node in _items(objects, key)]
+    return [node.get("value") if isinstance(node, dict) else node for node in nodes]
+
+
+def _follow(objects: dict[str, Any], key: Any, *names: str) -> Any:
     for name in names:
         value = _arguments(objects, key).get(name)
         if not isinstance(value, dict) or "ref" not in value:
@@ -150,18 +219,19 @@ def _follow(objects: dict[str, Any], key: str, *names: str) -> str | None:
     return key
 
 
-def _class_name(objects: dict[str, Any], key: str) -> str:
-    metadata = objects[key].get("metadata") or {}
-    return _arguments(objects, metadata.get("key", "")).get("fn_or_cls", {}).get("name", "")
+def _class_name(objects: dict[str, Any], key: Any) -> str:
+    metadata = objects.get(key, {}).get("metadata")
+    kind = _arguments(objects, metadata.get("key")).get("fn_or_cls") if isinstance(metadata, dict) else None
+    return kind.get("name", "") if isinstance(kind, dict) else ""
 
 
-def _model_config(path: Path) -> tuple[str, dict[str, Any]]:
+def _model_config(context: Files) -> tuple[str, dict[str, Any]]:
     """Name of the config class and its values: those of model.yaml, overridden by what io.json passes."""
-    objects, root = _context(path)
+    objects, root = _context(context)
     node = _follow(objects, root, "model", "config")
     if node is None:
-        raise CheckpointError(f"{path}/context/io.json holds no model config")
-    values = _yaml_config(path / CONTEXT / "model.yaml")
+        raise CheckpointError(f"{context.where}/io.json holds no model config")
+    values = _yaml_config(context)
     passed = _arguments(objects, node)
     values |= {name: value for name, value in passed.items() if not isinstance(value, dict)}
     function = passed.get("activation_func")
@@ -170,13 +240,12 @@ def _model_config(path: Path) -> tuple[str, dict[str, Any]]:
     return _class_name(objects, node), values
 
 
-def _yaml_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _yaml_config(context: Files) -> dict[str, Any]:
+    if MODEL_YAML not in context:
         return {}
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))["config"]
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not a NeMo-2 model.yaml ({type(error).__name__})") from None
+    config = described.plain_yaml(context.text(MODEL_YAML), f"{context.where}/{MODEL_YAML}").get("config")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{context.where}/{MODEL_YAML} is not a NeMo-2 model.yaml: it has no config")
     function = config.get("activation_func")
     if isinstance(function, dict):
         config["activation"] = str(function.get("_target_", "")).rpartition(".")[2]
@@ -205,7 +274,8 @@ def nemo_config(architecture: Architecture, **engine: Any) -> Any:
     }
     class_name = CLASSES[architecture.family][1]
     if architecture.family == "mistral":
-        fields |= {"window_size": None, "cp_comm_type": None}
+        window = [architecture.sliding_window, 0] if architecture.sliding_window else None
+        fields |= {"window_size": window, "cp_comm_type": None}
     if architecture.rope_scaling is not None:
         class_name = "Llama31Config"
         fields |= {theirs: getattr(architecture.rope_scaling, ours) for theirs, ours in ROPE_SCALING.items()}
@@ -226,13 +296,3 @@ def nemo_model(architecture: Architecture, tokenizer_dir: str | None = None) -> 
     config = nemo_config(architecture, **({} if HAVE_TE else {"apply_rope_fusion": False}))
     tokenizer = AutoTokenizer(tokenizer_dir, use_fast=True) if tokenizer_dir else None
     return getattr(llm, CLASSES[architecture.family][0])(config, tokenizer=tokenizer)
-
-
-def write_context(path: Path, architecture: Architecture, tokenizer_dir: str | None) -> None:
-    """Writes context/ so that plain NeMo loads the checkpoint; imports NeMo."""
-    from nemo import lightning as nl
-    from nemo.lightning.io.pl import TrainerContext
-
-    model = nemo_model(architecture, tokenizer_dir)
-    context = TrainerContext(model=model, trainer=nl.Trainer(logger=False, accelerator="cpu"), extra={})
-    context.io_dump(path / CONTEXT, yaml_attrs=["model"])

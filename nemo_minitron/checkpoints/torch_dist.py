@@ -1,116 +1,192 @@
-"""Megatron's distributed checkpoints (torch_dist): reading what they hold without loading them or running pickles.
+"""Megatron's distributed checkpoints in torch_dist: read without loading, written without Megatron.
 
-`.metadata` is a pickle. It is read through an allow-list: torch's own plain classes come through, classes of Megatron
-become inert stand-ins, and anything else raises.
+Files: `.metadata`, a pickle that says which piece of which tensor lies where; `__R_N.distcp`, pieces one after another,
+each a file of torch.save; `common.pt` and `metadata.json`.
 """
 
-import io
+import json
+import math
 import pickle
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
+from nemo_minitron.checkpoints.canonical import NOT_WEIGHTS
+from nemo_minitron.checkpoints.files import Files, FromHere
+from nemo_minitron.checkpoints.pickles import ITEM_SIZES, read_pickle
+from nemo_minitron.checkpoints.tensors import BLOCK, Bytes, Chunk, Chunked, Lazy, item_size
+from nemo_minitron.checkpoints.torch_file import StoredTensor, read_torch_file, write_torch_file
 from nemo_minitron.errors import CheckpointError
 
-ALLOWED_CLASSES = {
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
-}
-ALLOWED_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
-DTYPES = {
-    "bfloat16", "float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool",
-    "float8_e4m3fn", "float8_e5m2", "strided", "contiguous_format", "preserve_format",
+METADATA, PIECES = ".metadata", "__0_0.distcp"
+BACKEND = {
+    "sharded_backend": "torch_dist", "sharded_backend_version": 1,
+    "common_backend": "torch", "common_backend_version": 1,
 }  # fmt: skip
+MODULES = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.planner",
+    "torch.distributed.checkpoint.filesystem",
+    "megatron.",
+)
+METADATA_LIMIT = 1 << 30
+#: Linear layers of Transformer Engine, whose extra states Megatron asks for when it loads strictly.
+WITH_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
-class StandIn:
-    """Takes the place of a class of Megatron in a pickle: keeps plain attributes and does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "StandIn":
-        return super().__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in DTYPES or (module, name) in ALLOWED_CLASSES:
-            return super().find_class(module, name)
-        if module in ALLOWED_MODULES and "." not in name:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == module:
-                return found
-        if module.startswith("megatron."):
-            return StandIn
-        raise CheckpointError(f"names {module}.{name}, which has no place in a checkpoint's metadata; it was not run")
-
-
-class TensorInfo(NamedTuple):
-    """A tensor of a checkpoint: global shape and dtype's name (``bfloat16``, ``float32``)."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def read_metadata(weights: Path) -> Any:
-    """The torch.distributed.checkpoint Metadata of the folder `weights`.
+def read_metadata(files: Files) -> Any:
+    """The `.metadata` of a distributed checkpoint, as inert objects with the attributes of torch's classes.
 
     Raises:
         CheckpointError: it is missing, truncated, or names classes that have no place in it.
     """
-    path = Path(weights) / ".metadata"
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    source = f"{files.where}/{METADATA}"
+    if METADATA not in files:
         raise CheckpointError(
-            f"{path} is missing: {weights} is not a Megatron distributed checkpoint, or was not copied whole"
-        ) from None
-    try:
-        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} {error}") from None
-    except Exception as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({type(error).__name__}); copy it again") from None
-    if not hasattr(metadata, "state_dict_metadata"):
-        raise CheckpointError(f"{path} is not the metadata of a distributed checkpoint")
+            f"{source} is missing: {files.where} is not a Megatron distributed checkpoint, or was not copied whole"
+        )
+    if files[METADATA].length > METADATA_LIMIT:
+        raise CheckpointError(f"{source} has {files[METADATA].length} bytes, too many for what it is")
+    functions = {
+        ("torch.serialization", "_get_layout"): lambda name: name,
+        ("torch", "device"): lambda *_: None,
+    }
+    metadata = read_pickle(files[METADATA].read(), source, functions=functions, modules=MODULES)
+    entries, places = (getattr(metadata, name, None) for name in ("state_dict_metadata", "storage_data"))
+    if not isinstance(entries, dict) or not isinstance(places, dict):
+        raise CheckpointError(f"{source} is not the metadata of a distributed checkpoint")
     return metadata
 
 
-def tensors(weights: Path) -> dict[str, TensorInfo]:
-    """Name -> shape and dtype of every tensor; extra states and other objects are passed over."""
+def tensors(files: Files) -> dict[str, Chunked]:
+    """Key -> tensor for everything in the folder that is a weight; every piece is known to lie inside its file.
+
+    Raises:
+        CheckpointError: the metadata is damaged, or a file is missing, too short, or outside the folder.
+    """
+    metadata = read_metadata(files)
+    try:
+        places = _places(metadata, files)
+        found = {}
+        for name, entry in metadata.state_dict_metadata.items():
+            if hasattr(entry, "size") and not NOT_WEIGHTS.search(name):
+                found[name] = _tensor(name, entry, places, files)
+        return found
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{files.where}/{METADATA} is not a distributed checkpoint's metadata ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _places(metadata: Any, files: Files) -> dict[tuple, Bytes]:
+    """(key, start of the piece) -> its bytes."""
     found = {}
-    for name, entry in read_metadata(weights).state_dict_metadata.items():
-        size = getattr(entry, "size", None)
-        if size is not None:
-            found[name] = TensorInfo(tuple(size), str(entry.properties.dtype).removeprefix("torch."))
+    for index, info in metadata.storage_data.items():
+        name = info.relative_path
+        if name not in files:
+            outside = name.startswith("/") or ".." in name.split("/")
+            reason = "outside the checkpoint" if outside else "missing: the checkpoint was not copied whole"
+            raise CheckpointError(f"{files.where}/{METADATA} names the file {name}, which is {reason}")
+        if getattr(info, "transform_descriptors", None):
+            raise CheckpointError(f"{files.where}/{name} holds compressed pieces, which are not read here")
+        if info.offset < 0 or info.length < 0:
+            raise CheckpointError(f"{files.where}/{METADATA} has a piece at {info.offset} of length {info.length}")
+        data = files[name]
+        if info.offset + info.length > data.length:
+            raise CheckpointError(
+                f"{files.where}/{name} is truncated: {data.length} bytes, the metadata needs "
+                f"{info.offset + info.length}; copy the checkpoint again"
+            )
+        start = tuple(index.offset) if getattr(index, "offset", None) is not None else None
+        found[index.fqn, start] = data.part(info.offset, info.length)
     return found
 
 
-def check_complete(weights: Path) -> None:
-    """Checks that every piece named by the metadata lies inside its file.
+def _tensor(name: str, entry: Any, places: dict[tuple, Bytes], files: Files) -> Chunked:
+    dtype, source = entry.properties.state[0], f"{files.where}: {name}"
+    item_size(dtype, source)
+    chunks = []
+    for chunk in entry.chunks:
+        start, shape = _sizes(chunk.offsets), _sizes(chunk.sizes)
+        place = places.get((name, start))
+        if place is None:
+            raise CheckpointError(f"{source}: the piece at {start} is nowhere; the checkpoint was not copied whole")
+        if math.prod(shape) * ITEM_SIZES[dtype] > place.length:
+            raise CheckpointError(f"{source}: a piece of shape {shape} does not fit in {place.length} bytes")
+        chunks.append(Chunk(start, shape, _locator(place, shape, dtype, source)))
+    return Chunked(_sizes(entry.size), dtype, tuple(chunks), name)
 
-    Raises:
-        CheckpointError: a file is missing, too short, or outside the folder.
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    sizes = tuple(values)
+    if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise CheckpointError(f"{sizes} is not a shape")
+    return sizes
+
+
+def _locator(place: Bytes, shape: tuple[int, ...], dtype: str, source: str) -> Callable[[], tuple[Bytes, int | None]]:
+    def locate() -> tuple[Bytes, int | None]:
+        stored = read_torch_file(place, source)
+        if not isinstance(stored, StoredTensor) or (stored.shape, stored.dtype) != (shape, dtype):
+            raise CheckpointError(f"{source}: {place.path} holds something else where a piece of it is said to be")
+        return stored.data, stored.checksum
+
+    return locate
+
+
+def write(
+    create: Callable[[str], Any], prefix: str, weights: Iterable[tuple[str, int, int, Lazy]], num_layers: int
+) -> None:
+    """Writes a checkpoint that Megatron loads strictly, with Transformer Engine or without.
+
+    Args:
+        create: `create(name)` is a context manager that gives a seekable binary file.
+        prefix: before every key, ``module.`` or ``model.``.
+        weights: (key without prefix, layer or -1, layers of the stack, tensor), the layers of a key in order.
     """
-    weights = Path(weights)
-    metadata = read_metadata(weights)
-    needed: dict[str, int] = {}
-    for info in (metadata.storage_data or {}).values():
-        if info.offset < 0 or info.length < 0:
-            raise CheckpointError(f"{weights}/.metadata has a piece at offset {info.offset} of length {info.length}")
-        needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
-    for name, end in sorted(needed.items()):
-        path = weights / name
-        if not path.resolve().is_relative_to(weights.resolve()):
-            raise CheckpointError(f"{weights}/.metadata names the file {name}, which is outside the checkpoint")
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: the checkpoint was not copied whole")
-        if path.stat().st_size < end:
-            raise CheckpointError(
-                f"{path} is truncated: {path.stat().st_size} bytes, the metadata needs {end}; copy the checkpoint again"
-            )
+    import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    entries: dict[str, Any] = {}
+    places: dict[Any, Any] = {}
+    buffer = memoryview(bytearray(BLOCK))
+
+    with create(PIECES) as file:
+        for key, layer, stack, tensor in weights:
+            name, shape = f"{prefix}{key}", tensor.shape
+            size = torch.Size((stack, *shape) if layer >= 0 else shape)
+            start = torch.Size((layer, *(0,) * len(shape)) if layer >= 0 else (0,) * len(shape))
+            piece = torch.Size((1, *shape) if layer >= 0 else shape)
+            position = file.tell()
+            write_torch_file(FromHere(file), tuple(piece), tensor.dtype, tensor.blocks(buffer))
+            if name not in entries:
+                properties = TensorProperties(dtype=getattr(torch, tensor.dtype))
+                entries[name] = TensorStorageMetadata(properties=properties, size=size, chunks=[])
+            elif (entries[name].properties.dtype, entries[name].size) != (getattr(torch, tensor.dtype), size):
+                raise CheckpointError(f"{key}: layer {layer} has another dtype or shape than those before it")
+            places[MetadataIndex(name, start)] = _StorageInfo(PIECES, position, file.tell() - position)
+            entries[name].chunks.append(ChunkStorageMetadata(start, piece))
+        for key in (key for layer in range(num_layers) for key in _extra_states(prefix, layer, num_layers)):
+            position = file.tell()
+            torch.save([None], FromHere(file))
+            entries[key] = BytesStorageMetadata()
+            places[MetadataIndex(key)] = _StorageInfo(PIECES, position, file.tell() - position)
+    with create(METADATA) as file:
+        pickle.dump(Metadata(state_dict_metadata=entries, planner_data={}, storage_data=places), file)
+    with create("common.pt") as file:
+        torch.save({}, FromHere(file))
+    with create("metadata.json") as file:
+        file.write(json.dumps(BACKEND).encode())
+
+
+def _extra_states(prefix: str, layer: int, num_layers: int) -> list[str]:
+    return [f"{prefix}decoder.layers.{name}._extra_state/shard_{layer}_{num_layers}" for name in WITH_EXTRA_STATE]

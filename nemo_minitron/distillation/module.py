@@ -3,10 +3,9 @@
 Legend: s sequence, b micro batch, v vocabulary rows of this rank.
 """
 
-from pathlib import Path
 from typing import Any
 
-from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints import Checkpoint
 from nemo_minitron.config import KDConfig
 from nemo_minitron.runtime.engine import spread_layers
 from nemo_minitron.runtime.losses import token_loss_reduction
@@ -17,18 +16,17 @@ KD_LOSS = "kd_loss"
 
 
 def distillation_module(
-    student: tuple[Any, Architecture, Path],
-    teacher: tuple[Any, Architecture, Path],
+    student: tuple[Any, Checkpoint],
+    teacher: tuple[Any, Checkpoint],
     kd: KDConfig,
     *,
-    strictness: str,
     optim: Any,
     tokenizer: Any,
 ) -> Any:
     """A DistillationGPTModel (ModelOpt's kd_loss mode) whose validation, too, runs the teacher and shows both losses.
 
     Args:
-        student, teacher: NeMo's config, the architecture and the checkpoint of each.
+        student, teacher: NeMo's config and the checkpoint of each.
         kd: temperature and weights; forward KL of the teacher's to the student's distribution, a token.
     """
     from nemo.collections.llm.modelopt.distill.model import DistillationGPTModel
@@ -41,7 +39,7 @@ def distillation_module(
         def configure_model(self) -> None:
             if not hasattr(self, "module"):
                 _same_layout(teacher[0], self.config)
-                self.module = _convert(self.config, student, teacher, kd, strictness)
+                self.module = _convert(self.config, student, teacher, kd)
 
         def take_sums(self, sums: Any) -> None:
             self.sums = sums
@@ -59,7 +57,7 @@ def distillation_module(
             return self.training_loss_reduction
 
     return MinitronDistillationModel(
-        student[0], teacher_config=teacher[0], teacher_ckpt_path=str(teacher[2]), optim=optim, tokenizer=tokenizer
+        student[0], teacher_config=teacher[0], teacher_ckpt_path=str(teacher[1].path), optim=optim, tokenizer=tokenizer
     )
 
 
@@ -74,7 +72,7 @@ def _same_layout(teacher: Any, student: Any) -> None:
         setattr(teacher, name, getattr(student, name))
 
 
-def _convert(config: Any, student: tuple, teacher: tuple, kd: KDConfig, strictness: str) -> Any:
+def _convert(config: Any, student: tuple, teacher: tuple, kd: KDConfig) -> Any:
     """ModelOpt's DistillationModel around the loaded student, with the loaded, frozen teacher inside."""
     import modelopt.torch.distill as mtd
     from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
@@ -82,14 +80,12 @@ def _convert(config: Any, student: tuple, teacher: tuple, kd: KDConfig, strictne
 
     spread_layers(config)
     model = config.configure_model(None)
-    load_weights(model, student[1], student[2], strictness)
+    load_weights(model, student[1].architecture, student[1])
     criterion = {("output_layer", "output_layer"): LogitsKLLoss(config, temperature=kd.temperature)}
     settings = DistillationConfig(criterion=criterion if model.post_process else {}, skip_lm_loss=False)
     converted = mtd.convert(
         model,
-        mode=[
-            ("kd_loss", {"teacher_model": (_load_teacher, [*teacher, strictness], {}), "criterion": settings.criterion})
-        ],
+        mode=[("kd_loss", {"teacher_model": (_load_teacher, [*teacher], {}), "criterion": settings.criterion})],
     )
     adjust_distillation_model_for_mcore(converted, distill_cfg=settings)
     converted.forward = _teacher_then_student(converted)
@@ -97,10 +93,10 @@ def _convert(config: Any, student: tuple, teacher: tuple, kd: KDConfig, strictne
     return converted
 
 
-def _load_teacher(config: Any, architecture: Architecture, path: Path, strictness: str) -> Any:
+def _load_teacher(config: Any, checkpoint: Checkpoint) -> Any:
     spread_layers(config)
     model = config.configure_model(None)
-    load_weights(model, architecture, path, strictness)
+    load_weights(model, checkpoint.architecture, checkpoint)
     return model
 
 

@@ -23,7 +23,7 @@ from nemo_minitron.runtime.layout import check_fits
 
 
 def distill(config: DistillConfig) -> Manifest:
-    """Trains the student on the teacher's logits and writes it as a NeMo-2 checkpoint to `config.output`.
+    """Trains the student on the teacher's logits and writes it to `config.output`, in the format of its name or `to`.
 
     With kd.kd_weight=0 no teacher is loaded: the language-model loss alone, the control.
 
@@ -90,7 +90,15 @@ def _work(
         callbacks = [] if teacher is None else [teacher_in_validation()]
         history = train_and_validate(module, data, config, inputs.layout, partial, callbacks)
         seconds = time.perf_counter() - started
-        save_checkpoint(_student_of(bare(module)), student.architecture, partial, student.tokenizer or inputs.tokenizer)
+        save_checkpoint(
+            _student_of(bare(module)),
+            student.architecture,
+            partial,
+            output=config.output,
+            to=config.to,
+            tokenizer=student.tokenizer_files or inputs.tokenizer,
+            generation=student.generation,
+        )
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
     return {
         "metrics": {
@@ -113,7 +121,6 @@ def _module(
     from nemo_minitron.runtime.training import optimizer
 
     common = {
-        "strictness": config.model.dist_ckpt_load_strictness,
         "optim": optimizer(
             config.model.optim, config.trainer.max_steps, config.trainer.gradient_clip_val, inputs.layout
         ),
@@ -121,10 +128,10 @@ def _module(
     }
     student_config = model_config(student.architecture, inputs.layout)
     if teacher is None:
-        return gpt_module(student_config, student.architecture, weights=student.path, **common)
+        return gpt_module(student_config, student.architecture, weights=student, **common)
     return distillation_module(
-        (student_config, student.architecture, student.path),
-        (model_config(teacher.architecture, inputs.layout), teacher.architecture, teacher.path),
+        (student_config, student),
+        (model_config(teacher.architecture, inputs.layout), teacher),
         config.kd,
         **common,
     )

@@ -53,9 +53,7 @@ def _work(partial: Path, config: EvaluateConfig, checkpoint: Checkpoint, inputs:
     metrics: dict[str, Any] = {}
     started = time.perf_counter()
     with engine(config.seed, partial / LOG), parallel_ranks(inputs.layout, config.seed):
-        model = load_model(
-            checkpoint.architecture, inputs.layout, checkpoint.path, config.model.dist_ckpt_load_strictness
-        )
+        model = load_model(checkpoint.architecture, inputs.layout, checkpoint)
         for split in config.splits:
             sequences = consecutive_sequences(paths(inputs.prefixes[split]), inputs.seq_length, limit)
             loss = mean_loss(model, sequences, config.model.micro_batch_size)

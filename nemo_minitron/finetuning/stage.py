@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture, padded_vocab_size
 from nemo_minitron.artifacts import Job, Manifest
-from nemo_minitron.checkpoints import open_checkpoint
+from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import FinetuneConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.runtime.inputs import (
@@ -23,7 +23,7 @@ from nemo_minitron.runtime.launch import run_stage
 
 
 def finetune(config: FinetuneConfig) -> Manifest:
-    """Trains a model and writes it as a NeMo-2 checkpoint to `config.output`.
+    """Trains a model and writes it to `config.output`, in the format of its name or `to`.
 
     Raises:
         ConfigError, CheckpointError, DataError, EngineError: before any work.
@@ -33,7 +33,7 @@ def finetune(config: FinetuneConfig) -> Manifest:
     inputs_of_job: dict[str, Any] = {}
     if config.model.init == "checkpoint":
         checkpoint = open_checkpoint(config.model.restore_from_path, "checkpoint to start from")
-        architecture, own_tokenizer, weights = checkpoint.architecture, checkpoint.tokenizer, checkpoint.path
+        architecture, own_tokenizer, weights = checkpoint.architecture, checkpoint.tokenizer, checkpoint
         inputs_of_job["checkpoint"] = config.model.restore_from_path
     else:
         architecture, own_tokenizer, weights = random_architecture(config), None, None
@@ -74,7 +74,7 @@ def random_architecture(config: FinetuneConfig) -> Architecture:
 
 
 def _work(
-    partial: Path, config: FinetuneConfig, architecture: Architecture, weights: Path | None, inputs: Inputs
+    partial: Path, config: FinetuneConfig, architecture: Architecture, weights: Checkpoint | None, inputs: Inputs
 ) -> dict[str, Any]:
     import shutil
     import time
@@ -90,7 +90,6 @@ def _work(
             model_config(architecture, inputs.layout),
             architecture,
             weights=weights,
-            strictness=config.model.dist_ckpt_load_strictness,
             optim=optimizer(
                 config.model.optim, config.trainer.max_steps, config.trainer.gradient_clip_val, inputs.layout
             ),
@@ -100,7 +99,15 @@ def _work(
         started = time.perf_counter()
         history = train_and_validate(module, data, config, inputs.layout, partial)
         seconds = time.perf_counter() - started
-        save_checkpoint(bare(module), architecture, partial, inputs.tokenizer)
+        save_checkpoint(
+            bare(module),
+            architecture,
+            partial,
+            output=config.output,
+            to=config.to,
+            tokenizer=inputs.tokenizer,
+            generation=weights.generation if weights else None,
+        )
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
     return {
         "metrics": {

@@ -75,13 +75,7 @@ def _work(
 
     sequences, starts = random_sequences(prefixes, config.prune.num_samples, length, config.seed)
     with engine(config.seed, partial / LOG), parallel_ranks(layout, config.seed):
-        model = load_model(
-            teacher.architecture,
-            layout,
-            teacher.path,
-            config.model.dist_ckpt_load_strictness,
-            local_spec=True,
-        )
+        model = load_model(teacher.architecture, layout, teacher, local_spec=True)
         started = time.perf_counter()
         scores = collect(model, sequences, config.inference.batch_size)
         seconds = time.perf_counter() - started

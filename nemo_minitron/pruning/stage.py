@@ -8,7 +8,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import ImportanceScores, Job, Manifest, PruningPlan
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import PruneConfig
-from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.errors import MinitronError
 from nemo_minitron.pruning.plan import check_targets, plan_cut
 
 
@@ -16,8 +16,6 @@ def check(config: PruneConfig) -> Checkpoint:
     """Checks targets and teacher, and that the output is free or ours; returns the teacher."""
     teacher = open_checkpoint(config.model.restore_from_path, "teacher")
     check_targets(teacher.architecture, config.prune)
-    if Path(config.export.save_path).suffix == ".nemo":
-        raise ConfigError("export.save_path names a .nemo archive; a NeMo-2 directory is what can be written", "prune")
     return teacher
 
 
@@ -73,7 +71,6 @@ def _work(
 
     import torch
 
-    from nemo_minitron.checkpoints import torch_dist
     from nemo_minitron.pruning.cut import cut
     from nemo_minitron.runtime.engine import engine
     from nemo_minitron.runtime.inputs import LOG
@@ -82,16 +79,21 @@ def _work(
     from nemo_minitron.runtime.weights import save_checkpoint
 
     student = Architecture.from_dict(plan.student)
-    stored = torch_dist.tensors(teacher.path / "weights")["module.embedding.word_embeddings.weight"]
-    layout = Layout(cuda=torch.cuda.is_available(), bf16=stored.dtype == "bfloat16")
+    layout = Layout(cuda=torch.cuda.is_available(), bf16=teacher.dtype == "bfloat16")
     with engine(config.seed, partial / LOG), parallel_ranks(layout, max(config.seed, 1)):
-        model = load_model(
-            teacher.architecture, layout, teacher.path, config.model.dist_ckpt_load_strictness, local_spec=True
-        )
+        model = load_model(teacher.architecture, layout, teacher, local_spec=True)
         started = time.perf_counter()
         cut(model, plan, scores, config.prune)
         seconds = time.perf_counter() - started
-        save_checkpoint(model, student, partial, teacher.tokenizer)
+        save_checkpoint(
+            model,
+            student,
+            partial,
+            output=config.output,
+            to=config.to,
+            tokenizer=teacher.tokenizer_files,
+            generation=teacher.generation,
+        )
     return {
         "metrics": {
             "parameters": student.parameters(),

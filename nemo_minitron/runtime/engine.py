@@ -125,6 +125,9 @@ def model_config(architecture: Architecture, layout: Layout, *, local_spec: bool
     config = nemo_config(architecture, **fields)
     if "layernorm_zero_centered_gamma" in engine_fields:
         config.layernorm_zero_centered_gamma = False
+    if architecture.sliding_window is not None:
+        # Checkpoints state the window as NeMo does; Megatron counts the tokens before the query's own.
+        config.window_size = (architecture.sliding_window - 1, 0)
     return config
 
 

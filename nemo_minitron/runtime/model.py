@@ -1,9 +1,9 @@
 """The Lightning module that trains and validates one GPT model."""
 
-from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints import Checkpoint
 from nemo_minitron.runtime.engine import spread_layers
 from nemo_minitron.runtime.losses import token_loss_reduction
 from nemo_minitron.runtime.weights import load_weights
@@ -15,8 +15,7 @@ def gpt_module(
     config: Any,
     architecture: Architecture,
     *,
-    weights: str | Path | None,
-    strictness: str = "assume_ok_unexpected",
+    weights: Checkpoint | None,
     optim: Any = None,
     tokenizer: Any = None,
 ) -> Any:
@@ -38,7 +37,7 @@ def gpt_module(
             spread_layers(self.config)
             self.module = self.config.configure_model(self.tokenizer, vp_stage=vp_stage)
             if weights is not None:
-                load_weights(self.module, architecture, weights, strictness)
+                load_weights(self.module, architecture, weights)
 
         def take_sums(self, sums: Any) -> None:
             self.sums = sums

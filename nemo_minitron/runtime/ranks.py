@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints import Checkpoint
 from nemo_minitron.runtime.engine import model_config, spread_layers
 from nemo_minitron.runtime.launch import rank
 from nemo_minitron.runtime.layout import Layout
@@ -42,9 +43,9 @@ def parallel_ranks(layout: Layout, seed: int) -> Iterator[None]:
 
 
 def load_model(
-    architecture: Architecture, layout: Layout, path: Any, strictness: str, *, local_spec: bool = False
+    architecture: Architecture, layout: Layout, checkpoint: Checkpoint | None, *, local_spec: bool = False
 ) -> Any:
-    """A Megatron GPTModel in evaluation mode with the weights of the checkpoint at `path` (None: random)."""
+    """A Megatron GPTModel in evaluation mode with the weights of `checkpoint` (None: random)."""
     import torch
 
     config = model_config(architecture, layout, local_spec=local_spec)
@@ -55,8 +56,8 @@ def load_model(
     config.variable_seq_lengths = False
     spread_layers(config)
     model = config.configure_model(None)
-    if path is not None:
-        load_weights(model, architecture, path, strictness)
+    if checkpoint is not None:
+        load_weights(model, architecture, checkpoint)
     if layout.bf16:
         model = model.bfloat16()
     if layout.cuda:

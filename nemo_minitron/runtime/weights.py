@@ -1,14 +1,22 @@
-"""Weights between Megatron models and NeMo-2 checkpoints."""
+"""Weights between Megatron models and checkpoints."""
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints.nemo2 import WEIGHTS, write_context
+from nemo_minitron.checkpoints import Checkpoint, canonical, tokenizers, torch_dist
+from nemo_minitron.checkpoints.canonical import LAYERS
+from nemo_minitron.checkpoints.files import folder_files
+from nemo_minitron.checkpoints.nemo2 import PREFIX, WEIGHTS
+from nemo_minitron.checkpoints.tokenizers import Tokenizer
+from nemo_minitron.checkpoints.write import place_in, write_checkpoint, write_context
+from nemo_minitron.config import output_format
 from nemo_minitron.errors import CheckpointError
 
-PREFIX = "module."
 NORM_WEIGHTS = ("layernorm.weight", "layer_norm_weight")
+BEFORE_CONVERSION = "megatron"
 
 
 def bare(module: Any) -> Any:
@@ -20,32 +28,90 @@ def bare(module: Any) -> Any:
     return module
 
 
-def load_weights(model: Any, architecture: Architecture, path: str | Path, strictness: str) -> None:
-    """Loads the NeMo-2 checkpoint at `path` into a Megatron GPTModel; every rank calls it.
-
-    Args:
-        strictness: Megatron's name of how strictly the checkpoint must match (``assume_ok_unexpected``...).
+def load_weights(model: Any, architecture: Architecture, checkpoint: Checkpoint) -> None:
+    """Loads a checkpoint of any format into a Megatron GPTModel; every rank calls it and reads its own shards.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories, apply_factory_merges
 
-    weights = Path(path) / WEIGHTS
-    sharded = model.sharded_state_dict(prefix=PREFIX)
-    try:
-        loaded = dist_checkpointing.load({"state_dict": sharded}, str(weights), strict=strictness)["state_dict"]
-    except (CheckpointingException, KeyError, ValueError) as error:
-        raise CheckpointError(f"{weights} does not hold the weights that its context describes: {error}") from error
-    state = {name.removeprefix(PREFIX): value for name, value in loaded.items()}
+    shards = model.sharded_state_dict()
+    factories, _ = extract_matching_values(
+        shards, lambda value: isinstance(value, ShardedTensorFactory), return_lists_as_dicts=True
+    )
+    apply_factories(shards)
+    read = _ShardReader(checkpoint)
+    loaded = apply_factory_merges(dict_list_map_inplace(read, shards), factories)
+    state = {name: value for name, value in loaded.items() if value is not None}
     result = model.load_state_dict(state, strict=False)
     missing = [name for name in result.missing_keys if "_extra_state" not in name]
     if missing or result.unexpected_keys:
         raise CheckpointError(
-            f"{weights} does not fit the model: missing {missing}, left over {result.unexpected_keys}"
+            f"{checkpoint.path} does not fit the model: missing {missing}, left over {result.unexpected_keys}"
         )
     _shift_gamma(model, architecture, 1.0)
+
+
+def load_strictly(model: Any, checkpoint: Checkpoint) -> None:
+    """Loads a NeMo-2 checkpoint by Megatron's own reader, with its strictest check; nothing of ours is in between.
+
+    Raises:
+        CheckpointError: Megatron misses a tensor, or finds one too many.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    weights = str(checkpoint.path / WEIGHTS)
+    try:
+        loaded = dist_checkpointing.load(
+            {"state_dict": model.sharded_state_dict(prefix=PREFIX)}, weights, strict="raise_all"
+        )
+    except (CheckpointingException, KeyError, ValueError) as error:
+        raise CheckpointError(f"Megatron does not load {weights}: {error}") from error
+    state = {name.removeprefix(PREFIX): value for name, value in loaded["state_dict"].items()}
+    result = model.load_state_dict(state, strict=False)
+    missing = [name for name in result.missing_keys if "_extra_state" not in name]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(f"{weights} does not fit the model: {missing}, left over {result.unexpected_keys}")
+    _shift_gamma(model, checkpoint.architecture, 1.0)
+
+
+class _ShardReader:
+    """Reads what a ShardedTensor asks for; the last tensor is kept, since gate and up are asked for one by one."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self.name, self.value = "", None
+
+    def __call__(self, shard: Any) -> Any:
+        from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+        if not isinstance(shard, ShardedTensor):
+            return None
+        name, axes = shard.key, shard.prepend_axis_num
+        if axes:
+            name = f"{LAYERS}{shard.global_offset[0]}.{name.removeprefix(LAYERS)}"
+        if name != self.name:
+            if name not in self.checkpoint.tensors:
+                raise CheckpointError(f"{self.checkpoint.path} has no tensor {name}")
+            self.value = None
+            self.name, self.value = name, self.checkpoint.tensors[name].read()
+        return self._cut(shard, shard.global_offset[axes:], shard.local_shape)
+
+    def _cut(self, shard: Any, start: tuple[int, ...], shape: tuple[int, ...]) -> Any:
+        import torch
+
+        box = tuple(slice(first, first + size) for first, size in zip(start, shape))
+        found = self.value[box]
+        if tuple(found.shape) == tuple(shape):
+            return found
+        if not shard.allow_shape_mismatch:
+            raise CheckpointError(f"{self.checkpoint.path}: {self.name} is {tuple(self.value.shape)}, too small")
+        padded = torch.zeros(shape, dtype=found.dtype)  # the vocabulary's padding differs with tensor parallel
+        padded[: found.shape[0]] = found
+        return padded
 
 
 def save_weights(model: Any, architecture: Architecture, path: Path) -> None:
@@ -63,13 +129,39 @@ def save_weights(model: Any, architecture: Architecture, path: Path) -> None:
         _shift_gamma(model, architecture, 1.0)
 
 
-def save_checkpoint(model: Any, architecture: Architecture, path: Path, tokenizer: str | None) -> None:
-    """Saves weights and context; every rank calls it."""
+def save_checkpoint(
+    model: Any,
+    architecture: Architecture,
+    partial: Path,
+    *,
+    output: str | Path,
+    to: str | None,
+    tokenizer: str | Tokenizer | None,
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves the model in the format that `output` and `to` ask for; every rank calls it.
+
+    Megatron saves its own shards; rank 0 then makes another format of them, if one is wanted.
+
+    Args:
+        partial: the folder that will become `output`, or holds the archive that will.
+        tokenizer: its directory or hub name, or the tokenizer of another checkpoint.
+    """
     import torch
 
-    save_weights(model, architecture, path)
+    form = output_format(str(output), to)
+    folder = partial if form == "nemo2" else partial / BEFORE_CONVERSION
+    save_weights(model, architecture, folder)
     if torch.distributed.get_rank() == 0:
-        write_context(path, architecture, tokenizer)
+        found = tokenizers.named(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        tensors = canonical.canonical(torch_dist.tensors(folder_files(folder / WEIGHTS)), folder)
+        if form == "nemo2":
+            dtype = tensors[canonical.EMBEDDING].dtype
+            write_context(folder, architecture, found, generation or {}, dtype)
+        else:
+            place = place_in(partial, output, form)
+            write_checkpoint(place, form, architecture, tensors, found, generation or {})
+            shutil.rmtree(folder)
     torch.distributed.barrier()
 
 

@@ -1,0 +1,148 @@
+"""`minitron convert`: a checkpoint of any format into any other, tensor by tensor, checked before it is in place."""
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts import Job, Manifest
+from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, tokenizers, verify
+from nemo_minitron.checkpoints.canonical import EMBEDDING, OUTPUT
+from nemo_minitron.checkpoints.families import write_config
+from nemo_minitron.checkpoints.tensors import Cast, Lazy, Resized
+from nemo_minitron.checkpoints.write import place_in, write_checkpoint
+from nemo_minitron.config import ConvertConfig
+from nemo_minitron.errors import ConfigError, MinitronError
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "32": "float32"}
+#: Largest relative difference of logits once values were rounded to another dtype.
+ROUNDED = {"bfloat16": 5e-2, "float16": 5e-3, "float32": verify.TOLERANCE}
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16
+SPARE_BYTES = 64 << 20
+
+
+def convert(config: ConvertConfig) -> Manifest:
+    """Converts `config.source` to `config.output`.
+
+    Raises:
+        CheckpointError: the source is damaged or unknown, or the result is not what it should be.
+        ConfigError: the settings ask for something that this model or format cannot do.
+        OutputExistsError: the output was made from something else.
+    """
+    source = open_checkpoint(config.source, "source")
+    architecture, tensors = plan(source, config)
+    if config.target_format == "hf":
+        write_config(architecture, source.dtype)
+    tokenizer = tokenizers.from_directory(config.tokenizer) if config.tokenizer else source.tokenizer_files
+    check_room(config.output, sum(tensor.nbytes for tensor in tensors.values()))
+    how = verify.resolve(config.verify, source)
+    settings = dataclasses.asdict(config) | {"format": config.target_format, "verify": how}
+    job = _Conversion(
+        stage="convert",
+        output=Path(config.output),
+        config=settings,
+        inputs={"source": source.path} | ({"tokenizer": config.tokenizer} if config.tokenizer else {}),
+        seed=config.seed,
+        overwrite=config.overwrite,
+        ignore=("overwrite", "source", "output", "to", "verify", "tokenizer"),
+    )
+
+    def work(partial: Path) -> dict[str, Any]:
+        place = place_in(partial, config.output, config.target_format)
+        write_checkpoint(
+            place,
+            config.target_format,
+            architecture,
+            tensors,
+            tokenizer,
+            source.generation,
+            weights=config.weights,
+            shard_bytes=int(config.shard_size_gb * 1e9),
+        )
+        checked = check_result(source, place, tensors, how, config)
+        return {
+            "metrics": {"parameters": architecture.parameters(), "bytes": _bytes(tensors), **checked},
+            "details": {"architecture": architecture.to_dict(), "format": config.target_format},
+        }
+
+    return job.run(work)
+
+
+class _Conversion(Job):
+    """A job whose inputs are told apart by a sample: hashing the whole source would cost more than converting it."""
+
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        if self._inputs is None:
+            self._inputs = {
+                name: {"path": str(path), "fingerprint": sampled_fingerprint(Path(path))}
+                for name, path in self.inputs.items()
+            }
+        return self._inputs
+
+
+def sampled_fingerprint(path: Path) -> str:
+    """SHA-256 over names, sizes and some blocks of every file, the first and the last included."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path) if file != path else ''}\0{size}\0".encode())
+        with file.open("rb") as opened:
+            for number in range(SAMPLES):
+                opened.seek(max(size - SAMPLE_BYTES, 0) * number // (SAMPLES - 1))
+                digest.update(opened.read(SAMPLE_BYTES))
+    return f"sampled-{digest.hexdigest()}"
+
+
+def plan(source: Checkpoint, config: ConvertConfig) -> tuple[Architecture, Mapping[str, Lazy]]:
+    """The architecture and tensors that are to be written: dtype and vocabulary as the settings ask for."""
+    architecture, tensors = source.architecture, dict(source.tensors)
+    rows, tokens = architecture.vocab_size, architecture.vocab_size - architecture.vocab_padding
+    if config.vocab_size is not None:
+        if config.vocab_size > rows:
+            raise ConfigError(f"vocab_size = {config.vocab_size}: the embedding has {rows} rows", "minitron convert")
+        tokens = config.vocab_size
+    if config.pad_vocab_to_multiple_of:
+        step = config.pad_vocab_to_multiple_of
+        rows = -(-tokens // step) * step
+    if rows != architecture.vocab_size:
+        for name in {EMBEDDING, OUTPUT} & tensors.keys():
+            tensors[name] = Resized(Resized(tensors[name], tokens), rows)
+    if config.dtype and any(tensor.dtype != DTYPES[config.dtype] for tensor in tensors.values()):
+        tensors = {name: Cast(tensor, DTYPES[config.dtype]) for name, tensor in tensors.items()}
+    return dataclasses.replace(architecture, vocab_size=rows, vocab_padding=rows - tokens), tensors
+
+
+def check_room(output: str | Path, needed: int) -> None:
+    """Raises MinitronError where the disk of `output` has less than `needed` bytes left."""
+    folder = Path(output).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed + SPARE_BYTES:
+        raise MinitronError(
+            f"{output} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left; free some, or give another "
+            "output"
+        )
+
+
+def check_result(
+    source: Checkpoint, place: Path, expected: Mapping[str, Lazy], how: str, config: ConvertConfig
+) -> dict[str, Any]:
+    """Opens what was written, which checks every name and shape, and compares it as `how` says."""
+    if how == "none":
+        return {"verified": "none"}
+    result = open_checkpoint(place, "result")
+    checked = {"verified": how, **verify.compare_tensors(expected, result, config.seed)}
+    if how == "logits":
+        cast = config.dtype and DTYPES[config.dtype] != source.dtype
+        tolerance = ROUNDED[DTYPES[config.dtype]] if cast else verify.TOLERANCE
+        checked |= verify.compare_logits(source, result, config.seed, tolerance)
+    return checked
+
+
+def _bytes(tensors: Mapping[str, Lazy]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,0 +1,192 @@
+"""The files of a checkpoint, in a folder or inside a tar archive, by their names and where their bytes lie.
+
+An archive is never unpacked: its members are read in place. Nothing in it is followed: links, devices, absolute names
+and names with `..` are refused, all of them before anything is read.
+"""
+
+import contextlib
+import gzip
+import io
+import os
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from nemo_minitron.checkpoints.tensors import Bytes, whole
+from nemo_minitron.errors import CheckpointError
+
+GZIP = b"\x1f\x8b"
+TEXT_LIMIT = 64 << 20
+MEMBER_LIMIT = 4_000_000
+#: Weights hardly compress; what unpacks to more than so many times its size is no checkpoint.
+UNPACKED_FACTOR = 20
+
+
+class Files:
+    """Name -> bytes of a checkpoint's files; names are relative and use slashes.
+
+    Attributes:
+        where: the folder or archive, for messages.
+    """
+
+    def __init__(self, where: Path, found: Mapping[str, Bytes]):
+        self.where = where
+        self._found = dict(found)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def names(self) -> list[str]:
+        return sorted(self._found)
+
+    def __getitem__(self, name: str) -> Bytes:
+        if name not in self._found:
+            raise CheckpointError(f"{self.where} has no {name}: it is not a whole checkpoint")
+        return self._found[name]
+
+    def text(self, name: str) -> str:
+        """A small text file; raises CheckpointError where it is missing, too large or not UTF-8."""
+        data = self[name]
+        if data.length > TEXT_LIMIT:
+            raise CheckpointError(f"{self.where}: {name} has {data.length} bytes, too many for what it is")
+        try:
+            return data.read().decode("utf-8")
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{self.where}: {name} is not text (UTF-8)") from None
+
+    def below(self, folder: str) -> "Files":
+        """The files in `folder`, by their names there."""
+        prefix = f"{folder}/" if folder else ""
+        found = {name[len(prefix) :]: data for name, data in self._found.items() if name.startswith(prefix)}
+        return Files(self.where / folder, found)
+
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(data.length for data in self._found.values())
+
+
+def folder_files(folder: Path, *, deep: bool = True) -> Files:
+    """All files in `folder`, and below it if `deep`.
+
+    Files may be links, as in the cache of the Hugging Face hub; folders that are links are not entered.
+    """
+    found = {}
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(folders) if deep else []
+        for name in sorted(names):
+            path = Path(root) / name
+            if path.is_file():
+                found[path.relative_to(folder).as_posix()] = whole(path)
+    return Files(folder, found)
+
+
+class _CheckedMember(tarfile.TarInfo):
+    """A member whose header cannot send the reader backwards (CVE-2025-8194)."""
+
+    def _block(self, count: int) -> int:
+        if count < 0:
+            raise tarfile.InvalidHeaderError("negative size")
+        return super()._block(count)
+
+
+def archive_files(path: Path) -> Files:
+    """The members of an uncompressed tar archive, without a leading `./`.
+
+    Raises:
+        CheckpointError: it is no tar archive, is truncated, or has members that a checkpoint does not have.
+    """
+    size = whole(path).length
+    found: dict[str, Bytes] = {}
+    try:
+        with tarfile.open(path, "r:", tarinfo=_CheckedMember) as archive:
+            for number, member in enumerate(archive):
+                if number >= MEMBER_LIMIT:
+                    raise CheckpointError(f"{path} has more than {MEMBER_LIMIT} members")
+                if member.isdir():
+                    member_name(path, member.name)
+                    continue
+                name = member_name(path, member.name)
+                if not member.isreg() or member.issparse():
+                    kind = "link" if member.issym() or member.islnk() else "special file"
+                    raise CheckpointError(f"{path}: member {member.name!r} is a {kind}; a checkpoint has plain files")
+                if name in found:
+                    raise CheckpointError(f"{path}: member {name!r} is there twice")
+                if member.size < 0 or member.offset_data + member.size > size:
+                    raise CheckpointError(
+                        f"{path} is truncated: member {name!r} ends at byte {member.offset_data + member.size}, "
+                        f"the file at {size}; copy it again"
+                    )
+                found[name] = Bytes(path, member.offset_data, member.size)
+    except CheckpointError:
+        raise
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, EOFError, IndexError) as error:
+        raise CheckpointError(f"{path} is not a whole tar archive ({error}); copy it again") from None
+    return Files(path, found)
+
+
+def member_name(path: Path, name: str) -> str:
+    """The member's name without `./`; raises CheckpointError where it leads outside."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\x00" in name or "\\" in name:
+        raise CheckpointError(f"{path}: member {name!r} leads outside the archive; it was not read")
+    return pure.as_posix()
+
+
+def is_gzip(path: Path) -> bool:
+    """Whether the file starts as gzip does."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(2) == GZIP
+    return False
+
+
+def unzipped(path: Path) -> tuple[Any, Files]:
+    """The members of a compressed archive, decompressed to a temporary folder that lives as long as the first result.
+
+    Raises:
+        CheckpointError: the stream is truncated or fails its checksum, or the temporary folder has no room for it.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="minitron-")
+    target = Path(folder.name) / path.name
+    try:
+        limit = UNPACKED_FACTOR * path.stat().st_size + (1 << 30)
+        with gzip.open(path, "rb") as packed, target.open("wb") as file:
+            while block := packed.read(8 << 20):
+                file.write(block)
+                if file.tell() > limit:
+                    raise ValueError(f"it unpacks to more than {limit} bytes")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        folder.cleanup()
+        if isinstance(error, OSError) and error.errno is not None:
+            raise CheckpointError(
+                f"{path} is compressed and could not be unpacked to {folder.name}: {error.strerror}; set TMPDIR to a "
+                "folder with room for it"
+            ) from None
+        raise CheckpointError(f"{path} is not a whole gzip file ({error}); copy it again") from None
+    return folder, archive_files(target)
+
+
+class FromHere(io.RawIOBase):
+    """Another file from its current position on, where offsets start at 0; for writing."""
+
+    def __init__(self, file: BinaryIO):
+        super().__init__()
+        self.file, self.base = file, file.tell()
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.file.tell() - self.base
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        target = self.base + offset if whence == io.SEEK_SET else offset
+        return self.file.seek(target, whence) - self.base
+
+    def write(self, data: Any) -> int:
+        return self.file.write(data)

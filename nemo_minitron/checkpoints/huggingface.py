@@ -1,0 +1,244 @@
+"""Hugging Face checkpoints: a directory with config.json and safetensors, one file or many with an index."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints import safetensors_file, tokenizers
+from nemo_minitron.checkpoints.canonical import EMBEDDING, LAYERS, OUTPUT, layer_shapes, outer_shapes
+from nemo_minitron.checkpoints.families import FAMILIES, OUTER, layer_names, read_config, write_config
+from nemo_minitron.checkpoints.files import Files
+from nemo_minitron.checkpoints.tensors import Computed, Lazy, Resized, Runs, concatenate
+from nemo_minitron.errors import CheckpointError
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HF_LAYERS = "model.layers."
+#: Buffers that older checkpoints carry.
+BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+#: Keys of config.json that say nothing about the shape but are wanted again in an export.
+CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def is_huggingface(path: Path) -> bool:
+    """Whether `path` is laid out as a Hugging Face checkpoint."""
+    return (path / CONFIG).is_file() and not (path / "context").is_dir()
+
+
+def read_json(files: Files, name: str) -> dict[str, Any]:
+    """A mapping in a JSON file; raises CheckpointError where it is none."""
+    try:
+        loaded = json.loads(files.text(name))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{files.where}/{name} is not JSON ({type(error).__name__})") from None
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{files.where}/{name} is not a mapping")
+    return loaded
+
+
+def read(files: Files) -> tuple[Architecture, dict[str, Any], dict[str, Any], dict[str, Lazy]]:
+    """Architecture, config.json, generation settings and canonical tensors; reads headers only.
+
+    Raises:
+        CheckpointError: the family is unknown, a shard is missing or damaged, or a tensor is missing.
+    """
+    config = read_json(files, CONFIG)
+    source = f"{files.where}/{CONFIG}"
+    if "quantization_config" in config:
+        raise CheckpointError(f"{source}: the weights are quantised; give the model in bf16, fp16 or fp32")
+    architecture = read_config(config, source)
+    generation = {key: config[key] for key in CARRIED if config.get(key) is not None}
+    if GENERATION in files:
+        generation |= {k: v for k, v in read_json(files, GENERATION).items() if k != "transformers_version"}
+    tensors = _canonical(_stored(files), architecture, files.where)
+    return architecture, config, generation, tensors
+
+
+def tokenizer(files: Files) -> tokenizers.Tokenizer | None:
+    """The tokenizer's files."""
+    return tokenizers.in_folder(files)
+
+
+def _stored(files: Files) -> dict[str, Runs]:
+    """Every tensor of every shard, by its Hugging Face name."""
+    if INDEX not in files:
+        if SINGLE not in files:
+            found = [name for name in files.names() if name.endswith((".bin", ".safetensors", ".pth"))]
+            hint = f"; there are {', '.join(found[:4])}" if found else ""
+            raise CheckpointError(f"{files.where} has neither {SINGLE} nor {INDEX}{hint}: it is not a whole checkpoint")
+        return safetensors_file.read(files[SINGLE])
+    places = read_json(files, INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(value, str) for value in places.values()):
+        raise CheckpointError(f"{files.where}/{INDEX} has no weight_map")
+    found: dict[str, Runs] = {}
+    for shard in sorted(set(places.values())):
+        if "/" in shard or shard.startswith("."):
+            raise CheckpointError(f"{files.where}/{INDEX} names the file {shard}, which is outside the checkpoint")
+        found |= safetensors_file.read(files[shard])
+    missing = sorted(places.keys() - found.keys())
+    if missing:
+        raise CheckpointError(f"{files.where}: the index names {', '.join(missing[:6])}, which no shard holds")
+    return found
+
+
+def _canonical(stored: dict[str, Runs], a: Architecture, where: Path) -> dict[str, Lazy]:
+    """Tensors by canonical name; raises CheckpointError naming what is missing or left over."""
+    left = {name: tensor for name, tensor in stored.items() if not name.endswith(BUFFERS)}
+    if a.share_embeddings_and_output_weights:
+        left.pop(OUTER[OUTPUT], None)
+    found: dict[str, Lazy] = {}
+    problems = []
+    for name, (theirs, shape) in hf_names(a).items():
+        missing = [part for part in theirs if part not in left]
+        if missing:
+            problems.append(f"missing {', '.join(missing)}")
+            continue
+        parts = [left.pop(part) for part in theirs]
+        wrong = _wrong_shapes(theirs, parts, shape, a)
+        if wrong:
+            problems += wrong
+        else:
+            found[name] = _fuse(name, parts, a)
+    problems += [f"left over {name}" for name in sorted(left)]
+    if problems:
+        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise CheckpointError(
+            f"{where} does not hold the weights that its config.json describes: {'; '.join(problems[:6])}{more}"
+        )
+    return found
+
+
+def hf_names(a: Architecture) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Canonical name -> (Hugging Face names, canonical shape), in the order of a forward pass."""
+    family = FAMILIES[a.family]
+    before, after = outer_shapes(a)
+    found = {name: ((OUTER[name],), shape) for name, shape in before.items()}
+    for number in range(a.num_layers):
+        for name, shape in layer_shapes(a).items():
+            theirs = tuple(f"{HF_LAYERS}{number}.{part}" for part in layer_names(family, name))
+            found[f"{LAYERS}{number}.{name}"] = (theirs, shape)
+    return found | {name: ((OUTER[name],), shape) for name, shape in after.items()}
+
+
+def _part_rows(name: str, parts: int, shape: tuple[int, ...], a: Architecture) -> list[int]:
+    """Rows of each Hugging Face tensor of a canonical one."""
+    if parts == 3:
+        groups = a.num_query_groups * a.kv_channels
+        return [a.num_attention_heads * a.kv_channels, groups, groups]
+    return [shape[0] // parts] * parts
+
+
+def _wrong_shapes(names: tuple[str, ...], parts: list[Runs], shape: tuple[int, ...], a: Architecture) -> list[str]:
+    found = []
+    for name, part, rows in zip(names, parts, _part_rows(names[0], len(parts), shape, a)):
+        if part.shape != (rows, *shape[1:]):
+            found.append(f"{name} is {part.shape}, config.json makes it {(rows, *shape[1:])}")
+    if len({part.dtype for part in parts}) > 1:
+        found.append(f"{', '.join(names)} have different dtypes")
+    return found
+
+
+def _fuse(name: str, parts: list[Runs], a: Architecture) -> Runs:
+    """One canonical tensor from its Hugging Face parts: only the order of rows changes."""
+    if len(parts) < 3:
+        return concatenate(parts)
+    query, key, value = parts
+    size, per_group = a.kv_channels, a.num_attention_heads // a.num_query_groups * a.kv_channels
+    rows = []
+    for group in range(a.num_query_groups):
+        rows.append(query.rows(group * per_group, (group + 1) * per_group))
+        rows += [part.rows(group * size, (group + 1) * size) for part in (key, value)]
+    return concatenate(rows)
+
+
+class _Split:
+    """A canonical tensor read once and handed out in parts; the last one only is kept."""
+
+    def __init__(self) -> None:
+        self.name, self.value = "", None
+
+    def part(self, name: str, tensor: Lazy, a: Architecture, number: int, parts: int) -> Any:
+        import torch
+
+        if self.name != name:
+            self.value = None
+            self.name, self.value = name, tensor.read()
+        whole = self.value
+        if parts == 2:
+            return whole.chunk(2)[number]
+        per_group = a.num_attention_heads // a.num_query_groups
+        grouped = whole.view(a.num_query_groups, per_group + 2, a.kv_channels, *whole.shape[1:])
+        chosen = (grouped[:, :per_group], grouped[:, per_group], grouped[:, per_group + 1])[number]
+        return torch.reshape(chosen, (-1, *whole.shape[1:])).contiguous()
+
+
+def export_tensors(tensors: Mapping[str, Lazy], a: Architecture) -> dict[str, Lazy]:
+    """Hugging Face name -> tensor; the vocabulary without its padding."""
+    split, found = _Split(), {}
+    for name, (theirs, shape) in hf_names(a).items():
+        tensor = tensors[name]
+        if name in (EMBEDDING, OUTPUT) and a.vocab_padding:
+            tensor = Resized(tensor, a.vocab_size - a.vocab_padding)
+        if len(theirs) == 1:
+            found[theirs[0]] = tensor
+            continue
+        rows = _part_rows(name, len(theirs), shape, a)
+        for number, part in enumerate(theirs):
+
+            def read(name: str = name, tensor: Lazy = tensor, number: int = number, parts: int = len(theirs)) -> Any:
+                return split.part(name, tensor, a, number, parts)
+
+            found[part] = Computed((rows[number], *shape[1:]), tensor.dtype, read)
+    return found
+
+
+def shards(tensors: Mapping[str, Lazy], limit: int) -> dict[str, dict[str, Lazy]]:
+    """File name -> tensors, each file at most `limit` bytes unless one tensor alone is larger."""
+    groups: list[dict[str, Lazy]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > limit:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size += tensor.nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{number:05}-of-{len(groups):05}.safetensors": group for number, group in enumerate(groups, 1)}
+
+
+def write(
+    folder: Path,
+    architecture: Architecture,
+    tensors: Mapping[str, Lazy],
+    tokenizer: tokenizers.Tokenizer | None,
+    generation: Mapping[str, Any],
+    shard_bytes: int,
+) -> None:
+    """Writes config.json, generation_config.json, tokenizer and weights into `folder`.
+
+    Raises:
+        CheckpointError: transformers has no class that computes what this architecture does.
+    """
+    config = write_config(architecture, next(iter(tensors.values())).dtype)
+    exported = export_tensors(tensors, architecture)
+    config |= {key: generation[key] for key in CARRIED if key in generation}
+    folder.mkdir(parents=True, exist_ok=True)
+    _dump(folder / CONFIG, config)
+    _dump(folder / GENERATION, {"_from_model_config": True, **generation} if not generation else dict(generation))
+    if tokenizer is not None:
+        tokenizer.copy_to(folder)
+    files = shards(exported, shard_bytes)
+    for name, group in files.items():
+        with (folder / name).open("wb") as file:
+            safetensors_file.write(file, group)
+    if len(files) > 1:
+        places = {tensor: name for name, group in files.items() for tensor in group}
+        total = sum(tensor.nbytes for tensor in exported.values())
+        _dump(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+
+
+def _dump(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

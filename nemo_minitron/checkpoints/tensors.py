@@ -1,0 +1,371 @@
+"""Tensors of a checkpoint that are not read yet: where their bytes lie, and how to get them in order.
+
+All are little-endian, row-major, and one- or two-dimensional once a stacked tensor is taken apart into layers. Bytes
+are only ever moved: reading a tensor in one format and writing it in another leaves every bit as it was.
+"""
+
+import abc
+import dataclasses
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.checkpoints.pickles import ITEM_SIZES
+from nemo_minitron.errors import CheckpointError
+
+BLOCK = 8 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """A run of bytes inside a file."""
+
+    path: Path
+    offset: int
+    length: int
+
+    def part(self, start: int, length: int) -> "Bytes":
+        """`length` bytes from `start` on; raises CheckpointError where they reach outside."""
+        if start < 0 or length < 0 or start + length > self.length:
+            raise CheckpointError(
+                f"{self.path}: {length} bytes at {start} reach outside a piece of {self.length} bytes; "
+                "the file is damaged"
+            )
+        return Bytes(self.path, self.offset + start, length)
+
+    def read(self) -> bytes:
+        """All of it: for what is small."""
+        return b"".join(map(bytes, self.blocks(memoryview(bytearray(self.length)))))
+
+    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
+        """The bytes in order, a buffer at a time; the buffer is used again for the next block."""
+        try:
+            file = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
+        try:
+            done = 0
+            while done < self.length:
+                view = buffer[: min(len(buffer), self.length - done)]
+                _fill(file, view, self.offset + done, self.path)
+                done += len(view)
+                yield view
+        finally:
+            os.close(file)
+
+
+def _fill(file: int, view: memoryview, offset: int, path: Path) -> None:
+    filled = 0
+    while filled < len(view):
+        try:
+            count = os.preadv(file, [view[filled:]], offset + filled)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        if count == 0:
+            raise CheckpointError(
+                f"{path} is truncated: it ends at byte {offset + filled}, {offset + len(view)} are needed; copy again"
+            )
+        filled += count
+
+
+def whole(path: Path) -> Bytes:
+    """A file as a run of bytes; raises CheckpointError where it is none."""
+    try:
+        return Bytes(path, 0, os.stat(path).st_size)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def item_size(dtype: str, source: Any) -> int:
+    """Bytes of an element; raises CheckpointError for a dtype that no weight has."""
+    if dtype not in ITEM_SIZES:
+        raise CheckpointError(f"{source} holds {dtype}; known are {', '.join(ITEM_SIZES)}")
+    return ITEM_SIZES[dtype]
+
+
+class Lazy(abc.ABC):
+    """A tensor that is not read yet.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype by torch's name (``bfloat16``).
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * ITEM_SIZES[self.dtype]
+
+    @abc.abstractmethod
+    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
+        """The tensor's bytes in order; each block is valid until the next.
+
+        Args:
+            buffer: memory to use; a reader may yield views of memory of its own instead.
+
+        Raises:
+            CheckpointError: a file is missing, too short, or fails its checksum.
+        """
+
+    def read_into(self, out: memoryview) -> None:
+        """Fills `out` [nbytes] with the tensor."""
+        done = 0
+        for block in self.blocks(memoryview(bytearray(min(len(out), BLOCK)))):
+            out[done : done + len(block)] = block
+            done += len(block)
+
+    def read(self) -> Any:
+        """The tensor, read into memory (torch.Tensor)."""
+        import torch
+
+        tensor = torch.empty(self.shape, dtype=getattr(torch, self.dtype))
+        if tensor.numel():
+            self.read_into(memoryview(tensor.view(torch.uint8).numpy().reshape(-1)))
+        return tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs(Lazy):
+    """A tensor as runs of bytes that follow each other.
+
+    Attributes:
+        runs: where they lie.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    runs: tuple[Bytes, ...]
+
+    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
+        for run in self.runs:
+            yield from run.blocks(buffer)
+
+    def rows(self, first: int, last: int) -> "Runs":
+        """Rows first..last, the last one not included."""
+        start, stop, found, position = first * self.row_bytes, last * self.row_bytes, [], 0
+        for run in self.runs:
+            low, high = max(start - position, 0), min(stop - position, run.length)
+            if low < high:
+                found.append(run.part(low, high - low))
+            position += run.length
+        return Runs((last - first, *self.shape[1:]), self.dtype, tuple(found))
+
+
+def concatenate(parts: list[Runs]) -> Runs:
+    """Tensors of equal dtype and row length, one below the other."""
+    rows = sum(part.shape[0] for part in parts)
+    return Runs((rows, *parts[0].shape[1:]), parts[0].dtype, tuple(run for part in parts for run in part.runs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined(Lazy):
+    """Tensors of equal dtype and row length, one below the other."""
+
+    parts: tuple[Lazy, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
+        for part in self.parts:
+            yield from part.blocks(buffer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor, row-major in one piece.
+
+    Attributes:
+        start: index of its first element.
+        shape: its shape.
+        locate: returns its bytes and their CRC-32, where that is known.
+    """
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    locate: Callable[[], tuple[Bytes, int | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunked(Lazy):
+    """A tensor in boxes, as distributed checkpoints keep it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[Chunk, ...]
+    name: str = "a tensor"
+
+    def layer(self, index: int) -> Lazy:
+        """One layer of a stacked tensor [l, ...]."""
+        found = []
+        for chunk in self.chunks:
+            inside = index - chunk.start[0]
+            if 0 <= inside < chunk.shape[0]:
+                locate = chunk.locate if chunk.shape[0] == 1 else self._slice(chunk, inside)
+                found.append(Chunk(chunk.start[1:], chunk.shape[1:], locate))
+        return Chunked(self.shape[1:], self.dtype, tuple(found), f"{self.name}[{index}]").checked()
+
+    def _slice(self, chunk: Chunk, inside: int) -> Callable[[], tuple[Bytes, int | None]]:
+        length = math.prod(chunk.shape[1:]) * ITEM_SIZES[self.dtype]
+        return lambda: (chunk.locate()[0].part(inside * length, length), None)
+
+    def checked(self) -> "Chunked":
+        """Itself with the chunks in order; raises CheckpointError unless they tile the tensor exactly."""
+        chunks = sorted(self.chunks, key=lambda chunk: chunk.start)
+        if len(self.shape) not in (1, 2) or not _tiles(self.shape, chunks):
+            raise CheckpointError(
+                f"{self.name}: its {len(chunks)} pieces do not make up a tensor of shape {self.shape}; "
+                "the checkpoint is damaged or was not copied whole"
+            )
+        return dataclasses.replace(self, chunks=tuple(chunks))
+
+    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
+        columns = self.shape[1:]
+        if any(chunk.shape[1:] != columns for chunk in self.chunks):
+            yield from _in_blocks(memoryview(self._assembled()), len(buffer))
+            return
+        for chunk in self.chunks:
+            yield from self._chunk_blocks(chunk, buffer)
+
+    def _chunk_blocks(self, chunk: Chunk, buffer: memoryview) -> Iterator[memoryview]:
+        data, checksum = chunk.locate()
+        expected = math.prod(chunk.shape) * ITEM_SIZES[self.dtype]
+        if data.length != expected:
+            raise CheckpointError(f"{data.path}: {self.name} has {data.length} bytes where {expected} are needed")
+        found = 0
+        for block in data.blocks(buffer):
+            if checksum is not None:
+                found = zlib.crc32(block, found)
+            yield block
+        if checksum is not None and found != checksum:
+            raise CheckpointError(f"{data.path}: {self.name} fails its checksum; the file is damaged, copy it again")
+
+    def _assembled(self) -> Any:
+        """The whole tensor as bytes [rows * row_bytes], chunk by chunk: for tensors whose rows are cut."""
+        import numpy as np
+
+        size = ITEM_SIZES[self.dtype]
+        rows = np.empty((self.shape[0], self.row_bytes), dtype=np.uint8)
+        for chunk in self.chunks:
+            part = bytearray(math.prod(chunk.shape) * size)
+            done = 0
+            for block in self._chunk_blocks(chunk, memoryview(bytearray(BLOCK))):
+                part[done : done + len(block)] = block
+                done += len(block)
+            top, left = chunk.start[0], chunk.start[1] * size
+            box = np.frombuffer(part, dtype=np.uint8).reshape(chunk.shape[0], -1)
+            rows[top : top + box.shape[0], left : left + box.shape[1]] = box
+        return rows.reshape(-1)
+
+
+def _tiles(shape: tuple[int, ...], chunks: list[Chunk]) -> bool:
+    """Whether boxes, sorted by their start, cover `shape` exactly once."""
+    rank = len(shape)
+    for chunk in chunks:
+        if len(chunk.start) != rank or len(chunk.shape) != rank:
+            return False
+        if any(a < 0 or b < 1 or a + b > c for a, b, c in zip(chunk.start, chunk.shape, shape)):
+            return False
+    strips: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for chunk in chunks:
+        columns = (chunk.start[1], chunk.shape[1]) if rank == 2 else (0, 1)
+        strips.setdefault((chunk.start[0], chunk.shape[0]), []).append(columns)
+    return _covers(list(strips), shape[0]) and all(
+        _covers(strip, shape[1] if rank == 2 else 1) for strip in strips.values()
+    )
+
+
+def _covers(intervals: list[tuple[int, int]], length: int) -> bool:
+    position = 0
+    for start, size in sorted(intervals):
+        if start != position:
+            return False
+        position += size
+    return position == length
+
+
+def _in_blocks(data: memoryview, size: int) -> Iterator[memoryview]:
+    for start in range(0, len(data), size):
+        yield data[start : start + size]
+
+
+@dataclasses.dataclass(frozen=True)
+class Resized(Lazy):
+    """A tensor with fewer rows, or with zeros below it: the padding of the vocabulary."""
+
+    inner: Lazy
+    rows: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.inner.shape[1:])
+
+    @property
+    def dtype(self) -> str:
+        return self.inner.dtype
+
+    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
+        left = self.nbytes
+        for block in self.inner.blocks(buffer):  # to its end: its checksum is known only then
+            if left:
+                yield block[:left]
+            left -= min(left, len(block))
+        while left:
+            zeros = memoryview(bytes(min(left, BLOCK)))
+            yield zeros
+            left -= len(zeros)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast(Lazy):
+    """A tensor in another precision."""
+
+    inner: Lazy
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
+        import torch
+
+        for block in self.inner.blocks(buffer[: len(buffer) // 16 * 16 or len(buffer)]):
+            values = torch.frombuffer(block, dtype=getattr(torch, self.inner.dtype))
+            yield memoryview(values.to(getattr(torch, self.dtype)).view(torch.uint8).numpy())
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed(Lazy):
+    """A tensor that a function returns when it is asked for."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    function: Callable[[], Any]
+
+    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
+        import torch
+
+        tensor = self.function().contiguous()
+        if tuple(tensor.shape) != self.shape or str(tensor.dtype) != f"torch.{self.dtype}":
+            raise CheckpointError(f"a tensor {tuple(tensor.shape)} of {tensor.dtype} came where {self} was announced")
+        yield from _in_blocks(memoryview(tensor.view(torch.uint8).numpy().reshape(-1)), len(buffer))
+
+
+def in_memory(tensor: Any) -> Computed:
+    """A torch tensor as a Lazy."""
+    return Computed(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), lambda: tensor)
