@@ -156,6 +156,8 @@ def _tokenizer(context: Files) -> tokenizers.Tokenizer | None:
     model, name = arguments.get("model_path"), arguments.get("pretrained_model_name")
     if isinstance(model, str) and model in context:
         return tokenizers.Tokenizer(kind=tokenizers.SENTENCEPIECE, files={tokenizers.MODEL: context[model]})
+    if isinstance(name, dict):  # NeMo wraps a name that is no path
+        name = _arguments(objects, name.get("ref")).get("attr")
     if not isinstance(name, str):
         return None
     inside = context.below(name.strip("/"))
@@ -275,7 +277,7 @@ def nemo_config(architecture: Architecture, **engine: Any) -> Any:
     class_name = CLASSES[architecture.family][1]
     if architecture.family == "mistral":
         window = [architecture.sliding_window, 0] if architecture.sliding_window else None
-        fields |= {"window_size": window, "cp_comm_type": None}
+        fields |= {"window_size": window, "cp_comm_type": "a2a" if window else None}
     if architecture.rope_scaling is not None:
         class_name = "Llama31Config"
         fields |= {theirs: getattr(architecture.rope_scaling, ours) for theirs, ours in ROPE_SCALING.items()}
