@@ -2,10 +2,10 @@
 
     python benchmarks/convert.py [--sizes 1 2 4] [--folder DIR] [--json FILE] [--quick]
 
-Each conversion runs in a process of its own, so its peak resident memory is that of interpreter, torch and conversion.
-Throughput is the source's bytes over the seconds of the conversion itself (without the interpreter's start, which is
-shown), and its ratio to `cp -r` of the source, run just before and just after. Nothing is verified, so that only reading
-and writing is measured; `verify` columns show what checking costs.
+Each conversion runs in a process of its own, so its peak resident memory is that of interpreter and conversion.
+Throughput is the source's bytes over the seconds of the conversion (without the interpreter's start, which the JSON
+has), and its ratio to `cp -r` of the source. Conversions and copies take turns, three of each, and the fastest of each
+counts. Nothing is verified but where the name says so.
 """
 
 import argparse
@@ -64,7 +64,8 @@ def make(folder: Path, gigabytes: float) -> None:
         return torch.randint(-(1 << 14), 1 << 14, size, dtype=torch.int16, generator=generator).view(torch.bfloat16)
 
     tensors = {
-        name: Computed(size, "bfloat16", lambda size=size: random(size)) for name, size in canonical.shapes(shape).items()
+        name: Computed(size, "bfloat16", lambda size=size: random(size))
+        for name, size in canonical.shapes(shape).items()
     }
     write_checkpoint(folder, "hf", shape, tensors, None, {}, shard_bytes=1_000_000_000)
 
@@ -76,8 +77,6 @@ def convert(source: str, output: str, settings: str) -> None:
     from nemo_minitron.config import ConvertConfig, validated
 
     config = validated(ConvertConfig(**{"verify": "none", **json.loads(settings)}, source=source, output=output))
-    import torch  # noqa: F401
-
     imported = time.perf_counter()
     run(config)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -118,7 +117,7 @@ def run(folder: Path, gigabytes: float, ways: list[str]) -> list[dict[str, Any]]
     for name in ways:
         source, output, settings = WAYS[name]
         copies, best = [], None
-        for attempt in range(3):
+        for _ in range(3):
             copies.append(copy_seconds(folder / source, folder / "copy"))
             remove(folder / output)
             found = measure(["--convert", str(folder / source), str(folder / output), json.dumps(settings)])

@@ -132,8 +132,14 @@ def _sha256(file: Any) -> str:
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of the libraries that do the work; nothing is imported."""
     found = {"python": sys.version.split()[0]}
-    installed = {entry.metadata["Name"].lower(): entry.version for entry in metadata.distributions()}
-    return found | {name: installed.get(name, "not installed") for name in ("nemo-minitron", *VERSIONED_PACKAGES)}
+    return found | {name: _version(name) for name in ("nemo-minitron", *VERSIONED_PACKAGES)}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def reset_peak_memory() -> None:

@@ -1,7 +1,8 @@
 """Hugging Face checkpoints: a directory with config.json and safetensors, one file or many with an index."""
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from nemo_minitron.checkpoints import safetensors_file, tokenizers
 from nemo_minitron.checkpoints.canonical import EMBEDDING, LAYERS, OUTPUT, layer_shapes, outer_shapes
 from nemo_minitron.checkpoints.families import FAMILIES, OUTER, layer_names, read_config, write_config
 from nemo_minitron.checkpoints.files import Files
-from nemo_minitron.checkpoints.tensors import Computed, Lazy, Resized, Runs, concatenate
+from nemo_minitron.checkpoints.tensors import Lazy, Resized, Runs, concatenate
 from nemo_minitron.errors import CheckpointError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -153,44 +154,66 @@ def _fuse(name: str, parts: list[Runs], a: Architecture) -> Runs:
     return concatenate(rows)
 
 
-class _Split:
-    """A canonical tensor read once and handed out in parts; the last one only is kept."""
+class _LastRead:
+    """The bytes of the tensor that was read last; its parts are handed out one after the other."""
 
     def __init__(self) -> None:
-        self.name, self.value = "", None
+        self.name, self.data = "", bytearray()
 
-    def part(self, name: str, tensor: Lazy, a: Architecture, number: int, parts: int) -> Any:
-        import torch
-
+    def bytes_of(self, name: str, tensor: Lazy) -> memoryview:
         if self.name != name:
-            self.value = None
-            self.name, self.value = name, tensor.read()
-        whole = self.value
-        if parts == 2:
-            return whole.chunk(2)[number]
-        per_group = a.num_attention_heads // a.num_query_groups
-        grouped = whole.view(a.num_query_groups, per_group + 2, a.kv_channels, *whole.shape[1:])
-        chosen = (grouped[:, :per_group], grouped[:, per_group], grouped[:, per_group + 1])[number]
-        return torch.reshape(chosen, (-1, *whole.shape[1:])).contiguous()
+            self.name = ""
+            if len(self.data) < tensor.nbytes:
+                self.data = bytearray(tensor.nbytes)
+            tensor.read_into(memoryview(self.data)[: tensor.nbytes])
+            self.name = name
+        return memoryview(self.data)[: tensor.nbytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowsOf(Lazy):
+    """Rows of a canonical tensor: (first, last) ranges, the last not included."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    ranges: list[tuple[int, int]]
+    name: str
+    whole: Lazy
+    last_read: _LastRead
+
+    def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
+        data = self.last_read.bytes_of(self.name, self.whole)
+        for first, last in self.ranges:
+            for start in range(first * self.row_bytes, last * self.row_bytes, len(buffer)):
+                yield data[start : min(start + len(buffer), last * self.row_bytes)]
+
+
+def _ranges(a: Architecture, parts: int, rows: int) -> list[list[tuple[int, int]]]:
+    """Rows of each Hugging Face part in the canonical tensor: halves, or query, key and value by group."""
+    if parts == 2:
+        return [[(0, rows // 2)], [(rows // 2, rows)]]
+    size, queries = a.kv_channels, a.num_attention_heads // a.num_query_groups * a.kv_channels
+    starts = [group * (queries + 2 * size) for group in range(a.num_query_groups)]
+    return [
+        [(start, start + queries) for start in starts],
+        [(start + queries, start + queries + size) for start in starts],
+        [(start + queries + size, start + queries + 2 * size) for start in starts],
+    ]
 
 
 def export_tensors(tensors: Mapping[str, Lazy], a: Architecture) -> dict[str, Lazy]:
     """Hugging Face name -> tensor; the vocabulary without its padding."""
-    split, found = _Split(), {}
+    last_read, found = _LastRead(), {}
     for name, (theirs, shape) in hf_names(a).items():
-        tensor = tensors[name]
+        tensor: Lazy = tensors[name]
         if name in (EMBEDDING, OUTPUT) and a.vocab_padding:
             tensor = Resized(tensor, a.vocab_size - a.vocab_padding)
         if len(theirs) == 1:
             found[theirs[0]] = tensor
             continue
-        rows = _part_rows(name, len(theirs), shape, a)
-        for number, part in enumerate(theirs):
-
-            def read(name: str = name, tensor: Lazy = tensor, number: int = number, parts: int = len(theirs)) -> Any:
-                return split.part(name, tensor, a, number, parts)
-
-            found[part] = Computed((rows[number], *shape[1:]), tensor.dtype, read)
+        for part, ranges in zip(theirs, _ranges(a, len(theirs), shape[0])):
+            rows = sum(last - first for first, last in ranges)
+            found[part] = _RowsOf((rows, *shape[1:]), tensor.dtype, ranges, name, tensor, last_read)
     return found
 
 

@@ -5,6 +5,7 @@ are only ever moved: reading a tensor in one format and writing it in another le
 """
 
 import abc
+import concurrent.futures
 import dataclasses
 import math
 import os
@@ -17,6 +18,8 @@ from nemo_minitron.checkpoints.pickles import ITEM_SIZES
 from nemo_minitron.errors import CheckpointError
 
 BLOCK = 8 << 20
+#: Checksums are worked out beside reading and writing: zlib lets other threads run meanwhile.
+checksums = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checksum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +109,19 @@ class Lazy(abc.ABC):
         return math.prod(self.shape[1:]) * ITEM_SIZES[self.dtype]
 
     @abc.abstractmethod
-    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
+    def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         """The tensor's bytes in order; each block is valid until the next.
 
         Args:
             buffer: memory to use; a reader may yield views of memory of its own instead.
+            check: compare with the checksum that is stored; without, the caller has one to hand to `check`.
 
         Raises:
             CheckpointError: a file is missing, too short, or fails its checksum.
         """
+
+    def check(self, checksum: int) -> None:  # noqa: B027
+        """Compares the CRC-32 of all bytes, where one is stored; for blocks that were read without checking."""
 
     def read_into(self, out: memoryview) -> None:
         """Fills `out` [nbytes] with the tensor."""
@@ -145,7 +152,7 @@ class Runs(Lazy):
     dtype: str
     runs: tuple[Bytes, ...]
 
-    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
+    def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         for run in self.runs:
             yield from run.blocks(buffer)
 
@@ -180,7 +187,7 @@ class Joined(Lazy):
     def dtype(self) -> str:
         return self.parts[0].dtype
 
-    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
+    def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         for part in self.parts:
             yield from part.blocks(buffer)
 
@@ -233,26 +240,59 @@ class Chunked(Lazy):
             )
         return dataclasses.replace(self, chunks=tuple(chunks))
 
-    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
+    def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         columns = self.shape[1:]
         if any(chunk.shape[1:] != columns for chunk in self.chunks):
             yield from _in_blocks(memoryview(self._assembled()), len(buffer))
             return
         for chunk in self.chunks:
-            yield from self._chunk_blocks(chunk, buffer)
+            yield from self._chunk_blocks(chunk, buffer, check or len(self.chunks) > 1)
 
-    def _chunk_blocks(self, chunk: Chunk, buffer: memoryview) -> Iterator[memoryview]:
+    def check(self, checksum: int) -> None:
+        if len(self.chunks) == 1:
+            data, expected = self.chunks[0].locate()
+            if expected is not None and checksum != expected:
+                raise self._damaged(data)
+
+    def _damaged(self, data: Bytes) -> CheckpointError:
+        return CheckpointError(f"{data.path}: {self.name} fails its checksum; the file is damaged, copy it again")
+
+    def _chunk_blocks(self, chunk: Chunk, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         data, checksum = chunk.locate()
+        checksum = checksum if check else None
         expected = math.prod(chunk.shape) * ITEM_SIZES[self.dtype]
         if data.length != expected:
             raise CheckpointError(f"{data.path}: {self.name} has {data.length} bytes where {expected} are needed")
         found = 0
         for block in data.blocks(buffer):
-            if checksum is not None:
-                found = zlib.crc32(block, found)
+            pending = checksums.submit(zlib.crc32, block, found) if checksum is not None else None
             yield block
+            found = pending.result() if pending is not None else 0
         if checksum is not None and found != checksum:
-            raise CheckpointError(f"{data.path}: {self.name} fails its checksum; the file is damaged, copy it again")
+            raise self._damaged(data)
+
+    def read_into(self, out: memoryview) -> None:
+        if any(chunk.shape[1:] != self.shape[1:] for chunk in self.chunks):
+            super().read_into(out)
+            return
+        done = 0
+        for chunk in self.chunks:  # straight into place
+            size = math.prod(chunk.shape) * ITEM_SIZES[self.dtype]
+            self._read_chunk(chunk, out[done : done + size])
+            done += size
+
+    def _read_chunk(self, chunk: Chunk, out: memoryview) -> None:
+        data, checksum = chunk.locate()
+        if data.length != len(out):
+            raise CheckpointError(f"{data.path}: {self.name} has {data.length} bytes where {len(out)} are needed")
+        found, pending = 0, None
+        for start in range(0, len(out), BLOCK):
+            block = out[start : start + BLOCK]
+            for _ in data.part(start, len(block)).blocks(block):
+                found = pending.result() if pending is not None else 0
+                pending = checksums.submit(zlib.crc32, block, found) if checksum is not None else None
+        if pending is not None and pending.result() != checksum:
+            raise self._damaged(data)
 
     def _assembled(self) -> Any:
         """The whole tensor as bytes [rows * row_bytes], chunk by chunk: for tensors whose rows are cut."""
@@ -318,7 +358,7 @@ class Resized(Lazy):
     def dtype(self) -> str:
         return self.inner.dtype
 
-    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
+    def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         left = self.nbytes
         for block in self.inner.blocks(buffer):  # to its end: its checksum is known only then
             if left:
@@ -341,7 +381,7 @@ class Cast(Lazy):
     def shape(self) -> tuple[int, ...]:
         return self.inner.shape
 
-    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
+    def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         import torch
 
         for block in self.inner.blocks(buffer[: len(buffer) // 16 * 16 or len(buffer)]):
@@ -357,7 +397,7 @@ class Computed(Lazy):
     dtype: str
     function: Callable[[], Any]
 
-    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
+    def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         import torch
 
         tensor = self.function().contiguous()

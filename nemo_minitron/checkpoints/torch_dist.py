@@ -6,15 +6,16 @@ each a file of torch.save; `common.pt` and `metadata.json`.
 
 import json
 import math
-import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from nemo_minitron.checkpoints import pickle_writer, torch_writer
 from nemo_minitron.checkpoints.canonical import NOT_WEIGHTS
-from nemo_minitron.checkpoints.files import Files, FromHere
+from nemo_minitron.checkpoints.files import Files
+from nemo_minitron.checkpoints.pickle_writer import Call, Global, Instance, Pairs
 from nemo_minitron.checkpoints.pickles import ITEM_SIZES, read_pickle
 from nemo_minitron.checkpoints.tensors import BLOCK, Bytes, Chunk, Chunked, Lazy, item_size
-from nemo_minitron.checkpoints.torch_file import StoredTensor, read_torch_file, write_torch_file
+from nemo_minitron.checkpoints.torch_file import StoredTensor, read_torch_file
 from nemo_minitron.errors import CheckpointError
 
 METADATA, PIECES = ".metadata", "__0_0.distcp"
@@ -22,12 +23,8 @@ BACKEND = {
     "sharded_backend": "torch_dist", "sharded_backend_version": 1,
     "common_backend": "torch", "common_backend_version": 1,
 }  # fmt: skip
-MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.planner",
-    "torch.distributed.checkpoint.filesystem",
-    "megatron.",
-)
+DCP = "torch.distributed.checkpoint"
+MODULES = (f"{DCP}.metadata", f"{DCP}.planner", f"{DCP}.filesystem", "megatron.")
 METADATA_LIMIT = 1 << 30
 #: Linear layers of Transformer Engine, whose extra states Megatron asks for when it loads strictly.
 WITH_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -145,48 +142,75 @@ def write(
         prefix: before every key, ``module.`` or ``model.``.
         weights: (key without prefix, layer or -1, layers of the stack, tensor), the layers of a key in order.
     """
-    import torch
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    entries: dict[str, Any] = {}
-    places: dict[Any, Any] = {}
-    buffer = memoryview(bytearray(BLOCK))
-
+    catalogue, buffer = _Catalogue(), memoryview(bytearray(BLOCK))
     with create(PIECES) as file:
         for key, layer, stack, tensor in weights:
-            name, shape = f"{prefix}{key}", tensor.shape
-            size = torch.Size((stack, *shape) if layer >= 0 else shape)
-            start = torch.Size((layer, *(0,) * len(shape)) if layer >= 0 else (0,) * len(shape))
-            piece = torch.Size((1, *shape) if layer >= 0 else shape)
-            position = file.tell()
-            write_torch_file(FromHere(file), tuple(piece), tensor.dtype, tensor.blocks(buffer))
-            if name not in entries:
-                properties = TensorProperties(dtype=getattr(torch, tensor.dtype))
-                entries[name] = TensorStorageMetadata(properties=properties, size=size, chunks=[])
-            elif (entries[name].properties.dtype, entries[name].size) != (getattr(torch, tensor.dtype), size):
-                raise CheckpointError(f"{key}: layer {layer} has another dtype or shape than those before it")
-            places[MetadataIndex(name, start)] = _StorageInfo(PIECES, position, file.tell() - position)
-            entries[name].chunks.append(ChunkStorageMetadata(start, piece))
+            position, shape = file.tell(), tensor.shape if layer < 0 else (1, *tensor.shape)
+            checksum = torch_writer.write_tensor(file, shape, tensor.dtype, tensor.blocks(buffer, check=False))
+            tensor.check(checksum)
+            catalogue.add_tensor(f"{prefix}{key}", layer, stack, tensor, (position, file.tell() - position))
         for key in (key for layer in range(num_layers) for key in _extra_states(prefix, layer, num_layers)):
             position = file.tell()
-            torch.save([None], FromHere(file))
-            entries[key] = BytesStorageMetadata()
-            places[MetadataIndex(key)] = _StorageInfo(PIECES, position, file.tell() - position)
+            torch_writer.write_object(file, [None])
+            catalogue.add_object(key, (position, file.tell() - position))
     with create(METADATA) as file:
-        pickle.dump(Metadata(state_dict_metadata=entries, planner_data={}, storage_data=places), file)
+        file.write(pickle_writer.dumps(catalogue.metadata()))
     with create("common.pt") as file:
-        torch.save({}, FromHere(file))
+        torch_writer.write_object(file, {})
     with create("metadata.json") as file:
         file.write(json.dumps(BACKEND).encode())
 
 
 def _extra_states(prefix: str, layer: int, num_layers: int) -> list[str]:
     return [f"{prefix}decoder.layers.{name}._extra_state/shard_{layer}_{num_layers}" for name in WITH_EXTRA_STATE]
+
+
+class _Catalogue:
+    """What `.metadata` says: torch's Metadata, by the names of its classes."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Instance] = {}
+        self.places: list[tuple[Instance, Instance]] = []
+
+    def add_tensor(self, name: str, layer: int, stack: int, tensor: Lazy, place: tuple[int, int]) -> None:
+        shape = tensor.shape
+        start, piece, size = (0,) * len(shape), shape, shape
+        if layer >= 0:
+            start, piece, size = (layer, *start), (1, *shape), (stack, *shape)
+        if name not in self.entries:
+            state = {"properties": _properties(tensor.dtype), "size": _size(size), "chunks": []}
+            self.entries[name] = _instance("TensorStorageMetadata", state)
+        known = self.entries[name].state
+        if (known["properties"], known["size"]) != (_properties(tensor.dtype), _size(size)):
+            raise CheckpointError(f"{name}: layer {layer} has another dtype or shape than those before it")
+        known["chunks"].append(_instance("ChunkStorageMetadata", {"offsets": _size(start), "sizes": _size(piece)}))
+        self._place(name, _size(start), place)
+
+    def add_object(self, name: str, place: tuple[int, int]) -> None:
+        self.entries[name] = _instance("BytesStorageMetadata", {})
+        self._place(name, None, place)
+
+    def _place(self, name: str, offset: Any, place: tuple[int, int]) -> None:
+        index = _instance("MetadataIndex", {"fqn": name, "offset": offset, "index": None})
+        info = {"relative_path": PIECES, "offset": place[0], "length": place[1]}
+        self.places.append((index, Instance(Global(f"{DCP}.filesystem", "_StorageInfo"), info)))
+
+    def metadata(self) -> Instance:
+        state = {"state_dict_metadata": self.entries, "planner_data": None, "storage_data": Pairs(self.places)}
+        return _instance("Metadata", {**state, "storage_meta": None})
+
+
+def _instance(name: str, state: dict[str, Any]) -> Instance:
+    return Instance(Global(f"{DCP}.metadata", name), state)
+
+
+def _size(sizes: tuple[int, ...]) -> Call:
+    return Call(Global("torch", "Size"), (tuple(sizes),))
+
+
+def _properties(dtype: str) -> Instance:
+    """TensorProperties of a plain tensor: dtype, layout, requires_grad, memory format, pin_memory."""
+    layout = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+    memory_format = Call(Global(f"{DCP}.metadata", "_MEM_FORMAT_ENCODING"), (0,))
+    kind = Global(f"{DCP}.metadata", "TensorProperties")
+    return Instance(kind, (Global("torch", dtype), layout, False, memory_format, False))

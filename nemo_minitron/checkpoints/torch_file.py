@@ -1,4 +1,4 @@
-"""Files of torch.save: read without loading, written without torch holding them.
+"""Files of torch.save, read without loading.
 
 Such a file is a zip archive of uncompressed records: `data.pkl`, a pickle that describes tensors, and `data/N`, the
 bytes of each storage. The pickle is read as data, and tensors become places in the file.
@@ -9,8 +9,7 @@ import io
 import math
 import pickle
 import zipfile
-from collections.abc import Iterable
-from typing import Any, BinaryIO
+from typing import Any
 
 from nemo_minitron.checkpoints.pickles import ITEM_SIZES, Functions, read_pickle
 from nemo_minitron.checkpoints.tensors import Bytes, Chunk, Chunked
@@ -190,59 +189,3 @@ def _place(
     # torch leaves the checksum 0 since 2.8; one that is there counts.
     checksum = info.CRC if info.CRC and place.length == stored.length else None
     return StoredTensor(shape, dtype, place, checksum)
-
-
-class _ShapeOnly:
-    """Stands for a tensor while its description is pickled."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: str):
-        self.shape, self.dtype = shape, dtype
-
-
-class _Describer(pickle.Pickler):
-    """Pickles a _ShapeOnly as torch.save pickles a tensor."""
-
-    def persistent_id(self, value: Any) -> Any:
-        return value.key if isinstance(value, _StorageKey) else None
-
-    def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, _ShapeOnly):
-            return NotImplemented
-        import collections
-
-        import torch
-
-        elements = math.prod(value.shape)
-        kind = next(name for name, dtype in STORAGES.items() if dtype == value.dtype)
-        key = _StorageKey(("storage", getattr(torch, kind), "0", "cpu", elements))
-        stride = tuple(math.prod(value.shape[axis + 1 :]) for axis in range(len(value.shape)))
-        return torch._utils._rebuild_tensor_v2, (key, 0, value.shape, stride, False, collections.OrderedDict())
-
-
-class _StorageKey:
-    def __init__(self, key: tuple):
-        self.key = key
-
-
-def write_torch_file(file: BinaryIO, shape: tuple[int, ...], dtype: str, blocks: Iterable[memoryview]) -> None:
-    """Writes one tensor to `file` as torch.save does, its bytes coming from `blocks`; checksums are real.
-
-    Args:
-        file: seekable, at position 0.
-    """
-    description = io.BytesIO()
-    _Describer(description, protocol=2).dump(_ShapeOnly(shape, dtype))
-    nbytes = math.prod(shape) * ITEM_SIZES[dtype]
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, content in (("data.pkl", description.getvalue()), ("byteorder", b"little")):
-            archive.writestr(_record(name, len(content)), content)
-        with archive.open(_record("data/0", nbytes), "w") as record:
-            for block in blocks:
-                record.write(block)
-        archive.writestr(_record("version", 2), b"3\n")
-
-
-def _record(name: str, size: int) -> zipfile.ZipInfo:
-    info = zipfile.ZipInfo(f"archive/{name}")
-    info.file_size = size
-    return info

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from nemo_minitron.checkpoints import torch_writer
 from nemo_minitron.checkpoints.canonical import NOT_WEIGHTS
 from nemo_minitron.checkpoints.files import Files
 from nemo_minitron.checkpoints.pickles import ITEM_SIZES
@@ -88,10 +89,6 @@ def write(create: Callable[[str], Any], prefix: str, weights: Iterable[tuple[str
         create: `create(name)` is a context manager that gives a binary file.
         weights: (key without prefix, layer or -1, layers of the stack, tensor), the layers of a key in order.
     """
-    import io
-
-    import torch
-
     described: dict[str, Any] = {}
     buffer = memoryview(bytearray(BLOCK))
     for key, layer, stack, tensor in weights:
@@ -116,9 +113,7 @@ def write(create: Callable[[str], Any], prefix: str, weights: Iterable[tuple[str
     for name, array in described.items():
         with create(f"{name}/{ARRAY}") as file:
             file.write(json.dumps(array, indent=4).encode())
-    common = io.BytesIO()
-    torch.save({}, common)
     with create("common.pt") as file:
-        file.write(common.getvalue())
+        torch_writer.write_object(file, {})
     with create("metadata.json") as file:
         file.write(json.dumps(BACKEND).encode())
