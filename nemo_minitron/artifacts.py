@@ -1,30 +1,23 @@
-"""What passes between stages: a folder with a manifest.
-
-A stage reads folders and writes one. While it works it writes to a folder beside the target
-(``.<name>.partial``); when it is done it writes ``manifest.json`` there and renames the folder. A folder that has a
-``manifest.json`` is therefore finished, and a stage that died leaves nothing that looks so. The partial folder is kept
-for a resume of the very same job (same key) and thrown away otherwise.
-"""
+"""What passes between stages: results with a manifest, importance scores, pruning plans."""
 
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import json
 import os
 import resource
-import shutil
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.errors import MinitronError, OutputExistsError
+from nemo_minitron.archive import last_member
+from nemo_minitron.errors import MinitronError
 
 MANIFEST = "manifest.json"
 PARTIAL_KEY = "partial.json"
+MANIFEST_LIMIT = 16 << 20
 #: Files of a stage folder that differ between equal runs (times, logs) and so stay out of its fingerprint.
 VOLATILE = (MANIFEST, PARTIAL_KEY, "logs", "tensorboard", "checkpoints")
 VERSIONED_PACKAGES = ("torch", "nemo-toolkit", "megatron-core", "nvidia-modelopt", "transformers", "numpy")
@@ -62,29 +55,43 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> "Manifest":
-        """Reads ``folder/manifest.json``; raises MinitronError where it is missing or not a manifest."""
+        """Reads the manifest in a folder, or in a `.nemo` archive; raises MinitronError where there is none."""
         path = Path(folder) / MANIFEST
         try:
-            loaded = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**loaded)
+            if Path(folder).is_file():
+                found = last_member(Path(folder), MANIFEST, MANIFEST_LIMIT)
+                if found is None:
+                    raise FileNotFoundError
+                return cls(**json.loads(found[0]))
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
-            raise MinitronError(f"{path} is missing: {folder} is not the finished folder of a stage") from None
+            raise MinitronError(f"{path} is missing: {folder} is not the finished result of a stage") from None
         except (OSError, ValueError, TypeError) as error:
             raise MinitronError(f"{path} is not a manifest that this version reads: {error}") from None
 
     def write(self, folder: str | os.PathLike) -> None:
         write_json(Path(folder) / MANIFEST, dataclasses.asdict(self))
 
+    def text(self) -> str:
+        """The manifest as JSON."""
+        return json_text(dataclasses.asdict(self))
+
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON beside `path` and renames it there, so that a reader never sees half a file."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=2, sort_keys=False, default=_plain) + "\n", encoding="utf-8")
+    beside.write_text(json_text(value), encoding="utf-8")
     os.replace(beside, path)
 
 
-def _plain(value: Any) -> Any:
+def json_text(value: Any) -> str:
+    """JSON as every file here has it."""
+    return json.dumps(value, indent=2, sort_keys=False, default=plain) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """A value that json does not know as one that it does."""
     if isinstance(value, Path):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -95,10 +102,14 @@ def _plain(value: Any) -> Any:
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-    """SHA-256 over the content of a file, or over names and contents of a folder's files, logs left out."""
+    """SHA-256 over the content of a file, or over names and contents of a folder's files.
+
+    What differs between equal runs is left out: logs in a folder, the manifest at the end of an archive.
+    """
     path = Path(path)
     if path.is_file():
-        return _hash_file(path)
+        manifest = last_member(path, MANIFEST, MANIFEST_LIMIT) if path.suffix == ".nemo" else None
+        return _hash_start(path, manifest[1]) if manifest else _hash_file(path)
     digest = hashlib.sha256()
     for file in sorted(_content_files(path)):
         digest.update(f"{file.relative_to(path).as_posix()}\0{_hash_file(file)}\n".encode())
@@ -122,11 +133,17 @@ def _hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
 
 
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
+def _sha256(file: Any, length: int | None = None) -> str:
+    digest, left = hashlib.sha256(), length
+    while block := file.read(1 << 20 if left is None else min(1 << 20, left)):
         digest.update(block)
+        left = None if left is None else left - len(block)
     return digest.hexdigest()
+
+
+def _hash_start(path: Path, length: int) -> str:
+    with path.open("rb") as file:
+        return _sha256(file, length)
 
 
 def versions() -> dict[str, str]:
@@ -160,170 +177,6 @@ def peak_memory_bytes() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-@dataclasses.dataclass(kw_only=True)
-class Job:
-    """One run of one stage: what goes in, and where the result shall lie.
-
-    Args:
-        stage: name of the stage.
-        output: folder to make.
-        config: resolved configuration; must be JSON-like.
-        inputs: name -> path of each folder or file that is read.
-        seed: seed of everything random.
-        overwrite: replace an output that was made from something else.
-        ignore: dotted config keys that do not change the result (paths, progress, launch settings), with all below.
-    """
-
-    stage: str
-    output: Path
-    config: dict[str, Any]
-    inputs: dict[str, str | os.PathLike] = dataclasses.field(default_factory=dict)
-    seed: int = 0
-    overwrite: bool = False
-    ignore: tuple[str, ...] = ("overwrite",)
-
-    def __post_init__(self):
-        self.output = Path(self.output)
-        self._inputs: dict[str, dict[str, str]] | None = None
-        self._started = time.perf_counter()
-
-    @property
-    def partial(self) -> Path:
-        """Folder beside the output that the stage writes to; the same for every rank and every try."""
-        return self.output.with_name(f".{self.output.name}.partial")
-
-    def fingerprints(self) -> dict[str, dict[str, str]]:
-        if self._inputs is None:
-            self._inputs = {
-                name: {"path": str(path), "fingerprint": fingerprint(path)} for name, path in self.inputs.items()
-            }
-        return self._inputs
-
-    def key(self) -> str:
-        relevant = self._settings(self.config)
-        inputs = {name: entry["fingerprint"] for name, entry in self.fingerprints().items()}
-        text = json.dumps([self.stage, inputs, relevant, self.seed], sort_keys=True, default=_plain)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def finished(self) -> Manifest | None:
-        """The manifest of an earlier run of this very job, or None when there is work to do.
-
-        Raises:
-            OutputExistsError: the output exists, was made from something else, and overwrite is not set.
-        """
-        if not os.path.lexists(self.output):
-            return None
-        if self.output.is_dir() and (self.output / MANIFEST).is_file():
-            manifest = Manifest.read(self.output)
-            if manifest.key == self.key():
-                return manifest
-            reason = self._difference(manifest)
-        else:
-            reason = "it is not the output of an earlier run of this job"
-        if self.overwrite or (self.output.is_dir() and not any(self.output.iterdir())):
-            return None
-        raise OutputExistsError(
-            f"{self.output} exists and would be overwritten: {reason}. "
-            "Give another output path, or overwrite=true to replace it"
-        )
-
-    def _difference(self, manifest: Manifest) -> str:
-        if manifest.stage != self.stage:
-            return f"it was made by `{manifest.stage}`, not by `{self.stage}`"
-        for name, entry in self.fingerprints().items():
-            if manifest.inputs.get(name, {}).get("fingerprint") != entry["fingerprint"]:
-                return f"it was made from another {name} than {entry['path']}"
-        now, then = self._settings(self.config), self._settings(manifest.config)
-        changed = sorted(name for name in {*now, *then} if _differs(now.get(name), then.get(name)))
-        return f"it was made with other settings ({', '.join(changed) or 'seed'})"
-
-    def _settings(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Dotted name -> value of every setting that changes the result."""
-        return {
-            name: value
-            for name, value in _flat(config).items()
-            if not any(name == ignored or name.startswith(f"{ignored}.") for ignored in self.ignore)
-        }
-
-    def begin(self) -> Path:
-        """Makes the partial folder, or finds the one that an interrupted run of this very job left."""
-        marker = self.partial / PARTIAL_KEY
-        if self.partial.exists():
-            try:
-                left_by = json.loads(marker.read_text(encoding="utf-8"))["key"]
-            except (OSError, ValueError, KeyError, TypeError):
-                left_by = None
-            if left_by != self.key():
-                shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True, exist_ok=True)
-        reset_peak_memory()
-        write_json(marker, {"stage": self.stage, "key": self.key()})
-        return self.partial
-
-    def discard(self) -> None:
-        """Throws away the partial folder: for stages that cannot be resumed."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-
-    def finish(
-        self,
-        *,
-        metrics: dict[str, Any] | None = None,
-        timings: dict[str, float] | None = None,
-        details: dict[str, Any] | None = None,
-    ) -> Manifest:
-        """Writes the manifest and puts the partial folder in the output's place."""
-        manifest = Manifest(
-            stage=self.stage,
-            key=self.key(),
-            inputs=self.fingerprints(),
-            config=self.config,
-            seed=self.seed,
-            versions=versions(),
-            metrics=metrics or {},
-            timings={**(timings or {}), "total_seconds": time.perf_counter() - self._started},
-            peak_memory_bytes=peak_memory_bytes(),
-            details=details or {},
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        )
-        (self.partial / PARTIAL_KEY).unlink(missing_ok=True)
-        manifest.write(self.partial)
-        replaced = None
-        if os.path.lexists(self.output):
-            replaced = self.output.with_name(f".{self.output.name}.replaced-{os.getpid()}")
-            os.replace(self.output, replaced)
-        os.replace(self.partial, self.output)
-        if replaced is not None:
-            shutil.rmtree(replaced) if replaced.is_dir() and not replaced.is_symlink() else replaced.unlink()
-        return manifest
-
-    def run(self, work: Callable[[Path], dict[str, Any]], *, resumable: bool = False) -> Manifest:
-        """Runs `work(partial folder) -> {"metrics", "timings", "details"}` unless its result is there already."""
-        done = self.finished()
-        if done is not None:
-            return done
-        if not resumable:
-            self.discard()
-        partial = self.begin()
-        try:
-            result = work(partial)
-        except BaseException:
-            if not resumable:
-                self.discard()
-            raise
-        return self.finish(**result)
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-    return flat
-
-
-def _differs(one: Any, other: Any) -> bool:
-    return json.dumps(one, sort_keys=True, default=_plain) != json.dumps(other, sort_keys=True, default=_plain)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,16 @@
 
 import json
 import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
 
 import pytest
 
-from nemo_minitron.artifacts import MANIFEST, Job, Manifest, fingerprint, versions, write_json
-from nemo_minitron.errors import MinitronError, OutputExistsError
+from nemo_minitron.artifacts import MANIFEST, Manifest, fingerprint, versions, write_json
+from nemo_minitron.errors import EngineError, MinitronError, OutputExistsError
+from nemo_minitron.jobs import Job
 
 
 @pytest.fixture
@@ -190,3 +195,125 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         write_json(path, {"x": object()})
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
     assert json.loads(path.read_text())["folder"] == str(tmp_path)
+
+
+# Archives
+
+
+def archive_job(folder: Path, value: int = 1, **fields) -> Job:
+    return Job(stage="toy", output=folder / "model.nemo", config={"value": value}, **fields)
+
+
+def write_archive(value: int):
+    """Work that leaves a small tar and a log."""
+
+    def work(partial: Path) -> dict:
+        (partial / "content").write_text(str(value))
+        with tarfile.open(partial / "model.nemo", "w") as archive:
+            member = archive.gettarinfo(partial / "content", "./content")
+            member.mtime = 0
+            with (partial / "content").open("rb") as file:
+                archive.addfile(member, file)
+        (partial / "content").unlink()
+        (partial / "logs").mkdir()
+        (partial / "logs" / "engine.log").write_text("said")
+        return {"metrics": {"value": value}}
+
+    return work
+
+
+def test_an_archive_carries_its_manifest_and_leaves_its_logs_beside_it(tmp_path):
+    made = archive_job(tmp_path).run(write_archive(1))
+    with tarfile.open(tmp_path / "model.nemo") as archive:
+        assert archive.getnames() == ["./content", "./manifest.json"]
+    assert Manifest.read(tmp_path / "model.nemo") == made
+    assert (tmp_path / "model.nemo.logs" / "logs" / "engine.log").read_text() == "said"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.nemo", "model.nemo.logs"]
+    assert archive_job(tmp_path).run(pytest.fail) == made
+
+
+def test_equal_archives_have_equal_fingerprints_though_their_manifests_differ(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        archive_job(tmp_path / name).run(write_archive(1))
+    one, other = (tmp_path / name / "model.nemo" for name in "ab")
+    assert one.read_bytes() != other.read_bytes()
+    assert fingerprint(one) == fingerprint(other)
+    (tmp_path / "c").mkdir()
+    archive_job(tmp_path / "c").run(write_archive(2))
+    assert fingerprint(tmp_path / "c" / "model.nemo") != fingerprint(one)
+
+
+def test_an_archive_is_replaced_only_when_asked_for(tmp_path):
+    archive_job(tmp_path).run(write_archive(1))
+    with pytest.raises(OutputExistsError, match="other settings"):
+        archive_job(tmp_path, 2).run(pytest.fail)
+    archive_job(tmp_path, 2, overwrite=True).run(write_archive(2))
+    assert Manifest.read(tmp_path / "model.nemo").metrics == {"value": 2}
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, b"\0" * 10240])
+def test_a_file_that_is_no_archive_of_ours_is_left_alone(tmp_path, content):
+    (tmp_path / "model.nemo").write_bytes(content)
+    with pytest.raises(OutputExistsError, match="not the output of an earlier run"):
+        archive_job(tmp_path).run(pytest.fail)
+    assert (tmp_path / "model.nemo").read_bytes() == content
+
+
+# Locks and full disks
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from nemo_minitron.jobs import Job
+
+def work(partial):
+    (partial / "half").write_text("half")
+    print("working", flush=True)
+    time.sleep(60)
+
+Job(stage="toy", output=Path(sys.argv[1]), config={}).run(work)
+"""
+
+
+def test_two_processes_do_not_make_the_same_output_and_a_killed_one_leaves_it_free(tmp_path):
+    output = tmp_path / "result"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(output)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "working\n"
+        with pytest.raises(EngineError, match=rf"being made by another process \({holder.pid} on "):
+            Job(stage="toy", output=output, config={}).run(pytest.fail)
+        assert (tmp_path / ".result.partial" / "half").exists()
+    finally:
+        holder.kill()
+        holder.wait()
+    done = Job(stage="toy", output=output, config={}).run(lambda partial: {"metrics": {"value": 1}})
+    assert done.metrics == {"value": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result"]
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.jobs import Job
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+def work(partial):
+    (partial / "large").write_bytes(bytes(200_000))
+    return {}
+
+try:
+    Job(stage="toy", output=Path(sys.argv[1]), config={}).run(work)
+except MinitronError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_ends_with_a_message_and_nothing_half_made(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "result")], capture_output=True, text=True, check=True
+    )
+    assert f"no space left on the disk of {tmp_path}/result while writing it" in done.stdout
+    assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.artifacts import Job, Manifest
+from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, tokenizers, verify
 from nemo_minitron.checkpoints.canonical import EMBEDDING, OUTPUT
 from nemo_minitron.checkpoints.families import write_config
@@ -16,6 +16,7 @@ from nemo_minitron.checkpoints.tensors import Cast, Lazy, Resized
 from nemo_minitron.checkpoints.write import place_in, write_checkpoint
 from nemo_minitron.config import ConvertConfig
 from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.jobs import Job
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "32": "float32"}
 #: Largest relative difference of logits once values were rounded to another dtype.

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nemo_minitron.artifacts import MANIFEST, PARTIAL_KEY, Job, Manifest
+from nemo_minitron.artifacts import MANIFEST, PARTIAL_KEY, Manifest
 from nemo_minitron.config import HF_SOURCE, NGC_SOURCE, DownloadConfig
 from nemo_minitron.errors import CheckpointError, EngineError, MinitronError
+from nemo_minitron.jobs import Job
 
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "tokenizer.model*", "*.txt", "*.tiktoken", "*.jinja")
 #: Copies of the weights in other forms: folders (original/, onnx/) and Mistral's single file.
@@ -75,6 +76,8 @@ def download(config: DownloadConfig) -> Manifest:
         return job.finish(metrics=_measured(job.partial), details=details)
     except OSError as error:
         raise MinitronError(f"{job.output} could not be written: {error}; name another folder, output=DIR") from error
+    finally:
+        job.release()
 
 
 def cached(repository: str) -> Path:

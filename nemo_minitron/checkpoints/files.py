@@ -8,13 +8,13 @@ import contextlib
 import gzip
 import io
 import os
-import tarfile
 import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from nemo_minitron.archive import ERRORS, open_archive
 from nemo_minitron.checkpoints.tensors import Bytes, whole
 from nemo_minitron.errors import CheckpointError
 
@@ -83,15 +83,6 @@ def folder_files(folder: Path, *, deep: bool = True) -> Files:
     return Files(folder, found)
 
 
-class _CheckedMember(tarfile.TarInfo):
-    """A member whose header cannot send the reader backwards (CVE-2025-8194)."""
-
-    def _block(self, count: int) -> int:
-        if count < 0:
-            raise tarfile.InvalidHeaderError("negative size")
-        return super()._block(count)
-
-
 def archive_files(path: Path) -> Files:
     """The members of an uncompressed tar archive, without a leading `./`.
 
@@ -101,7 +92,7 @@ def archive_files(path: Path) -> Files:
     size = whole(path).length
     found: dict[str, Bytes] = {}
     try:
-        with tarfile.open(path, "r:", tarinfo=_CheckedMember) as archive:
+        with open_archive(path) as archive:
             for number, member in enumerate(archive):
                 if number >= MEMBER_LIMIT:
                     raise CheckpointError(f"{path} has more than {MEMBER_LIMIT} members")
@@ -122,7 +113,7 @@ def archive_files(path: Path) -> Files:
                 found[name] = Bytes(path, member.offset_data, member.size)
     except CheckpointError:
         raise
-    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, EOFError, IndexError) as error:
+    except ERRORS as error:
         raise CheckpointError(f"{path} is not a whole tar archive ({error}); copy it again") from None
     return Files(path, found)
 

@@ -7,9 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts import Job, Manifest
+from nemo_minitron.artifacts import Manifest
 from nemo_minitron.config import DataConfig
 from nemo_minitron.data.sources import SPLITS, Corpus, open_corpus
+from nemo_minitron.jobs import Job
 
 TOKENIZER, QUESTIONS = "tokenizer", "questions.jsonl"
 

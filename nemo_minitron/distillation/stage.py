@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.artifacts import Job, Manifest
+from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import DistillConfig
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.jobs import Job
 from nemo_minitron.runtime.inputs import (
     CHECKPOINTS,
     LOG,

@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts import Job, Manifest
+from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.data.module import paths
+from nemo_minitron.jobs import Job
 from nemo_minitron.runtime.inputs import LOG, NOT_THE_RESULT, Inputs, training_inputs
 from nemo_minitron.runtime.launch import run_stage
 

@@ -4,12 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts import ImportanceScores, Job, Manifest
+from nemo_minitron.artifacts import ImportanceScores, Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import PruneConfig, missing_data
 from nemo_minitron.data.module import check_fits as check_data
 from nemo_minitron.data.module import paths, resolve_prefixes
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.jobs import Job
 from nemo_minitron.runtime.inputs import LOG, data_files
 from nemo_minitron.runtime.launch import run_stage
 from nemo_minitron.runtime.layout import Layout, check_fits, layout_of

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.artifacts import ImportanceScores, Job, Manifest, PruningPlan
+from nemo_minitron.artifacts import ImportanceScores, Manifest, PruningPlan
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.jobs import Job
 from nemo_minitron.pruning.plan import check_targets, plan_cut
 
 

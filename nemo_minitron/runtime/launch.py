@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import errors
-from nemo_minitron.artifacts import PARTIAL_KEY, Job, Manifest, write_json
+from nemo_minitron.artifacts import PARTIAL_KEY, Manifest, write_json
 from nemo_minitron.config import Config, TrainerConfig
 from nemo_minitron.errors import EngineError, MinitronError
+from nemo_minitron.jobs import Job, disk_has_room
 
 Work = Callable[[Path], dict[str, Any]]
 ERROR_FILE = "NEMO_MINITRON_ERROR_FILE"
@@ -63,14 +64,13 @@ def run_stage(job: Job, work: Work, *, stage: str, config: Config, trainer: Trai
 
 def _as_worker(job: Job, work: Work, resumable: bool) -> Manifest:
     if rank() == 0:
-        if not resumable:
-            job.discard()
-        partial = job.begin()
-    else:
-        partial = _wait_for_partial(job)
-    result = work(partial)
-    if rank() == 0:
-        return job.finish(**result)
+        partial = job.begin(resumable=resumable)
+        try:
+            with disk_has_room(job.output):
+                return job.finish(**work(partial))
+        finally:
+            job.release()
+    result = work(_wait_for_partial(job))
     return Manifest(
         stage=job.stage, key=job.key(), inputs={}, config=job.config, seed=job.seed, metrics=result["metrics"]
     )
