@@ -1,12 +1,15 @@
 """One tiny teacher, trained once, for every test that needs a model."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
 
 from nemo_minitron import config as c
 
+# No test asks the hub for anything; those that want one start their own.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SEQ_LENGTH = 64
 GRID = {"hidden_size_divisor": 32, "ffn_hidden_size_divisor": 64, "num_layers_divisor": 1}
 ARCHITECTURE = {

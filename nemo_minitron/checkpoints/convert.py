@@ -1,9 +1,11 @@
 """`minitron convert`: a checkpoint of any format into any other, tensor by tensor, checked before it is in place."""
 
+import contextlib
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint, tokenizers, verify
 from nemo_minitron.checkpoints.canonical import EMBEDDING, OUTPUT
 from nemo_minitron.checkpoints.families import write_config
-from nemo_minitron.checkpoints.tensors import Cast, Lazy, Resized
+from nemo_minitron.checkpoints.tensors import Cast, Lazy, Resized, Watched
 from nemo_minitron.checkpoints.write import place_in, write_checkpoint
 from nemo_minitron.config import ConvertConfig
 from nemo_minitron.errors import ConfigError, MinitronError
@@ -37,7 +39,8 @@ def convert(config: ConvertConfig) -> Manifest:
     architecture, tensors = plan(source, config)
     if config.target_format == "hf":
         write_config(architecture, source.dtype)
-    tokenizer = tokenizers.from_directory(config.tokenizer) if config.tokenizer else source.tokenizer_files
+    if config.tokenizer:
+        tokenizers.from_directory(config.tokenizer)
     check_room(config.output, sum(tensor.nbytes for tensor in tensors.values()))
     how = verify.resolve(config.verify, source)
     settings = dataclasses.asdict(config) | {"format": config.target_format, "verify": how}
@@ -53,23 +56,30 @@ def convert(config: ConvertConfig) -> Manifest:
 
     def work(partial: Path) -> dict[str, Any]:
         place = place_in(partial, config.output, config.target_format)
-        write_checkpoint(
-            place,
-            config.target_format,
-            architecture,
-            tensors,
-            tokenizer,
-            source.generation,
-            weights=config.weights,
-            shard_bytes=int(config.shard_size_gb * 1e9),
-        )
+        tokenizer = choose_tokenizer(source, config)
+        with progress(tensors, f"{source.format} -> {config.target_format}") as watched:
+            write_checkpoint(
+                place,
+                config.target_format,
+                architecture,
+                watched,
+                tokenizer,
+                source.generation,
+                weights=config.weights,
+                shard_bytes=int(config.shard_size_gb * 1e9),
+            )
         checked = check_result(source, place, tensors, how, config)
         return {
             "metrics": {"parameters": architecture.parameters(), "bytes": _bytes(tensors), **checked},
             "details": {"architecture": architecture.to_dict(), "format": config.target_format},
         }
 
-    return job.run(work)
+    done = job.finished()
+    if done is None:
+        return job.run(work)
+    if verify.STRENGTH.index(how) > verify.STRENGTH.index(done.metrics["verified"]):
+        done.metrics |= check_result(source, Path(config.output), tensors, how, config)
+    return done
 
 
 class _Conversion(Job):
@@ -115,6 +125,25 @@ def plan(source: Checkpoint, config: ConvertConfig) -> tuple[Architecture, Mappi
     if config.dtype and any(tensor.dtype != DTYPES[config.dtype] for tensor in tensors.values()):
         tensors = {name: Cast(tensor, DTYPES[config.dtype]) for name, tensor in tensors.items()}
     return dataclasses.replace(architecture, vocab_size=rows, vocab_padding=rows - tokens), tensors
+
+
+def choose_tokenizer(source: Checkpoint, config: ConvertConfig) -> tokenizers.Tokenizer | None:
+    """The tokenizer that goes into the result: the one asked for, or the source's, with its files if it can."""
+    if config.tokenizer:
+        return tokenizers.from_directory(config.tokenizer)
+    found = source.tokenizer_files
+    if found is None or found.files:
+        return found
+    return tokenizers.from_hub(found, lambda message: print(message, file=sys.stderr))
+
+
+@contextlib.contextmanager
+def progress(tensors: Mapping[str, Lazy], title: str) -> Iterator[dict[str, Lazy]]:
+    """The tensors, with a bar of the bytes that are read from them; none where this is no terminal."""
+    from tqdm import tqdm
+
+    with tqdm(total=_bytes(tensors), desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        yield {name: Watched(tensor, bar.update) for name, tensor in tensors.items()}
 
 
 def check_room(output: str | Path, needed: int) -> None:

@@ -406,6 +406,34 @@ class Computed(Lazy):
         yield from _in_blocks(memoryview(tensor.view(torch.uint8).numpy().reshape(-1)), len(buffer))
 
 
+@dataclasses.dataclass(frozen=True)
+class Watched(Lazy):
+    """A tensor that tells how many of its bytes were read."""
+
+    inner: Lazy
+    tell: Callable[[int], Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.inner.dtype
+
+    def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
+        for block in self.inner.blocks(buffer, check):
+            yield block
+            self.tell(len(block))
+
+    def check(self, checksum: int) -> None:
+        self.inner.check(checksum)
+
+    def read_into(self, out: memoryview) -> None:
+        self.inner.read_into(out)
+        self.tell(len(out))
+
+
 def in_memory(tensor: Any) -> Computed:
     """A torch tensor as a Lazy."""
     return Computed(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), lambda: tensor)

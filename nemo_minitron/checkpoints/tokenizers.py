@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nemo_minitron.checkpoints.files import Files, folder_files
@@ -17,6 +17,9 @@ FILES = re.compile(
     r"|merges\.txt|chat_template\.(jinja|json)|spiece\.model|tekken\.json|[\w.-]+\.tiktoken"
 )
 MODEL = "tokenizer.model"
+#: The same, as the hub's library takes them.
+HUB_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+HUB_TIMEOUT = 5.0
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 #: What lets transformers take a bare SentencePiece model.
 FOR_SENTENCEPIECE = {
@@ -77,6 +80,29 @@ def in_folder(files: Files, name: str | None = None) -> Tokenizer | None:
         only_model = {MODEL} == found.keys()
         return Tokenizer(kind=SENTENCEPIECE if only_model else HUGGINGFACE, name=name, files=found)
     return Tokenizer(name=name) if name else None
+
+
+def from_hub(tokenizer: Tokenizer, note: Callable[[str], None]) -> Tokenizer:
+    """A tokenizer that is only a name, with its files from the Hugging Face hub where that can be reached.
+
+    Args:
+        note: is told, in one message, where it cannot; the name then travels alone.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        folder = snapshot_download(tokenizer.name, allow_patterns=list(HUB_PATTERNS), etag_timeout=HUB_TIMEOUT)
+        found = in_folder(folder_files(Path(folder), deep=False), tokenizer.name)
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
+        found = None
+    if found is None or not found.files:
+        note(
+            f"note: the tokenizer {tokenizer.name} is only named in the checkpoint and could not be had from the hub; "
+            "it travels as that name. tokenizer=DIR puts its files in"
+        )
+        return tokenizer
+    return found
 
 
 def named(name: str) -> Tokenizer | None:

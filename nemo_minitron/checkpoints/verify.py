@@ -11,6 +11,7 @@ from nemo_minitron.checkpoints.families import FAMILIES
 from nemo_minitron.checkpoints.tensors import BLOCK, Lazy, Resized
 from nemo_minitron.errors import CheckpointError
 
+STRENGTH = ("none", "tensors", "logits")
 #: Tensors that are compared bit for bit, beside the norms, which are all.
 SAMPLE = 12
 TOKENS = (2, 24)

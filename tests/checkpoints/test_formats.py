@@ -1,15 +1,24 @@
 """Every family through every format: bits, logits, and what Megatron and transformers themselves write and read."""
 
+import contextlib
 import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from models import FAMILIES, build, equal, save, stored
+from nemo_minitron.artifacts import fingerprint
 from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.checkpoints.convert import convert
 from nemo_minitron.config import ConvertConfig, validated
+from nemo_minitron.errors import CheckpointError, MinitronError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -51,3 +60,228 @@ def test_transformers_and_megatron_compute_the_same(family, tmp_path):
     assert json.loads((end / "config.json").read_text())["architectures"] == [
         type(build(family, torch.float32)).__name__
     ]
+
+
+def sample(tmp_path: Path, family: str = "llama3") -> Path:
+    """A small Hugging Face checkpoint with a tokenizer."""
+    from nemo_minitron.data.tokenizer import train_bpe
+
+    folder = save(family, torch.float32, tmp_path / "sample")
+    train_bpe(["to be or not to be"] * 10, 257, folder)
+    return folder
+
+
+def test_tokenizer_and_generation_settings_travel(tmp_path):
+    start = sample(tmp_path)
+    (start / "generation_config.json").write_text('{"eos_token_id": [1, 2], "temperature": 0.6}')
+    end = run(run(start, tmp_path / "nemo2"), tmp_path / "end", to="hf")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (end / name).read_bytes() == (start / name).read_bytes()
+    settings = json.loads((end / "generation_config.json").read_text())
+    assert settings == {"bos_token_id": 1, "eos_token_id": [1, 2], "temperature": 0.6}  # the first from config.json
+    archive = open_checkpoint(run(start, tmp_path / "a.nemo"))
+    assert archive.tokenizer_files.files["tokenizer.json"].read() == (start / "tokenizer.json").read_bytes()
+
+
+def test_a_tokenizer_that_is_only_named_travels_with_a_warning_or_is_put_in(tmp_path, capsys):
+    start = sample(tmp_path)
+    archive = run(start, tmp_path / "a.nemo")
+    unpacked = tmp_path / "unpacked"
+    with tarfile.open(archive) as opened:
+        opened.extractall(unpacked, filter="data")
+    shutil.rmtree(unpacked / "tokenizer")
+    config = yaml.safe_load((unpacked / "model_config.yaml").read_text())
+    config["tokenizer"]["type"] = "meta-llama/Llama-3.1-8B"
+    (unpacked / "model_config.yaml").write_text(yaml.safe_dump(config))
+    for output, to in ((tmp_path / "named", "nemo2"), (tmp_path / "named.nemo", "nemo1")):
+        found = open_checkpoint(run(unpacked, output, to=to)).tokenizer_files
+        assert (found.name, dict(found.files)) == ("meta-llama/Llama-3.1-8B", {})
+        assert "only named in the checkpoint" in capsys.readouterr().err
+    put_in = open_checkpoint(run(unpacked, tmp_path / "put-in", tokenizer=str(start)))
+    assert put_in.tokenizer_files.files["tokenizer.json"].read() == (start / "tokenizer.json").read_bytes()
+
+
+def test_padding_of_the_vocabulary_is_made_noted_and_trimmed(tmp_path):
+    """259 rows padded to 384 for tensor parallel; an export has the 259 again, bit for bit."""
+    start = save("llama2", torch.bfloat16, tmp_path / "start")
+    padded = run(start, tmp_path / "padded", pad_vocab_to_multiple_of=128)
+    assert open_checkpoint(padded).architecture.vocab_size == 384
+    archive = open_checkpoint(run(padded, tmp_path / "padded.nemo"))
+    assert (archive.architecture.vocab_size, archive.architecture.vocab_padding) == (384, 125)
+    assert not archive.tensors["output_layer.weight"].read()[259:].any()
+    end = run(tmp_path / "padded.nemo", tmp_path / "end", to="hf")
+    assert equal(stored(start), stored(end))
+    whole = run(padded, tmp_path / "whole", to="hf", vocab_size=384)
+    assert json.loads((whole / "config.json").read_text())["vocab_size"] == 384
+
+
+def test_another_precision_is_torchs_own_rounding(tmp_path):
+    start = save("qwen2", torch.float32, tmp_path / "start")
+    end = run(start, tmp_path / "end", to="hf", dtype="bf16", verify="logits")
+    rounded = {name: value.bfloat16() for name, value in stored(start).items()}
+    assert equal(rounded, stored(end))
+
+
+def test_a_conversion_that_went_wrong_is_found(tmp_path):
+    """What verify compares with is what was to be written, so one wrong bit in one sampled tensor is enough."""
+    from nemo_minitron.checkpoints import verify
+    from nemo_minitron.checkpoints.tensors import in_memory
+
+    start = open_checkpoint(save("llama3", torch.float32, tmp_path / "start"))
+    result = open_checkpoint(run(start.path, tmp_path / "nemo2"))
+    verify.compare_tensors(start.tensors, result, 0)
+    norm = start.tensors["decoder.final_layernorm.weight"].read()
+    norm[3] += 1e-6
+    with pytest.raises(CheckpointError, match="decoder.final_layernorm.weight is not what was to be written"):
+        verify.compare_tensors({**start.tensors, "decoder.final_layernorm.weight": in_memory(norm)}, result, 0)
+    other = save("llama3", torch.float32, tmp_path / "other")
+    weights = stored(other)
+    weights["model.layers.1.self_attn.q_proj.weight"][:16] *= 1.01
+    from safetensors.torch import save_file
+
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="logits differ"):
+        verify.compare_logits(open_checkpoint(other), result, 0)
+
+
+def test_converting_reads_one_tensor_at_a_time(tmp_path):
+    """Peak memory: the largest tensor and a constant, though the checkpoint is many times that."""
+    import tracemalloc
+
+    from nemo_minitron.architecture import Architecture
+    from nemo_minitron.checkpoints import canonical
+    from nemo_minitron.checkpoints.tensors import BLOCK, Computed
+    from nemo_minitron.checkpoints.write import write_checkpoint
+
+    architecture = Architecture(
+        num_layers=24, hidden_size=512, ffn_hidden_size=2048, num_attention_heads=8, kv_channels=64, vocab_size=1024
+    )
+    made = {
+        name: Computed(shape, "float32", lambda shape=shape: torch.ones(shape))
+        for name, shape in canonical.shapes(architecture).items()
+    }
+    write_checkpoint(tmp_path / "hf", "hf", architecture, made, None, {})
+    largest = max(tensor.nbytes for tensor in made.values())
+    for source, output, to in (("hf", "nemo2", "nemo2"), ("nemo2", "a.nemo", "nemo1"), ("a.nemo", "again", "hf")):
+        checkpoint = open_checkpoint(tmp_path / source)
+        tracemalloc.start()
+        write_checkpoint(tmp_path / output, to, checkpoint.architecture, checkpoint.tensors, None, {})
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < largest + 3 * BLOCK < sum(tensor.nbytes for tensor in made.values()) / 5
+    assert equal(stored(tmp_path / "hf"), stored(tmp_path / "again"))
+
+
+CONVERT = """
+import sys
+from nemo_minitron.cli import main
+
+sys.exit(main(["convert", *sys.argv[1:], "verify=none"]))
+"""
+
+
+def test_converting_needs_neither_nemo_nor_megatron_nor_torch(tmp_path):
+    start = save("llama31", torch.bfloat16, tmp_path / "start")
+    script = CONVERT.replace("sys.exit(main", "code = (main") + (
+        "\nengines = [name for name in ('nemo', 'megatron', 'modelopt', 'torch') if name in sys.modules]"
+        "\nassert not engines, engines\nsys.exit(code)"
+    )
+    for source, output in ((start, tmp_path / "nemo2"), (tmp_path / "nemo2", tmp_path / "a.nemo")):
+        subprocess.run([sys.executable, "-c", script, str(source), str(output)], check=True)
+    script = script.replace('"verify=none"', '"verify=tensors", "to=hf"')
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.nemo"), str(tmp_path / "end")], check=True)
+    assert equal(stored(start), stored(tmp_path / "end"))
+
+
+def written(folder: Path) -> int:
+    """Bytes in a folder that somebody else is writing to."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(root, name)).st_size
+    return total
+
+
+@pytest.mark.parametrize("output", ["nemo2", "a.nemo"])
+def test_a_kill_at_any_moment_leaves_nothing_that_looks_finished(output, tmp_path):
+    """SIGKILL after a seeded share of the output is written; the next try makes the very same result."""
+    import random
+    import time
+
+    start = save("nemo-14487", torch.float32, tmp_path / "start")
+    reference = run(start, tmp_path / "reference" / output)
+    chance = random.Random(7)
+    for _ in range(4):
+        limit = chance.randrange(200_000, 6_000_000)
+        child = subprocess.Popen([sys.executable, "-c", CONVERT, str(start), str(tmp_path / output)])
+        partial = tmp_path / f".{output}.partial"
+        deadline = time.monotonic() + 60
+        while child.poll() is None and time.monotonic() < deadline:
+            if written(partial) >= limit:
+                break
+        child.kill()
+        child.wait()
+        if (tmp_path / output).exists():  # it was faster
+            break
+        with pytest.raises(CheckpointError):
+            open_checkpoint(tmp_path / output)
+    assert fingerprint(run(start, tmp_path / output)) == fingerprint(reference)
+
+
+def test_a_full_disk_leaves_no_half_result(tmp_path):
+    start = save("llama3", torch.float32, tmp_path / "start")
+    limited = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n{CONVERT}"
+    done = subprocess.run(
+        [sys.executable, "-c", limited, str(start), str(tmp_path / "a.nemo")], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"no space left on the disk of {tmp_path}/a.nemo while writing it")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["start"]
+
+
+def test_a_result_that_does_not_fit_is_refused_before_the_first_write(tmp_path):
+    from nemo_minitron.checkpoints.convert import check_room
+
+    with pytest.raises(MinitronError, match=r"needs 1000000.0 GB, the disk has .* GB left"):
+        check_room(tmp_path / "a.nemo", 10**15)
+
+
+def test_what_transformers_cannot_express_is_refused_before_anything_is_written(tmp_path):
+    from nemo_minitron.architecture import Architecture
+    from nemo_minitron.checkpoints import canonical
+    from nemo_minitron.checkpoints.tensors import in_memory
+    from nemo_minitron.checkpoints.write import write_checkpoint
+
+    architecture = Architecture(
+        family="gpt", num_layers=1, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2, vocab_size=16,
+        activation="gelu", gated_linear_unit=False, normalization="LayerNorm",
+    )  # fmt: skip
+    tensors = {name: in_memory(torch.ones(shape)) for name, shape in canonical.shapes(architecture).items()}
+    write_checkpoint(tmp_path / "nemo2", "nemo2", architecture, tensors, None, {})
+    with pytest.raises(CheckpointError, match="family gpt has no class there"):
+        run(tmp_path / "nemo2", tmp_path / "hf", to="hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nemo2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gemma"}, "model_type 'gemma'; known here are llama, mistral, nemotron, qwen2"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling of type 'yarn'"),
+        ({"attention_bias": True}, "biases in both or neither"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new' is not known"),
+        ({"intermediate_size": 100}, "gate_proj.weight is \\(96, 64\\), config.json makes it \\(100, 64\\)"),
+        ({"num_hidden_layers": 3}, "missing model.layers.2"),
+        ({"num_hidden_layers": 1}, "left over model.layers.1"),
+        ({"vocab_size": None}, "does not state vocab_size"),
+        ({"num_attention_heads": -4}, "num_attention_heads = -4 is not a size"),
+    ],
+)
+def test_a_hugging_face_configuration_that_does_not_fit_is_refused_by_name(changes, message, tmp_path):
+    start = save("llama3", torch.float32, tmp_path / "start")
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(start)

@@ -43,7 +43,9 @@ def test_the_cut_is_the_same_from_and_to_every_format(tiny, teachers, tmp_path):
     outputs = {"nemo2": tmp_path / "nemo2", "nemo1": tmp_path / "cut.nemo", "hf": tmp_path / "hf"}
     for form, output in outputs.items():
         source = teachers["nemo1" if form == "nemo1" else "hf"]
-        config = tiny.pruning(output, source, drop_layers=[2], hidden_size=96, scores_path=str(tmp_path / f"scores-{form}"))
+        config = tiny.pruning(
+            output, source, drop_layers=[2], hidden_size=96, scores_path=str(tmp_path / f"scores-{form}")
+        )
         config.to = form
         flow.prune(config)
         assert open_checkpoint(output).format == form
