@@ -22,7 +22,7 @@ GZIP = b"\x1f\x8b"
 TEXT_LIMIT = 64 << 20
 MEMBER_LIMIT = 4_000_000
 #: Weights hardly compress; what unpacks to more than so many times its size is no checkpoint.
-UNPACKED_FACTOR = 20
+UNPACKED_FACTOR, UNPACKED_SPARE = 20, 1 << 30
 
 
 class Files:
@@ -142,7 +142,7 @@ def unzipped(path: Path) -> tuple[Any, Files]:
     folder = tempfile.TemporaryDirectory(prefix="minitron-")
     target = Path(folder.name) / path.name
     try:
-        limit = UNPACKED_FACTOR * path.stat().st_size + (1 << 30)
+        limit = UNPACKED_FACTOR * path.stat().st_size + UNPACKED_SPARE
         with gzip.open(path, "rb") as packed, target.open("wb") as file:
             while block := packed.read(8 << 20):
                 file.write(block)

@@ -139,10 +139,10 @@ def _architecture(config: dict[str, Any], vocab_size: int, source: str) -> Archi
     activation, gated = _choice(config, "activation", "gelu", ACTIVATIONS, source)
     bias = bool(config.get("bias", True))
     fields = {
-        "num_layers": config["num_layers"],
-        "hidden_size": config["hidden_size"],
+        "num_layers": config.get("num_layers"),
+        "hidden_size": config.get("hidden_size"),
         "ffn_hidden_size": config.get("ffn_hidden_size"),
-        "num_attention_heads": config["num_attention_heads"],
+        "num_attention_heads": config.get("num_attention_heads"),
         "num_query_groups": config.get("num_query_groups"),
         "kv_channels": config.get("kv_channels"),
         "vocab_size": vocab_size,

@@ -9,6 +9,7 @@ import io
 import math
 import pickle
 import zipfile
+import zlib
 from typing import Any
 
 from nemo_minitron.checkpoints.pickles import ITEM_SIZES, Functions, read_pickle
@@ -157,7 +158,12 @@ def _bytes_of(data: Bytes, info: zipfile.ZipInfo, source: str) -> Bytes:
 
 
 def _content(data: Bytes, info: zipfile.ZipInfo, source: str) -> bytes:
-    return _bytes_of(data, info, source).read()
+    content = _bytes_of(data, info, source).read()
+    if info.CRC and zlib.crc32(content) != info.CRC:
+        raise CheckpointError(
+            f"{source}: record {info.filename!r} fails its checksum; the file is damaged, copy it again"
+        )
+    return content
 
 
 def _place(
