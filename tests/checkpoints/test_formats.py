@@ -285,3 +285,78 @@ def test_a_hugging_face_configuration_that_does_not_fit_is_refused_by_name(chang
     (start / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(start)
+
+
+def test_what_lies_beside_the_weights_is_passed_over(tmp_path):
+    """Old buffers, a stored copy of tied embeddings, modelopt_state, and config.json as transformers 5 writes it."""
+    from safetensors.torch import save_file
+
+    start = save("llama32-tied", torch.float32, tmp_path / "start")
+    before = open_checkpoint(start)
+    tensors = stored(start)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, start / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((start / "config.json").read_text())
+    config["rope_parameters"] = {**config.pop("rope_scaling"), "rope_theta": config.pop("rope_theta")}
+    config["dtype"] = config.pop("dtype", config.pop("torch_dtype", "float32"))
+    (start / "config.json").write_text(json.dumps(config))
+    after = open_checkpoint(start)
+    assert after.architecture == before.architecture
+    assert after.tensors.keys() == before.tensors.keys()
+    nemo2 = run(start, tmp_path / "nemo2")
+    (nemo2 / "weights" / "modelopt_state").mkdir()
+    (nemo2 / "weights" / "modelopt_state" / "__0_0.distcp").write_bytes(b"anything")
+    assert open_checkpoint(nemo2).architecture == before.architecture
+
+
+def test_verify_runs_both_models_where_they_fit_and_compares_bits_where_not(tmp_path, monkeypatch):
+    from nemo_minitron.checkpoints import verify
+
+    source = open_checkpoint(save("llama3", torch.float32, tmp_path / "start"))
+    assert verify.resolve("auto", source) == "logits"
+    monkeypatch.setattr(verify, "_available_memory", lambda: 4 * source.architecture.parameters())
+    assert verify.resolve("auto", source) == "tensors"
+    assert verify.resolve("logits", source) == "logits"
+
+
+def test_a_result_is_verified_later_if_more_is_asked_of_it(tmp_path, capsys):
+    start = save("llama3", torch.float32, tmp_path / "start")
+    once = ConvertConfig(source=str(start), output=str(tmp_path / "nemo2"), verify="none")
+    assert convert(once).metrics["verified"] == "none"
+    again = ConvertConfig(source=str(start), output=str(tmp_path / "nemo2"), verify="tensors")
+    assert convert(again).metrics["verified"] == "tensors"
+
+
+def test_two_conversions_to_one_target_at_once_do_not_corrupt_it(tmp_path):
+    """One makes it; the other is told so, or finds it made."""
+    start = save("nemo-14487", torch.float32, tmp_path / "start")
+    output = tmp_path / "a.nemo"
+    children = [
+        subprocess.Popen([sys.executable, "-c", CONVERT, str(start), str(output)], stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    messages = [child.communicate()[1] for child in children]
+    codes = [child.returncode for child in children]
+    assert 0 in codes
+    assert all("is being made by another process" in said for said, code in zip(messages, codes) if code)
+    assert equal(stored(run(output, tmp_path / "end", to="hf")), stored(start))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.nemo", "end", "start"]
+
+
+def test_inspect_tells_what_is_there_and_what_is_odd(tmp_path, capsys):
+    from nemo_minitron.cli import main
+
+    start = save("minitron-width", torch.bfloat16, tmp_path / "start")
+    assert main(["inspect", str(start)]) == 0
+    text = capsys.readouterr().out
+    for part in ("nemotron", "head size 32", "LayerNorm with gamma stored minus 1", "on 50% of each head", "bfloat16"):
+        assert part in text
+    assert "heads 4 x head size 32 = 128, not the hidden size 48" in text
+    assert "there is no tokenizer" in text
+    assert main(["inspect", str(run(start, tmp_path / "a.nemo")), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["parameters"] == build("minitron-width", torch.float32).num_parameters()
+    assert described["format"] == "NeMo-1 archive (.nemo)"
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 1
+    assert "does not exist" in capsys.readouterr().err
