@@ -27,6 +27,8 @@ WITHOUT_FUSIONS = {
     "cross_entropy_loss_fusion": False,
 }
 
+LAUNCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE", "GROUP_RANK")
+
 
 @contextlib.contextmanager
 def engine(seed: int, log: Path | None = None) -> Iterator[None]:
@@ -36,7 +38,7 @@ def engine(seed: int, log: Path | None = None) -> Iterator[None]:
         seed: seeds Python, NumPy and torch; Megatron's own states are seeded by NeMo.
         log: file that takes the chatter of NeMo, Megatron, ModelOpt and Lightning.
     """
-    with quiet(log), megatron_on_cpu():
+    with _same_environment(), quiet(log), megatron_on_cpu():
         import lightning.pytorch as pl
 
         reset_parallel_state()
@@ -46,6 +48,20 @@ def engine(seed: int, log: Path | None = None) -> Iterator[None]:
         finally:
             reset_parallel_state()
             gc.collect()
+
+
+@contextlib.contextmanager
+def _same_environment() -> Iterator[None]:
+    """Takes back what Lightning sets for its ranks: a child process would meet the port that its parent listens on."""
+    before = {name: os.environ.get(name) for name in LAUNCH_VARIABLES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def reset_parallel_state() -> None:

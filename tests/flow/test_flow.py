@@ -94,6 +94,7 @@ def test_a_flow_that_is_killed_goes_on_where_it_was(run, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(folder.glob(".teacher.partial/*")) and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended by itself"
         time.sleep(0.05)
     process.kill()
     process.wait()
