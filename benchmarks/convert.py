@@ -137,6 +137,10 @@ def run(folder: Path, gigabytes: float, ways: list[str]) -> list[dict[str, Any]]
             }
         )
         print(line(rows[-1]), flush=True)
+        ahead = {WAYS[later][0] for later in ways[ways.index(name) + 1 :]}
+        for path in folder.iterdir():
+            if path.name not in ahead:  # or the page cache would not hold what is measured next
+                remove(path)
     return rows
 
 
@@ -153,7 +157,7 @@ def line(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", type=float, default=[1, 2, 4], help="GB")
-    parser.add_argument("--folder", help="where to work; needs ten times the largest size")
+    parser.add_argument("--folder", help="where to work; needs five times the largest size")
     parser.add_argument("--json", default="convert.json", help="file to write")
     parser.add_argument("--quick", action="store_true", help="0.25 GB and three ways only")
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)

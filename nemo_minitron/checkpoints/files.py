@@ -6,13 +6,12 @@ and names with `..` are refused, all of them before anything is read.
 
 import contextlib
 import gzip
-import io
 import os
 import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from nemo_minitron.archive import ERRORS, open_archive
 from nemo_minitron.checkpoints.tensors import Bytes, whole
@@ -157,27 +156,3 @@ def unzipped(path: Path) -> tuple[Any, Files]:
             ) from None
         raise CheckpointError(f"{path} is not a whole gzip file ({error}); copy it again") from None
     return folder, archive_files(target)
-
-
-class FromHere(io.RawIOBase):
-    """Another file from its current position on, where offsets start at 0; for writing."""
-
-    def __init__(self, file: BinaryIO):
-        super().__init__()
-        self.file, self.base = file, file.tell()
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.file.tell() - self.base
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        target = self.base + offset if whence == io.SEEK_SET else offset
-        return self.file.seek(target, whence) - self.base
-
-    def write(self, data: Any) -> int:
-        return self.file.write(data)

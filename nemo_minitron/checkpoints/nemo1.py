@@ -3,19 +3,18 @@
 Weights are a Megatron distributed checkpoint (zarr or torch_dist) in model_weights/, or one file model_weights.ckpt.
 """
 
-import contextlib
 import dataclasses
 import json
-import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
 from nemo_minitron.architecture import Architecture, RopeScaling
 from nemo_minitron.checkpoints import canonical, described, tokenizers, torch_dist, zarr_store
-from nemo_minitron.checkpoints.files import Files, FromHere
+from nemo_minitron.checkpoints.archive_writer import ArchiveWriter
+from nemo_minitron.checkpoints.files import Files
 from nemo_minitron.checkpoints.tensors import Chunked, Lazy
 from nemo_minitron.checkpoints.torch_file import StoredTensor, read_torch_file
 from nemo_minitron.errors import CheckpointError
@@ -300,50 +299,6 @@ def _tokenizer_settings(tokenizer: tokenizers.Tokenizer | None) -> dict[str, Any
     kind = name or (f"{ARTIFACT}{TOKENIZER_FOLDER}" if tokenizer is not None else None)
     return {"library": "huggingface", "type": kind, "model": None, "vocab_file": None, "merge_file": None,
             "use_fast": True}  # fmt: skip
-
-
-class ArchiveWriter:
-    """A tar archive that is written member by member, sizes filled in once they are known."""
-
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self._folders: set[str] = set()
-
-    @contextlib.contextmanager
-    def create(self, name: str) -> Iterator[BinaryIO]:
-        """A member as a seekable file; it is whole when the body ends."""
-        self._make_folders(name)
-        start = self.file.tell()
-        self.file.write(b"\0" * tarfile.BLOCKSIZE)
-        yield FromHere(self.file)
-        self.file.seek(0, 2)
-        size = self.file.tell() - start - tarfile.BLOCKSIZE
-        self.file.write(b"\0" * (-size % tarfile.BLOCKSIZE))
-        self.file.seek(start)
-        self.file.write(self._header(f"./{name}", size))
-        self.file.seek(0, 2)
-
-    def _make_folders(self, name: str) -> None:
-        parts = name.split("/")[:-1]
-        for depth in range(len(parts)):
-            folder = "/".join(parts[: depth + 1])
-            if folder not in self._folders:
-                self._folders.add(folder)
-                self.file.write(self._header(f"./{folder}", 0, tarfile.DIRTYPE))
-
-    @staticmethod
-    def _header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
-        member = tarfile.TarInfo(name)
-        member.size, member.type, member.mode = size, kind, 0o755 if kind == tarfile.DIRTYPE else 0o644
-        header = member.tobuf(tarfile.GNU_FORMAT)
-        if len(header) != tarfile.BLOCKSIZE:
-            raise CheckpointError(f"{name} is too long a name for a member of an archive")
-        return header
-
-    def close(self) -> None:
-        """Writes the end of the archive."""
-        self.file.write(b"\0" * (2 * tarfile.BLOCKSIZE))
-        self.file.write(b"\0" * (-self.file.tell() % tarfile.RECORDSIZE))
 
 
 def write(

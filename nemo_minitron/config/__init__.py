@@ -1,0 +1,85 @@
+"""The configuration of every stage: keyword-only dataclasses behind conf/*.yaml.
+
+A dataclass states its fields and, in ``problems()``, what makes them wrong. ``validated`` collects the problems of a
+whole tree and raises them at once. Names follow the NeMo 24.07 documentation, so that its overrides work unchanged.
+"""
+
+from nemo_minitron.config.base import (
+    FORMATS,
+    Config,
+    all_problems,
+    at_least,
+    format_problems,
+    one_of,
+    output_format,
+    validated,
+)
+from nemo_minitron.config.checkpoints import HF_SOURCE, NGC_SOURCE, ConvertConfig, DownloadConfig, InspectConfig
+from nemo_minitron.config.data import DataConfig
+from nemo_minitron.config.flow import (
+    DistillRecipeConfig,
+    FlowConfig,
+    FlowDataConfig,
+    FlowModelConfig,
+    FlowPruneConfig,
+    HardwareConfig,
+    RecipeConfig,
+)
+from nemo_minitron.config.pruning import ExportConfig, InferenceConfig, PruneConfig, PruneModelConfig, PruneTargets
+from nemo_minitron.config.training import (
+    DistillConfig,
+    EvaluateConfig,
+    ExpManagerConfig,
+    FinetuneConfig,
+    KDConfig,
+    ModelConfig,
+    ModelDataConfig,
+    OptimConfig,
+    SchedConfig,
+    StageConfig,
+    TrainerConfig,
+    layout_problems,
+    missing_data,
+)
+
+__all__ = [
+    "Config",
+    "ConvertConfig",
+    "DataConfig",
+    "DistillConfig",
+    "DistillRecipeConfig",
+    "DownloadConfig",
+    "EvaluateConfig",
+    "ExpManagerConfig",
+    "ExportConfig",
+    "FORMATS",
+    "FinetuneConfig",
+    "FlowConfig",
+    "FlowDataConfig",
+    "FlowModelConfig",
+    "FlowPruneConfig",
+    "HF_SOURCE",
+    "HardwareConfig",
+    "InferenceConfig",
+    "InspectConfig",
+    "KDConfig",
+    "ModelConfig",
+    "ModelDataConfig",
+    "NGC_SOURCE",
+    "OptimConfig",
+    "PruneConfig",
+    "PruneModelConfig",
+    "PruneTargets",
+    "RecipeConfig",
+    "SchedConfig",
+    "StageConfig",
+    "TrainerConfig",
+    "all_problems",
+    "at_least",
+    "format_problems",
+    "layout_problems",
+    "missing_data",
+    "one_of",
+    "output_format",
+    "validated",
+]

@@ -1,0 +1,70 @@
+"""What every configuration class is, and checks that several share."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.errors import ConfigError
+
+
+class Config:
+    """Base of all configuration classes."""
+
+    def problems(self) -> list[str]:
+        """One message for each thing that is wrong with these values on their own."""
+        return []
+
+
+def all_problems(config: Any, prefix: str = "") -> list[str]:
+    """Problems of `config` and of every Config below it, each with the dotted name of the place."""
+    found = []
+    if isinstance(config, Config):
+        found += [f"{prefix}{problem}" for problem in config.problems()]
+        for entry in dataclasses.fields(config):
+            found += all_problems(getattr(config, entry.name), f"{prefix}{entry.name}.")
+    return found
+
+
+def validated(config: Any, source: str = "configuration") -> Any:
+    """Returns `config`; raises one ConfigError with all its problems."""
+    found = all_problems(config)
+    if found:
+        raise ConfigError(found, source)
+    return config
+
+
+def at_least(minimum: float, **values: float | None) -> list[str]:
+    """A problem for each named value that is given and below `minimum`."""
+    return [
+        f"{name} = {value} must be at least {minimum}"
+        for name, value in values.items()
+        if value is not None and value < minimum
+    ]
+
+
+def one_of(name: str, value: Any, allowed: tuple) -> list[str]:
+    """A problem unless `value` is among `allowed`."""
+    return [] if value in allowed else [f"{name} = {value!r} must be one of {', '.join(map(str, allowed))}"]
+
+
+#: Formats of a checkpoint on disk: a NeMo-2 directory, a `.nemo` archive, a Hugging Face directory.
+FORMATS = ("nemo2", "nemo1", "hf")
+
+
+def output_format(path: str, to: str | None = None) -> str:
+    """The format of a result at `path`: `to`, or else nemo1 for `*.nemo` and nemo2 for anything else."""
+    return to or ("nemo1" if Path(path).suffix == ".nemo" else "nemo2")
+
+
+def format_problems(path: str, to: str | None) -> list[str]:
+    """What is wrong with writing the format `to` at `path`: an unknown format, or a name that says another one."""
+    if to is None:
+        return []
+    if to not in FORMATS:
+        return one_of("to", to, FORMATS)
+    archive = Path(path).suffix == ".nemo"
+    if archive and to != "nemo1":
+        return [f"to = {to} makes a directory, but {path} is named like an archive: leave .nemo off, or to=nemo1"]
+    if not archive and to == "nemo1":
+        return [f"to = nemo1 makes an archive, but {path} is not named like one: name it {path.rstrip('/')}.nemo"]
+    return []

@@ -1,0 +1,142 @@
+"""Settings of `minitron prune`."""
+
+import dataclasses
+from dataclasses import field
+from typing import Any
+
+from nemo_minitron.config.base import Config, at_least, format_problems, output_format
+from nemo_minitron.config.training import ModelDataConfig, TrainerConfig
+
+
+@dataclasses.dataclass(kw_only=True)
+class PruneTargets(Config):
+    """What to cut (NeMo 24.07's `prune`)."""
+
+    drop_layers: Any = None
+    """Layers to drop, 1-based: [16,17,31] or ranges [16-31]."""
+    num_layers: int | None = None
+    """Layers to keep, chosen by importance."""
+    hidden_size: int | None = None
+    """Width of the residual stream to keep."""
+    ffn_hidden_size: int | None = None
+    """FFN neurons to keep."""
+    num_attention_heads: int | None = None
+    """Attention heads to keep; a multiple of the query groups. The head size stays."""
+    num_query_groups: int | None = None
+    """Kept for NeMo 24.07's overrides; ModelOpt no longer prunes it, so only the teacher's own value is taken."""
+    num_samples: int = 1024
+    """Calibration samples: random sequences of full length from the training split."""
+    scores_path: str | None = None
+    """Folder of importance scores to reuse or to make; none: beside the teacher's checkpoint, `<teacher>.scores`."""
+    hidden_size_divisor: int = 256
+    """Grid of hidden_size."""
+    ffn_hidden_size_divisor: int = 512
+    """Grid of ffn_hidden_size."""
+    num_layers_divisor: int = 2
+    """Grid of num_layers."""
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether importance decides what is cut, so that the model has to run."""
+        sizes = (self.num_layers, self.hidden_size, self.ffn_hidden_size, self.num_attention_heads)
+        return any(size is not None for size in sizes)
+
+    def problems(self) -> list[str]:
+        found = at_least(
+            1,
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_samples=self.num_samples,
+            hidden_size_divisor=self.hidden_size_divisor,
+            ffn_hidden_size_divisor=self.ffn_hidden_size_divisor,
+            num_layers_divisor=self.num_layers_divisor,
+        )
+        if not self.drop_layers and not self.needs_scores:
+            found.append(
+                "drop_layers is missing, and so are num_layers, hidden_size, ffn_hidden_size and num_attention_heads: "
+                "name at least one of them"
+            )
+        if self.drop_layers and self.num_layers is not None:
+            found.append("drop_layers and num_layers are both given: name the layers, or have them chosen, not both")
+        return found
+
+
+@dataclasses.dataclass(kw_only=True)
+class ExportConfig(Config):
+    """The result of pruning."""
+
+    save_path: str = "???"
+    """Checkpoint to make."""
+
+    def problems(self) -> list[str]:
+        return ["save_path is missing: name the checkpoint to make"] if self.save_path == "???" else []
+
+
+@dataclasses.dataclass(kw_only=True)
+class InferenceConfig(Config):
+    """Calibration batches."""
+
+    batch_size: int = 1
+    """Samples a forward pass. Scores are the same for any size: L2 over samples, mean over the sequence."""
+
+    def problems(self) -> list[str]:
+        return at_least(1, batch_size=self.batch_size)
+
+
+@dataclasses.dataclass(kw_only=True)
+class PruneModelConfig(Config):
+    """The teacher to prune, and the data to score it on."""
+
+    restore_from_path: str | None = None
+    """The teacher's checkpoint."""
+    tensor_model_parallel_size: int = 1
+    """ModelOpt scores with 1; of no effect where the layers to drop are named and nothing is scored."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers while scoring."""
+    encoder_seq_length: int | None = None
+    """Tokens a calibration sample; data.seq_length wins; none: the model's own length."""
+    data: ModelDataConfig = field(default_factory=ModelDataConfig)
+
+    def problems(self) -> list[str]:
+        found = at_least(1, pipeline_model_parallel_size=self.pipeline_model_parallel_size)
+        if not self.restore_from_path:
+            found.append("restore_from_path is missing: name the teacher's checkpoint")
+        return found
+
+
+@dataclasses.dataclass(kw_only=True)
+class PruneConfig(Config):
+    """Depth and width pruning."""
+
+    seed: int = 1234
+    """Seed of the choice of calibration samples."""
+    overwrite: bool = False
+    """Replace an output that was made from something else."""
+    to: str | None = None
+    """Format of the result: nemo2, nemo1 or hf; none: *.nemo is an archive (NeMo-1 layout), else a NeMo-2 directory."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    model: PruneModelConfig = field(default_factory=PruneModelConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    prune: PruneTargets = field(default_factory=PruneTargets)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    @property
+    def output(self) -> str:
+        """The checkpoint that the stage makes."""
+        return self.export.save_path
+
+    @property
+    def target_format(self) -> str:
+        """The format of the result."""
+        return output_format(self.output, self.to)
+
+    def problems(self) -> list[str]:
+        found = [] if self.output == "???" else format_problems(self.output, self.to)
+        if self.prune.needs_scores and self.model.tensor_model_parallel_size != 1:
+            found.append(
+                f"model.tensor_model_parallel_size = {self.model.tensor_model_parallel_size}: ModelOpt scores with 1 "
+                "only; spread the layers instead, model.pipeline_model_parallel_size=N"
+            )
+        return found
