@@ -116,13 +116,21 @@ def test_an_export_never_replaces_what_is_there(tiny, model, tmp_path):
     assert (tmp_path / "there" / "precious").read_text() == "mine"
 
 
-def test_nemos_own_hf_connectors_stay_beneath(model):
+def test_nemos_own_hf_connectors_stay_beneath(tiny, model, tmp_path, monkeypatch):
     """With Transformer Engine and plain shapes they do the work; ours are subclasses of them."""
     from nemo.collections import llm
     from nemo.collections.llm.gpt.model.llama import HFLlamaExporter, HFLlamaImporter
 
+    from nemo_minitron import flow
     from nemo_minitron.connectors import nemo_can
 
     assert isinstance(llm.LlamaModel.importer("hf://meta-llama/Llama-3.1-8B"), HFLlamaImporter)
     assert isinstance(llm.LlamaModel.exporter("hf", "/somewhere"), HFLlamaExporter)
-    assert not nemo_can("/somewhere")  # without Transformer Engine
+    assert not nemo_can(tmp_path / "nowhere")  # without Transformer Engine
+    flow.prune(tiny.pruning(tmp_path / "pruned", hidden_size=96))
+    with monkeypatch.context() as patch:
+        patch.setattr("nemo_minitron.runtime.layout.has_transformer_engine", lambda: True)
+        assert nemo_can(tiny.teacher)
+        assert llm.LlamaModel.exporter("hf", tiny.teacher).nemo_in_charge
+        assert not llm.LlamaModel.exporter("hf", tmp_path / "pruned").nemo_in_charge
+        assert not llm.LlamaModel.exporter("nemo1", tiny.teacher).nemo_in_charge

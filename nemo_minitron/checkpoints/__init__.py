@@ -69,10 +69,9 @@ def _cached(tokenizer: Tokenizer) -> Path:
     digest = hashlib.sha256(tokenizer.kind.encode())
     for name in sorted(tokenizer.files):
         digest.update(f"\0{name}\0".encode() + hashlib.sha256(tokenizer.files[name].read()).digest())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_minitron" / "tokenizers"
-    folder = cache / digest.hexdigest()[:32]
+    folder = _cache() / digest.hexdigest()[:32]
     if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
+        cache = folder.parent
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache) as beside:
             tokenizer.copy_to(Path(beside) / "tokenizer")
             try:
@@ -81,6 +80,18 @@ def _cached(tokenizer: Tokenizer) -> Path:
                 if not folder.is_dir():
                     raise
     return folder
+
+
+def _cache() -> Path:
+    """The user's cache of tokenizers; in a home that cannot be written to, a folder of this process."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_minitron" / "tokenizers"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK):
+            return cache
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="minitron-"))
 
 
 def open_checkpoint(path: str | Path, role: str = "checkpoint") -> Checkpoint:

@@ -62,6 +62,23 @@ def test_transformers_and_megatron_compute_the_same(family, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("family", ["llama31", "minitron-width", "qwen2"])
+def test_bf16_weights_compute_the_same(family, tmp_path):
+    """From bf16 bits, both sides in fp32: nothing but the order of sums differs."""
+    from nemo_minitron.checkpoints.verify import logits
+
+    start = save(family, torch.bfloat16, tmp_path / "start")
+    nemo2 = run(start, tmp_path / "nemo2", verify="logits")
+    tokens = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(1))
+    kind = type(build(family, torch.bfloat16))
+    with torch.no_grad():  # loaded, not cast: a cast rounds the rotary frequencies too
+        exact = kind.from_pretrained(start, torch_dtype=torch.float32)(tokens).logits
+        rounded = kind.from_pretrained(start, torch_dtype=torch.bfloat16)(tokens).logits.float()
+    found = logits(open_checkpoint(nemo2), tokens)
+    assert (found - exact).abs().max() <= 1e-4 * exact.abs().max()
+    assert (found - rounded).abs().max() <= 2 * (rounded - exact).abs().max()  # within bf16's own rounding
+
+
 def sample(tmp_path: Path, family: str = "llama3") -> Path:
     """A small Hugging Face checkpoint with a tokenizer."""
     from nemo_minitron.data.tokenizer import train_bpe
