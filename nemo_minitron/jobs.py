@@ -33,6 +33,7 @@ from nemo_minitron.artifacts import (
     peak_memory_bytes,
     plain,
     reset_peak_memory,
+    sampled_fingerprint,
     versions,
     write_json,
 )
@@ -73,6 +74,7 @@ class Job:
         seed: seed of everything random.
         overwrite: replace an output that was made from something else.
         ignore: dotted config keys that do not change the result (paths, progress, launch settings), with all below.
+        sampled: inputs that are told apart by a sample of their bytes, where hashing all would cost more than the work.
     """
 
     stage: str
@@ -82,6 +84,7 @@ class Job:
     seed: int = 0
     overwrite: bool = False
     ignore: tuple[str, ...] = ("overwrite",)
+    sampled: tuple[str, ...] = ()
 
     def __post_init__(self):
         self.output = Path(self.output)
@@ -97,7 +100,11 @@ class Job:
     def fingerprints(self) -> dict[str, dict[str, str]]:
         if self._inputs is None:
             self._inputs = {
-                name: {"path": str(path), "fingerprint": fingerprint(path)} for name, path in self.inputs.items()
+                name: {
+                    "path": str(path),
+                    "fingerprint": sampled_fingerprint(path) if name in self.sampled else fingerprint(path),
+                }
+                for name, path in self.inputs.items()
             }
         return self._inputs
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,6 @@ from nemo_minitron.jobs import Job
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "32": "float32"}
 #: Largest relative difference of logits once values were rounded to another dtype.
 ROUNDED = {"bfloat16": 5e-2, "float16": 5e-3, "float32": verify.TOLERANCE}
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 SPARE_BYTES = 64 << 20
 
 
@@ -44,7 +42,7 @@ def convert(config: ConvertConfig) -> Manifest:
     check_room(config.output, sum(tensor.nbytes for tensor in tensors.values()))
     how = verify.resolve(config.verify, source)
     settings = dataclasses.asdict(config) | {"format": config.target_format, "verify": how}
-    job = _Conversion(
+    job = Job(
         stage="convert",
         output=Path(config.output),
         config=settings,
@@ -52,6 +50,7 @@ def convert(config: ConvertConfig) -> Manifest:
         seed=config.seed,
         overwrite=config.overwrite,
         ignore=("overwrite", "source", "output", "to", "verify", "tokenizer"),
+        sampled=("source",),
     )
 
     def work(partial: Path) -> dict[str, Any]:
@@ -80,32 +79,6 @@ def convert(config: ConvertConfig) -> Manifest:
     if verify.STRENGTH.index(how) > verify.STRENGTH.index(done.metrics["verified"]):
         done.metrics |= check_result(source, Path(config.output), tensors, how, config)
     return done
-
-
-class _Conversion(Job):
-    """A job whose inputs are told apart by a sample: hashing the whole source would cost more than converting it."""
-
-    def fingerprints(self) -> dict[str, dict[str, str]]:
-        if self._inputs is None:
-            self._inputs = {
-                name: {"path": str(path), "fingerprint": sampled_fingerprint(Path(path))}
-                for name, path in self.inputs.items()
-            }
-        return self._inputs
-
-
-def sampled_fingerprint(path: Path) -> str:
-    """SHA-256 over names, sizes and some blocks of every file, the first and the last included."""
-    digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path) if file != path else ''}\0{size}\0".encode())
-        with file.open("rb") as opened:
-            for number in range(SAMPLES):
-                opened.seek(max(size - SAMPLE_BYTES, 0) * number // (SAMPLES - 1))
-                digest.update(opened.read(SAMPLE_BYTES))
-    return f"sampled-{digest.hexdigest()}"
 
 
 def plan(source: Checkpoint, config: ConvertConfig) -> tuple[Architecture, Mapping[str, Lazy]]:

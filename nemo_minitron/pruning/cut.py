@@ -1,49 +1,143 @@
-"""Cuts a loaded Megatron model as a plan says, through ModelOpt."""
+"""The cut as a transform of tensors: what is kept, and where; no model is loaded.
 
+Legend: h hidden, f FFN, n heads, g query groups, d head size, l layers.
+
+Indices are in ModelOpt's order (mcore_minitron): the most important first, heads within their query group. For the same
+scores the result equals ModelOpt's own, bit for bit.
+"""
+
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import ImportanceScores, PruningPlan
-from nemo_minitron.config import PruneTargets
+from nemo_minitron.checkpoints.canonical import LAYERS
+from nemo_minitron.checkpoints.tensors import Computed, Lazy
 
 
-def cut(model: Any, plan: PruningPlan, scores: ImportanceScores | None, targets: PruneTargets) -> None:
-    """Prunes `model` in place: width first, by the scores, then the layers of the plan.
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What stays, as indices into the teacher; None: all of it.
 
-    The scores are handed to ModelOpt's estimators in place of a forward pass.
+    Attributes:
+        hidden: channels of the residual stream [h'].
+        ffn: FFN neurons of each layer [l, f'].
+        heads: attention heads of each layer, group by group [l, n'].
     """
-    import modelopt.torch.prune as mtp
-    from modelopt.torch.opt import ModeloptStateManager
-    from modelopt.torch.prune.plugins.mcore_minitron import (
-        drop_mcore_language_model_layers,
-        get_mcore_minitron_config,
-    )
 
-    from nemo_minitron.runtime.modelopt_norms import local_norms_prunable
-
-    if plan.width:
-        divisors = {
-            "hidden_size_divisor": targets.hidden_size_divisor,
-            "ffn_hidden_size_divisor": targets.ffn_hidden_size_divisor,
-            "num_layers_divisor": 1,
-        }
-        with local_norms_prunable():
-            mtp.prune(
-                model,
-                mode=[("mcore_minitron", get_mcore_minitron_config(**divisors))],
-                constraints={"export_config": dict(plan.width)},
-                dummy_input=None,
-                config={"forward_loop": lambda dynamic: restore(dynamic, scores)},
-            )
-        if ModeloptStateManager.is_converted(model):
-            ModeloptStateManager.remove_state(model)
-    if plan.drop_layers:
-        drop_mcore_language_model_layers(model, layers_to_drop=plan.drop_layers)
+    hidden: Any = None
+    ffn: Any = None
+    heads: Any = None
 
 
-def restore(model: Any, scores: ImportanceScores) -> None:
-    """Gives saved scores to ModelOpt's estimators on a converted model, as if it had run over the samples."""
-    for index, layer in enumerate(model.decoder.layers):
-        layer._scores = float(scores.block_influence[index])
-        layer.mlp._activations = scores.ffn[index].clone()
-        layer.self_attention._activations = scores.heads[index].clone()
-    model._activations = dict(enumerate(scores.hidden.clone()))
+def choose(scores: ImportanceScores | None, architecture: Architecture, width: Mapping[str, int]) -> Kept:
+    """What the scores keep of each dimension that `width` narrows.
+
+    Importance (arXiv 2407.14679, section 2.2): L2 over samples of the mean magnitude over the sequence; of a channel,
+    summed over all norms; of a head, L2 over its channels.
+    """
+    kept: dict[str, Any] = {}
+    if "hidden_size" in width:
+        importance = scores.hidden.pow(0.5).sum(dim=0)  # [h]
+        kept["hidden"] = importance.argsort(descending=True)[: width["hidden_size"]]
+    if "ffn_hidden_size" in width:
+        kept["ffn"] = [layer.pow(0.5).argsort(descending=True)[: width["ffn_hidden_size"]] for layer in scores.ffn]
+    if "num_attention_heads" in width:
+        per_group = width["num_attention_heads"] // architecture.num_query_groups
+        kept["heads"] = [best_heads(layer, architecture, per_group) for layer in scores.heads]
+    return Kept(**kept)
+
+
+def best_heads(scores: Any, a: Architecture, per_group: int) -> Any:
+    """The best `per_group` heads of each query group [g * per_group], from scores of their channels [n*d]."""
+    import torch
+
+    heads = torch.linalg.vector_norm(scores.pow(0.5).view(a.num_attention_heads, a.kv_channels), ord=2, dim=1)  # [n]
+    ranking = heads.view(a.num_query_groups, -1).argsort(dim=1, descending=True)[:, :per_group]  # [g, n'/g]
+    first = torch.arange(0, a.num_attention_heads, a.num_attention_heads // a.num_query_groups)
+    return (ranking + first[:, None]).flatten()
+
+
+def cut(tensors: Mapping[str, Lazy], plan: PruningPlan, kept: Kept) -> dict[str, Lazy]:
+    """The student's tensors by canonical name, each cut when it is read; what is not cut is passed through."""
+    teacher = Architecture.from_dict(plan.teacher)
+    stay = [number for number in range(teacher.num_layers) if number + 1 not in plan.drop_layers]
+    new_number = {old: new for new, old in enumerate(stay)}
+    student = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(LAYERS):
+            student[name] = _narrowed(tensor, outer_indices(name, kept))
+            continue
+        number, inner = name.removeprefix(LAYERS).split(".", 1)
+        if int(number) in new_number:
+            indices = layer_indices(inner, int(number), teacher, kept)
+            student[f"{LAYERS}{new_number[int(number)]}.{inner}"] = _narrowed(tensor, indices)
+    return student
+
+
+def outer_indices(name: str, kept: Kept) -> tuple[Any, ...]:
+    """Rows and columns to keep of a tensor outside the layers: embedding and output [v, h], final norm [h]."""
+    return (kept.hidden,) if "layernorm" in name else (None, kept.hidden)
+
+
+def layer_indices(name: str, layer: int, teacher: Architecture, kept: Kept) -> tuple[Any, ...]:
+    """Rows and columns to keep of a tensor inside a layer; None: all."""
+    ffn = None if kept.ffn is None else kept.ffn[layer]
+    heads = None if kept.heads is None else kept.heads[layer]
+    if "layer_norm_" in name:
+        return (kept.hidden,)
+    module, _, kind = name.rpartition(".")
+    rows, columns = {
+        "self_attention.linear_qkv": lambda: (_qkv_rows(heads, teacher), kept.hidden),
+        "self_attention.linear_proj": lambda: (kept.hidden, _channels(heads, teacher.kv_channels)),
+        "mlp.linear_fc1": lambda: (_fc1_rows(ffn, teacher), kept.hidden),
+        "mlp.linear_fc2": lambda: (kept.hidden, ffn),
+    }[module]()
+    return (rows,) if kind == "bias" else (rows, columns)
+
+
+def _channels(heads: Any, size: int) -> Any:
+    """The channels [n' * d] of heads [n']."""
+    import torch
+
+    return None if heads is None else (heads[:, None] * size + torch.arange(size)).flatten()
+
+
+def _qkv_rows(heads: Any, a: Architecture) -> Any:
+    """Rows of linear_qkv: for each group its heads that stay, its key, its value."""
+    import torch
+
+    if heads is None:
+        return None
+    per_group = a.num_attention_heads // a.num_query_groups
+    queries = heads.view(a.num_query_groups, -1)
+    group = torch.arange(a.num_query_groups)[:, None]
+    in_qkv = queries - group * per_group + group * (per_group + 2)
+    key_value = group * (per_group + 2) + per_group + torch.arange(2)
+    return _channels(torch.cat([in_qkv, key_value], dim=1).flatten(), a.kv_channels)
+
+
+def _fc1_rows(ffn: Any, a: Architecture) -> Any:
+    """Rows of linear_fc1: the neurons' gates above, their up projections below."""
+    import torch
+
+    if ffn is None or not a.gated_linear_unit:
+        return ffn
+    return torch.cat([ffn, ffn + a.ffn_hidden_size])
+
+
+def _narrowed(tensor: Lazy, indices: tuple[Any, ...]) -> Lazy:
+    """`tensor` with only the chosen rows and columns, cut when it is read."""
+    if all(index is None for index in indices):
+        return tensor
+    shape = tuple(size if index is None else len(index) for size, index in zip(tensor.shape, indices))
+
+    def read() -> Any:
+        value = tensor.read()
+        for axis, index in enumerate(indices):
+            if index is not None:
+                value = value.index_select(axis, index)
+        return value
+
+    return Computed(shape, tensor.dtype, read)

@@ -1,4 +1,4 @@
-"""The cut: teacher, plan and scores in, an ordinary smaller checkpoint out."""
+"""The cut: teacher, plan and scores in, an ordinary smaller checkpoint out; tensor by tensor, of and in any format."""
 
 import dataclasses
 from pathlib import Path
@@ -7,9 +7,12 @@ from typing import Any
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import ImportanceScores, Manifest, PruningPlan
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
+from nemo_minitron.checkpoints.convert import check_room, progress
+from nemo_minitron.checkpoints.write import place_in, write_checkpoint
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs import Job
+from nemo_minitron.pruning.cut import choose, cut
 from nemo_minitron.pruning.plan import check_targets, plan_cut
 
 
@@ -44,6 +47,7 @@ def prune(config: PruneConfig, scores_folder: str | Path | None) -> Manifest:
         inputs=inputs,
         overwrite=config.overwrite,
         ignore=("overwrite", "command"),
+        sampled=("teacher",),
     )
     return job.run(lambda partial: _work(partial, config, teacher, plan, scores))
 
@@ -70,31 +74,15 @@ def _work(
 ) -> dict[str, Any]:
     import time
 
-    import torch
-
-    from nemo_minitron.pruning.cut import cut
-    from nemo_minitron.runtime.engine import engine
-    from nemo_minitron.runtime.inputs import LOG
-    from nemo_minitron.runtime.layout import Layout
-    from nemo_minitron.runtime.ranks import load_model, parallel_ranks
-    from nemo_minitron.runtime.weights import save_checkpoint
-
     student = Architecture.from_dict(plan.student)
-    layout = Layout(cuda=torch.cuda.is_available(), bf16=teacher.dtype == "bfloat16")
-    with engine(config.seed, partial / LOG), parallel_ranks(layout, max(config.seed, 1)):
-        model = load_model(teacher.architecture, layout, teacher, local_spec=True)
-        started = time.perf_counter()
-        cut(model, plan, scores, config.prune)
-        seconds = time.perf_counter() - started
-        save_checkpoint(
-            model,
-            student,
-            partial,
-            output=config.output,
-            to=config.to,
-            tokenizer=teacher.tokenizer_files,
-            generation=teacher.generation,
-        )
+    place = place_in(partial, config.output, config.target_format)
+    started = time.perf_counter()
+    tensors = cut(teacher.tensors, plan, choose(scores, teacher.architecture, plan.width))
+    check_room(config.output, sum(tensor.nbytes for tensor in tensors.values()))
+    with progress(tensors, "prune") as watched:
+        write_checkpoint(place, config.target_format, student, watched, teacher.tokenizer_files, teacher.generation)
+    seconds = time.perf_counter() - started
+    open_checkpoint(place, "student")
     return {
         "metrics": {
             "parameters": student.parameters(),
