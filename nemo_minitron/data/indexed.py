@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -32,8 +33,11 @@ def write_indexed(documents: Iterable[str], tokenizer_dir: str, prefix: Path, wo
 
     The files are the same for any number of workers.
     """
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
     from tqdm import tqdm
+
+    with warnings.catch_warnings():  # Megatron says at its import what a machine without CUDA lacks
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     from nemo_minitron.data.tokenizer import load_tokenizer
 
