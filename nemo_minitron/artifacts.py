@@ -63,12 +63,28 @@ class Manifest:
                 found = last_member(Path(folder), MANIFEST, MANIFEST_LIMIT)
                 if found is None:
                     raise FileNotFoundError
-                return cls(**json.loads(found[0]))
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+                return cls.parse(found[0])
+            return cls.parse(path.read_bytes())
         except FileNotFoundError:
             raise MinitronError(f"{path} is missing: {folder} is not the finished result of a stage") from None
         except (OSError, ValueError, TypeError) as error:
             raise MinitronError(f"{path} is not a manifest that this version reads: {error}") from None
+
+    @classmethod
+    def parse(cls, text: bytes) -> "Manifest":
+        """The manifest that `text` holds; raises ValueError or TypeError where it is none."""
+        try:
+            manifest = cls(**json.loads(text.decode("utf-8")))
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        mappings = (manifest.inputs, manifest.config, manifest.versions, manifest.metrics, manifest.timings)
+        for value in (*mappings, manifest.details):
+            if not isinstance(value, dict):
+                raise TypeError(f"{value!r:.80} where a mapping belongs")
+        for value in manifest.inputs.values():
+            if not isinstance(value, dict):
+                raise TypeError(f"{value!r:.80} where an input's path and fingerprint belong")
+        return manifest
 
     def write(self, folder: str | os.PathLike) -> None:
         write_json(Path(folder) / MANIFEST, dataclasses.asdict(self))
@@ -82,8 +98,12 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON beside `path` and renames it there, so that a reader never sees half a file."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json_text(value), encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(json_text(value), encoding="utf-8")
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def json_text(value: Any) -> str:
@@ -109,8 +129,8 @@ def fingerprint(path: str | os.PathLike) -> str:
     """
     path = Path(path)
     if path.is_file():
-        manifest = last_member(path, MANIFEST, MANIFEST_LIMIT) if path.suffix == ".nemo" else None
-        return _hash_start(path, manifest[1]) if manifest else _hash_file(path)
+        end = _manifest_start(path)
+        return _hash_file(path) if end is None else _hash_start(path, end)
     digest = hashlib.sha256()
     for file in sorted(_content_files(path)):
         digest.update(f"{file.relative_to(path).as_posix()}\0{_hash_file(file)}\n".encode())
@@ -119,16 +139,30 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 def sampled_fingerprint(path: str | os.PathLike) -> str:
     """SHA-256 over names, sizes and some blocks of every file that `fingerprint` reads, the first and the last block
-    included: tells checkpoints apart at no cost, and is no proof of content."""
+    included: tells checkpoints apart at no cost, and is no proof of content. The manifest at the end of an archive is
+    left out, as there."""
     path, digest = Path(path), hashlib.sha256()
+    end = _manifest_start(path) if path.is_file() else None
     for file in [path] if path.is_file() else sorted(_content_files(path)):
-        size = file.stat().st_size
+        size = file.stat().st_size if end is None else end
         digest.update(f"{file.relative_to(path) if file != path else ''}\0{size}\0".encode())
         with file.open("rb") as opened:
             for number in range(SAMPLES):
                 opened.seek(max(size - SAMPLE_BYTES, 0) * number // (SAMPLES - 1))
-                digest.update(opened.read(SAMPLE_BYTES))
+                digest.update(opened.read(min(SAMPLE_BYTES, size)))
     return f"sampled-{digest.hexdigest()}"
+
+
+def _manifest_start(path: Path) -> int | None:
+    """Where the content of an archive of ours ends and its manifest starts; None for any other file."""
+    found = last_member(path, MANIFEST, MANIFEST_LIMIT) if path.suffix == ".nemo" else None
+    if found is None:
+        return None
+    try:
+        Manifest.parse(found[0])
+    except (ValueError, TypeError):
+        return None
+    return found[1]
 
 
 def _content_files(folder: Path) -> Iterable[Path]:

@@ -1,7 +1,11 @@
 """Stage folders: what is finished is not redone, what is not leaves nothing that looks so."""
 
+import errno
+import fcntl
+import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -9,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.artifacts import MANIFEST, Manifest, fingerprint, versions, write_json
+from nemo_minitron import locks
+from nemo_minitron.artifacts import MANIFEST, Manifest, fingerprint, sampled_fingerprint, versions, write_json
+from nemo_minitron.config import TrainerConfig
 from nemo_minitron.errors import EngineError, MinitronError, OutputExistsError
 from nemo_minitron.jobs import Job
+from nemo_minitron.runtime.launch import run_stage
 
 
 @pytest.fixture
@@ -178,11 +185,24 @@ def test_a_fingerprint_is_of_names_and_contents(source):
     assert fingerprint(source / "weights" / "b") != fingerprint(source / MANIFEST)
 
 
+NO_MANIFESTS = [
+    b"",
+    b"{",
+    b"\xff\xfe",
+    b"[]",
+    b"[" * 100_000,
+    b'{"stage": "prune"}',
+    b'{"unknown": 1}',
+    b'{"stage": "s", "key": "k", "inputs": {}, "config": [], "seed": 0}',
+    b'{"stage": "s", "key": "k", "inputs": {"teacher": "x"}, "config": {}, "seed": 0}',
+]
+
+
 def test_what_is_no_manifest_is_refused(tmp_path):
     with pytest.raises(MinitronError, match="is missing"):
         Manifest.read(tmp_path)
-    for text in ("{", "[]", '{"stage": "prune"}', '{"unknown": 1}'):
-        (tmp_path / MANIFEST).write_text(text)
+    for text in NO_MANIFESTS:
+        (tmp_path / MANIFEST).write_bytes(text)
         with pytest.raises(MinitronError, match="not a manifest"):
             Manifest.read(tmp_path)
 
@@ -193,7 +213,10 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     assert json.loads(path.read_text())["manifest"]["stage"] == "s"
     with pytest.raises(TypeError):
         write_json(path, {"x": object()})
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+    path.with_name("folder").mkdir()
+    with pytest.raises(OSError):
+        write_json(path.with_name("folder"), {})
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.json", "folder"]
     assert json.loads(path.read_text())["folder"] == str(tmp_path)
 
 
@@ -201,23 +224,25 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 
 def archive_job(folder: Path, value: int = 1, **fields) -> Job:
+    folder.mkdir(exist_ok=True)
     return Job(stage="toy", output=folder / "model.nemo", config={"value": value}, **fields)
 
 
-def write_archive(value: int):
-    """Work that leaves a small tar and a log."""
+def write_tar(path: Path, name: str, content: bytes) -> None:
+    with tarfile.open(path, "w") as archive:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+
+
+def write_archive(value: int, size: int = 1):
+    """Work that leaves a tar and a log, and measures something else each time."""
 
     def work(partial: Path) -> dict:
-        (partial / "content").write_text(str(value))
-        with tarfile.open(partial / "model.nemo", "w") as archive:
-            member = archive.gettarinfo(partial / "content", "./content")
-            member.mtime = 0
-            with (partial / "content").open("rb") as file:
-                archive.addfile(member, file)
-        (partial / "content").unlink()
+        write_tar(partial / "model.nemo", "./content", str(value).encode() * size)
         (partial / "logs").mkdir()
         (partial / "logs" / "engine.log").write_text("said")
-        return {"metrics": {"value": value}}
+        return {"metrics": {"value": value}, "details": {"noise": os.urandom(value + os.urandom(1)[0]).hex()}}
 
     return work
 
@@ -232,35 +257,79 @@ def test_an_archive_carries_its_manifest_and_leaves_its_logs_beside_it(tmp_path)
     assert archive_job(tmp_path).run(pytest.fail) == made
 
 
-def test_equal_archives_have_equal_fingerprints_though_their_manifests_differ(tmp_path):
+@pytest.mark.parametrize("size", [1, 3_000_000])
+@pytest.mark.parametrize("digest", [fingerprint, sampled_fingerprint])
+def test_equal_archives_have_equal_fingerprints_though_their_manifests_differ(tmp_path, digest, size):
     for name in "ab":
-        (tmp_path / name).mkdir()
-        archive_job(tmp_path / name).run(write_archive(1))
+        archive_job(tmp_path / name).run(write_archive(1, size))
     one, other = (tmp_path / name / "model.nemo" for name in "ab")
     assert one.read_bytes() != other.read_bytes()
-    assert fingerprint(one) == fingerprint(other)
-    (tmp_path / "c").mkdir()
-    archive_job(tmp_path / "c").run(write_archive(2))
-    assert fingerprint(tmp_path / "c" / "model.nemo") != fingerprint(one)
+    assert digest(one) == digest(other)
+    archive_job(tmp_path / "c").run(write_archive(2, size))
+    assert digest(tmp_path / "c" / "model.nemo") != digest(one)
+
+
+@pytest.mark.parametrize("digest", [fingerprint, sampled_fingerprint])
+@pytest.mark.parametrize("name", ["other.json", MANIFEST])
+def test_the_last_member_of_a_strange_archive_is_content(tmp_path, digest, name):
+    path, found = tmp_path / "model.nemo", set()
+    for content in (b"1", b"2"):
+        write_tar(path, name, content)
+        found.add(digest(path))
+    assert len(found) == 2
 
 
 def test_an_archive_is_replaced_only_when_asked_for(tmp_path):
     archive_job(tmp_path).run(write_archive(1))
     with pytest.raises(OutputExistsError, match="other settings"):
         archive_job(tmp_path, 2).run(pytest.fail)
+    with pytest.raises(RuntimeError):
+        archive_job(tmp_path, 2, overwrite=True).run(fail)
+    assert Manifest.read(tmp_path / "model.nemo").metrics == {"value": 1}
     archive_job(tmp_path, 2, overwrite=True).run(write_archive(2))
     assert Manifest.read(tmp_path / "model.nemo").metrics == {"value": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.nemo", "model.nemo.logs"]
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage" * 100, b"\0" * 10240])
-def test_a_file_that_is_no_archive_of_ours_is_left_alone(tmp_path, content):
+def damaged_archives() -> dict[str, bytes]:
+    """Files that are no output of ours, or no longer one."""
+    named = {name: io.BytesIO() for name in ("truncated", "large")}
+    for name, size in (("truncated", 2000), ("large", 17 << 20)):
+        with tarfile.open(fileobj=named[name], mode="w") as archive:
+            member = tarfile.TarInfo(MANIFEST)
+            member.size = size
+            archive.addfile(member, io.BytesIO(b" " * size))
+    backwards = tarfile.TarInfo("x")
+    backwards.size, backwards.type = -512, tarfile.XHDTYPE
+    return {
+        "empty": b"",
+        "garbage": b"garbage" * 100,
+        "zeros": bytes(10240),
+        "truncated": named["truncated"].getvalue()[:1500],
+        "large": named["large"].getvalue(),
+        "backwards": backwards.tobuf(tarfile.GNU_FORMAT) * 2,
+    }
+
+
+@pytest.mark.parametrize("name", damaged_archives())
+def test_a_file_that_is_no_archive_of_ours_is_left_alone(tmp_path, name):
+    content = damaged_archives()[name]
     (tmp_path / "model.nemo").write_bytes(content)
     with pytest.raises(OutputExistsError, match="not the output of an earlier run"):
         archive_job(tmp_path).run(pytest.fail)
     assert (tmp_path / "model.nemo").read_bytes() == content
+    archive_job(tmp_path, overwrite=True).run(write_archive(1))
+    assert Manifest.read(tmp_path / "model.nemo").metrics == {"value": 1}
 
 
-# Locks and full disks
+@pytest.mark.parametrize("text", NO_MANIFESTS, ids=range(len(NO_MANIFESTS)))
+def test_an_archive_with_a_manifest_of_somebody_else_is_left_alone(tmp_path, text):
+    write_tar(tmp_path / "model.nemo", MANIFEST, text)
+    with pytest.raises(OutputExistsError, match="not the output of an earlier run"):
+        archive_job(tmp_path).run(pytest.fail)
+
+
+# Locks
 
 HOLDER = """
 import sys, time
@@ -281,39 +350,194 @@ def test_two_processes_do_not_make_the_same_output_and_a_killed_one_leaves_it_fr
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(output)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "working\n"
-        with pytest.raises(EngineError, match=rf"being made by another process \({holder.pid} on "):
+        message = rf"{output} is being made by another process \({holder.pid} on {socket.gethostname()}\): wait"
+        with pytest.raises(EngineError, match=message):
             Job(stage="toy", output=output, config={}).run(pytest.fail)
+        with pytest.raises(EngineError, match=message):
+            Job(stage="toy", output=output, config={}).begin()
         assert (tmp_path / ".result.partial" / "half").exists()
     finally:
         holder.kill()
-        holder.wait()
+        holder.communicate()
+    assert (tmp_path / ".result.lock").exists()
     done = Job(stage="toy", output=output, config={}).run(lambda partial: {"metrics": {"value": 1}})
     assert done.metrics == {"value": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result"]
 
 
+RACER = """
+import sys, time
+from pathlib import Path
+from nemo_minitron.errors import EngineError
+from nemo_minitron.jobs import Job
+
+folder = Path(sys.argv[1])
+
+def work(partial):
+    with (folder / "runs").open("a") as runs:
+        runs.write("run\\n")
+    return {}
+
+print("ready", flush=True)
+sys.stdin.readline()
+while True:
+    try:
+        Job(stage="toy", output=folder / "result", config={}).run(work)
+        break
+    except EngineError:
+        time.sleep(0.001)
+"""
+
+
+def test_of_many_processes_one_does_the_work(tmp_path):
+    command = [sys.executable, "-c", RACER, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    racers = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    for racer in racers:
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    for racer in racers:
+        racer.communicate(timeout=60)
+    assert [racer.returncode for racer in racers] == [0] * 4
+    assert (tmp_path / "runs").read_text() == "run\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result", "runs"]
+
+
+def test_what_another_process_ended_just_before_the_lock_is_not_made_again(job, monkeypatch):
+    take = locks.take
+
+    def after_another(output):
+        monkeypatch.setattr(locks, "take", take)
+        job().run(work("first"))
+        return take(output)
+
+    monkeypatch.setattr(locks, "take", after_another)
+    assert job().run(never).metrics == {"loss": 1.5}
+    monkeypatch.setattr(locks, "take", after_another)
+    with pytest.raises(OutputExistsError):
+        job(seed=1).run(never)
+    assert (job().output / "weights").read_text() == "first"
+    assert left(job()) == ["out"]
+
+
+def test_a_lock_file_that_was_removed_by_its_holder_is_not_trusted(tmp_path, monkeypatch):
+    """Between opening and locking, the holder may remove the file, and a third process make a new one."""
+    first, flock = locks.take(tmp_path / "out"), fcntl.flock
+
+    def late(*arguments):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        locks.release(first)
+        return flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second = locks.take(tmp_path / "out")
+    with pytest.raises(EngineError, match="being made"):
+        locks.take(tmp_path / "out")
+    locks.release(second)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Runs a job as one of two ranks that a launcher started."""
+
+    def run(rank: int, job: Job, work, resumable: bool = True):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", str(rank))
+        trainer = TrainerConfig(devices=2)
+        return run_stage(job, work, stage="none", config=None, trainer=trainer, resumable=resumable)
+
+    return run
+
+
+def test_the_first_rank_alone_takes_the_lock(job, launched):
+    def first(partial):
+        with pytest.raises(EngineError, match="being made by another process"):
+            launched(0, job(), never)
+        assert launched(1, job(), lambda shared: {"metrics": {"same": shared == partial}}).metrics == {"same": True}
+        return work()(partial)
+
+    assert launched(0, job(), first).metrics == {"loss": 1.5}
+    assert left(job()) == ["out"]
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_a_rank_that_fails_frees_the_lock_and_keeps_what_can_go_on(job, launched, resumable):
+    with pytest.raises(RuntimeError):
+        launched(0, job(), fail, resumable)
+    assert left(job()) == ([".out.partial"] if resumable else [])
+    assert launched(0, job(), work()).metrics == {"loss": 1.5}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_is_told_by_every_rank(job, launched, rank):
+    def full(partial):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if rank == 1:
+        job().begin()
+    with pytest.raises(MinitronError, match="no space left on the disk"):
+        launched(rank, job(), full)
+
+
+# Full disks
+
 FULL_DISK = """
-import resource, sys
+import io, resource, sys, tarfile
 from pathlib import Path
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs import Job
 
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+output, resumable, large = Path(sys.argv[1]), sys.argv[2] == "resumable", int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_FSIZE, (92160, 92160))
 
 def work(partial):
-    (partial / "large").write_bytes(bytes(200_000))
+    (partial / "done").write_text("step 1")
+    with tarfile.open(partial / output.name, "w") as archive:
+        member = tarfile.TarInfo("./content")
+        member.size = large
+        archive.addfile(member, io.BytesIO(bytes(large)))
+    print("worked")
     return {}
 
 try:
-    Job(stage="toy", output=Path(sys.argv[1]), config={}).run(work)
+    Job(stage="toy", output=output, config={}).run(work, resumable=resumable)
 except MinitronError as error:
     print(error)
 """
 
 
-def test_a_full_disk_ends_with_a_message_and_nothing_half_made(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path / "result")], capture_output=True, text=True, check=True
+def fill_disk(output: Path, resumable: bool = False, large: int = 200_000) -> str:
+    """Runs out of space where files may have 92160 bytes, at once or after the work; returns the message."""
+    kind = "resumable" if resumable else "once"
+    command = [sys.executable, "-c", FULL_DISK, str(output), kind, str(large)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("name", ["result", "model.nemo"])
+def test_a_full_disk_ends_with_a_message_and_nothing_half_made(tmp_path, name):
+    assert fill_disk(tmp_path / name) == (
+        f"no space left on the disk of {tmp_path / name} while writing it: free some, or give another output\n"
     )
-    assert f"no space left on the disk of {tmp_path}/result while writing it" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_when_the_manifest_is_written_is_no_different(tmp_path):
+    said = fill_disk(tmp_path / "model.nemo", large=90624)  # a tar of 92160 bytes, and no room for a member more
+    assert said.startswith("worked\nno space left on the disk")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_what_can_go_on(tmp_path):
+    assert "no space left on the disk" in fill_disk(tmp_path / "result", resumable=True)
+    assert [path.name for path in tmp_path.iterdir()] == [".result.partial"]
+    assert not (tmp_path / ".result.partial" / MANIFEST).exists()
+
+    def resume(partial):
+        return {"metrics": {"found": (partial / "done").read_text()}}
+
+    done = Job(stage="toy", output=tmp_path / "result", config={}).run(resume, resumable=True)
+    assert done.metrics == {"found": "step 1"}
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]

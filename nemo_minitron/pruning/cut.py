@@ -99,17 +99,19 @@ def layer_indices(name: str, layer: int, teacher: Architecture, kept: Kept) -> t
 
 def _channels(heads: Any, size: int) -> Any:
     """The channels [n' * d] of heads [n']."""
+    if heads is None:
+        return None
     import torch
 
-    return None if heads is None else (heads[:, None] * size + torch.arange(size)).flatten()
+    return (heads[:, None] * size + torch.arange(size)).flatten()
 
 
 def _qkv_rows(heads: Any, a: Architecture) -> Any:
     """Rows of linear_qkv: for each group its heads that stay, its key, its value."""
-    import torch
-
     if heads is None:
         return None
+    import torch
+
     per_group = a.num_attention_heads // a.num_query_groups
     queries = heads.view(a.num_query_groups, -1)
     group = torch.arange(a.num_query_groups)[:, None]
@@ -120,10 +122,10 @@ def _qkv_rows(heads: Any, a: Architecture) -> Any:
 
 def _fc1_rows(ffn: Any, a: Architecture) -> Any:
     """Rows of linear_fc1: the neurons' gates above, their up projections below."""
-    import torch
-
     if ffn is None or not a.gated_linear_unit:
         return ffn
+    import torch
+
     return torch.cat([ffn, ffn + a.ffn_hidden_size])
 
 

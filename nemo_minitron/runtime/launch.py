@@ -68,9 +68,15 @@ def _as_worker(job: Job, work: Work, resumable: bool) -> Manifest:
         try:
             with disk_has_room(job.output):
                 return job.finish(**work(partial))
+        except BaseException:
+            if not resumable:
+                job.discard()
+            raise
         finally:
             job.release()
-    result = work(_wait_for_partial(job))
+    partial = _wait_for_partial(job)
+    with disk_has_room(job.output):
+        result = work(partial)
     return Manifest(
         stage=job.stage, key=job.key(), inputs={}, config=job.config, seed=job.seed, metrics=result["metrics"]
     )
