@@ -37,16 +37,28 @@ class Step(NamedTuple):
 
 
 def prune(config: c.PruneConfig) -> Manifest:
-    """`minitron prune`: checks everything, scores the teacher where the targets need it, then cuts."""
-    from nemo_minitron.importance.scoring import score, scores_folder
+    """`minitron prune`: checks everything, runs the teacher where the cut needs it, then cuts."""
     from nemo_minitron.pruning import stage
 
     stage.check(config)
-    folder = None
+    folders = score_and_scan(config)
+    return stage.prune(config, *folders)
+
+
+def score_and_scan(config: c.PruneConfig) -> tuple[Path | None, Path | None]:
+    """The folders of scores and of the scan of blocks, each made where it is needed and not there yet."""
+    scores = scan = None
     if config.prune.needs_scores:
+        from nemo_minitron.importance.scoring import score, scores_folder
+
         score(config)
-        folder = scores_folder(config)
-    return stage.prune(config, folder)
+        scores = scores_folder(config)
+    if config.needs_scan:
+        from nemo_minitron.importance import scan as scanning
+
+        scanning.scan(config)
+        scan = scanning.scan_folder(config)
+    return scores, scan
 
 
 def run_flow(config: c.FlowConfig) -> Manifest | None:
@@ -150,12 +162,16 @@ def score_step(config: c.FlowConfig, run: Path) -> Step:
 def student_steps(config: c.FlowConfig, run: Path, name: str) -> list[Step]:
     """Prune, evaluate, distil, evaluate; and the control."""
     from nemo_minitron.distillation.stage import distill
+    from nemo_minitron.importance.scan import scan, scan_folder
     from nemo_minitron.pruning.stage import prune as cut
 
     pruning = prune_config(config, run, name)
-    pruned = Path(pruning.export.save_path)
-    steps = [
-        Step(f"prune {name}", pruned, lambda: cut(c.validated(pruning), run / "scores")),
+    pruned, blocks = Path(pruning.export.save_path), scan_folder(pruning)
+    steps = []
+    if pruning.needs_scan:
+        steps.append(Step(f"scan blocks for {name}", blocks, lambda: scan(c.validated(pruning))))
+    steps += [
+        Step(f"prune {name}", pruned, lambda: cut(c.validated(pruning), run / "scores", blocks)),
         evaluate_step(config, f"{name} pruned", pruned),
     ]
     runs = [("distilled", config.distill.kd)]

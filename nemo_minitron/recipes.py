@@ -55,9 +55,11 @@ def training_fields(config: c.FlowConfig, recipe: c.RecipeConfig, data: Path, ou
 
 def student_targets(config: c.FlowConfig, name: str) -> c.PruneTargets:
     """The targets of the student `name`, on the flow's grid."""
+    chosen = {"method": config.prune.method, "depth_by": config.prune.depth_by} | config.prune.students[name]
     return c.PruneTargets(
-        **config.prune.students[name],
+        **chosen,
         num_samples=config.prune.num_samples,
+        num_block_samples=config.prune.num_block_samples,
         scores_path=str(Path(config.output_dir) / "scores"),
         hidden_size_divisor=config.prune.hidden_size_divisor,
         ffn_hidden_size_divisor=config.prune.ffn_hidden_size_divisor,

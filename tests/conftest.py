@@ -12,6 +12,7 @@ from nemo_minitron import config as c
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SEQ_LENGTH = 64
 GRID = {"hidden_size_divisor": 32, "ffn_hidden_size_divisor": 64, "num_layers_divisor": 1}
+PUBLISHED = {"method": "minitron", "depth_by": "block_influence"}
 ARCHITECTURE = {
     "family": "llama",
     "num_layers": 4,
@@ -50,7 +51,7 @@ class Tiny:
         }
 
     def pruning(self, output: Path, teacher: Path | None = None, **targets) -> c.PruneConfig:
-        """A pruning configuration for the shared teacher."""
+        """A pruning configuration for the shared teacher: the published cut, unless another is asked for."""
         return c.PruneConfig(
             trainer=c.TrainerConfig(accelerator="cpu"),
             model=c.PruneModelConfig(
@@ -58,7 +59,7 @@ class Tiny:
                 data=c.ModelDataConfig(data_prefix=str(self.data), seq_length=SEQ_LENGTH),
             ),
             inference=c.InferenceConfig(batch_size=8),
-            prune=c.PruneTargets(**{"num_samples": 16, **GRID, **targets}),
+            prune=c.PruneTargets(**{**PUBLISHED, "num_samples": 16, "num_block_samples": 16, **GRID, **targets}),
             export=c.ExportConfig(save_path=str(output)),
         )
 

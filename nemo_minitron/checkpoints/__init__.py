@@ -19,6 +19,7 @@ from nemo_minitron.checkpoints.tokenizers import Tokenizer
 from nemo_minitron.errors import CheckpointError
 
 NEMO1, NEMO2, HF = "nemo1", "nemo2", "hf"
+START_BYTES = 1 << 12
 FORMATS = {NEMO1: "NeMo-1 archive (.nemo)", NEMO2: "NeMo-2 directory", HF: "Hugging Face directory"}
 
 
@@ -53,6 +54,15 @@ class Checkpoint:
         return next(iter(self.tensors.values())).dtype
 
     @functools.cached_property
+    def content(self) -> str:
+        """SHA-256 over the start of every tensor: the same for the same weights in any format. It tells models apart
+        at little cost, and is no proof of content."""
+        digest = hashlib.sha256()
+        for name, tensor in self.tensors.items():
+            digest.update(f"{name}\0{tensor.dtype}\0{tensor.shape[1:]}\0".encode() + _start(tensor))
+        return digest.hexdigest()
+
+    @functools.cached_property
     def tokenizer(self) -> str | None:
         """Directory with the tokenizer's files as transformers reads them, or its hub name, or None.
 
@@ -62,6 +72,16 @@ class Checkpoint:
         if found is None or not found.files:
             return found.name if found else None
         return str(_cached(found))
+
+
+def _start(tensor: Lazy) -> bytes:
+    """The first bytes of a tensor."""
+    found = b""
+    for block in tensor.blocks(memoryview(bytearray(START_BYTES)), check=False):
+        found += bytes(block[: START_BYTES - len(found)])
+        if len(found) == START_BYTES:
+            break
+    return found
 
 
 def _cached(tokenizer: Tokenizer) -> Path:

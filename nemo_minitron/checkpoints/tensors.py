@@ -407,6 +407,29 @@ class Computed(Lazy):
 
 
 @dataclasses.dataclass(frozen=True)
+class ByRows(Lazy):
+    """A tensor made of another, some rows at a time: what is made never lies in memory as a whole.
+
+    Attributes:
+        prepare: returns the other tensor [rows, ...] and the function that makes rows of this one from rows of that.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    prepare: Callable[[], tuple[Any, Callable[[Any], Any]]]
+
+    def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
+        import torch
+
+        source, function = self.prepare()
+        for rows in source.split(max(1, BLOCK // max(self.row_bytes, 1))):
+            made = function(rows).to(getattr(torch, self.dtype)).contiguous()
+            if made.shape[1:] != self.shape[1:] or len(source) != self.shape[0]:
+                raise CheckpointError(f"rows {tuple(made.shape)} of {len(source)} came where {self} was announced")
+            yield from _in_blocks(memoryview(made.view(torch.uint8).numpy().reshape(-1)), len(buffer))
+
+
+@dataclasses.dataclass(frozen=True)
 class Watched(Lazy):
     """A tensor that tells how many of its bytes were read."""
 

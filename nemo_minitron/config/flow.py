@@ -130,8 +130,14 @@ class DistillRecipeConfig(RecipeConfig):
 class FlowPruneConfig(Config):
     """The students of a flow (conf/prune/)."""
 
+    method: str | None = None
+    """`minitron` or `compensated`, for every student that names none; none: compensated."""
+    depth_by: str = "block_loss"
+    """`block_loss` or `block_influence`, for every student that names none."""
     num_samples: int = 1024
     """Calibration samples."""
+    num_block_samples: int = 256
+    """Samples on which blocks of layers are left out."""
     batch_size: int = 1
     """Samples a forward pass while scoring."""
     hidden_size_divisor: int = 256
@@ -141,11 +147,13 @@ class FlowPruneConfig(Config):
     num_layers_divisor: int = 2
     """Grid of num_layers."""
     students: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name -> targets (drop_layers, num_layers, hidden_size, ffn_hidden_size, num_attention_heads)."""
+    """Name -> targets (drop_layers, num_layers, hidden_size, ffn_hidden_size, num_attention_heads), and how to cut
+    (method, depth_by, merge_heads, untie)."""
 
     def problems(self) -> list[str]:
         found = at_least(1, num_samples=self.num_samples, batch_size=self.batch_size)
-        known = ("drop_layers", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        targets = ("drop_layers", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        known = (*targets, "method", "depth_by", "merge_heads", "untie")
         if not self.students:
             found.append("students is empty: name at least one, students.depth.num_layers=N")
         for name, targets in self.students.items():

@@ -4,8 +4,10 @@ import dataclasses
 from dataclasses import field
 from typing import Any
 
-from nemo_minitron.config.base import Config, at_least, format_problems, output_format
+from nemo_minitron.config.base import Config, at_least, format_problems, one_of, output_format
 from nemo_minitron.config.training import ModelDataConfig, TrainerConfig
+
+METHODS = ("minitron", "compensated")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -22,10 +24,29 @@ class PruneTargets(Config):
     """FFN neurons to keep."""
     num_attention_heads: int | None = None
     """Attention heads to keep; a multiple of the query groups. The head size stays."""
+    method: str | None = None
+    """`minitron`: what is not important is dropped (the published cut). `compensated`: the rest makes up for it, by a
+    rotation of the residual stream and least squares. None: compensated; minitron where only layers are named and there
+    is no data to run the teacher on."""
+    depth_by: str = "block_loss"
+    """How num_layers are chosen. `block_loss`: the contiguous block without which the loss is least. `block_influence`:
+    the layers that change the stream least, one by one."""
     num_query_groups: int | None = None
     """Kept for NeMo 24.07's overrides; ModelOpt no longer prunes it, so only the teacher's own value is taken."""
     num_samples: int = 1024
     """Calibration samples: random sequences of full length from the training split."""
+    num_block_samples: int = 256
+    """Samples on which blocks of layers are left out, one in four of them to choose the ridge on."""
+    statistics: bool = True
+    """While scoring, gather the second moments that method=compensated needs."""
+    ridge: float = 1e-3
+    """Compensated: ridge of the least squares, over the mean of the moments' diagonal."""
+    merge_heads: bool = False
+    """Compensated: merge the residual of dropped heads into the queries that stay (arXiv 2407.14679, section 2.3)
+    instead of refitting linear_proj."""
+    untie: bool = False
+    """Compensated, tied embeddings: give the student an output matrix of its own, which takes in the final norm's
+    gain."""
     scores_path: str | None = None
     """Folder of importance scores to reuse or to make; none: beside the teacher's checkpoint, `<teacher>.scores`."""
     hidden_size_divisor: int = 256
@@ -36,10 +57,20 @@ class PruneTargets(Config):
     """Grid of num_layers."""
 
     @property
-    def needs_scores(self) -> bool:
-        """Whether importance decides what is cut, so that the model has to run."""
-        sizes = (self.num_layers, self.hidden_size, self.ffn_hidden_size, self.num_attention_heads)
+    def width(self) -> bool:
+        """Whether a width is cut."""
+        sizes = (self.hidden_size, self.ffn_hidden_size, self.num_attention_heads)
         return any(size is not None for size in sizes)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether importance scores decide what is cut."""
+        return self.width or (self.num_layers is not None and self.depth_by == "block_influence")
+
+    @property
+    def chooses_block(self) -> bool:
+        """Whether the loss without each block of layers decides which goes."""
+        return self.num_layers is not None and self.depth_by == "block_loss"
 
     def problems(self) -> list[str]:
         found = at_least(
@@ -49,11 +80,16 @@ class PruneTargets(Config):
             ffn_hidden_size=self.ffn_hidden_size,
             num_attention_heads=self.num_attention_heads,
             num_samples=self.num_samples,
+            num_block_samples=self.num_block_samples,
             hidden_size_divisor=self.hidden_size_divisor,
             ffn_hidden_size_divisor=self.ffn_hidden_size_divisor,
             num_layers_divisor=self.num_layers_divisor,
         )
-        if not self.drop_layers and not self.needs_scores:
+        found += one_of("method", self.method or "minitron", METHODS)
+        found += one_of("depth_by", self.depth_by, ("block_loss", "block_influence"))
+        if not 0 < self.ridge < 1:
+            found.append(f"ridge = {self.ridge} must be above 0 and below 1")
+        if not self.drop_layers and not self.width and self.num_layers is None:
             found.append(
                 "drop_layers is missing, and so are num_layers, hidden_size, ffn_hidden_size and num_attention_heads: "
                 "name at least one of them"
@@ -131,6 +167,20 @@ class PruneConfig(Config):
     def target_format(self) -> str:
         """The format of the result."""
         return output_format(self.output, self.to)
+
+    @property
+    def method(self) -> str:
+        """How the cut is made."""
+        if self.prune.method:
+            return self.prune.method
+        layers_alone = not self.prune.width and self.prune.num_layers is None
+        return "minitron" if layers_alone and not self.model.data.data_prefix else "compensated"
+
+    @property
+    def needs_scan(self) -> bool:
+        """Whether blocks of layers have to be left out while the teacher runs: to choose one, or to stand in for it."""
+        depth = bool(self.prune.drop_layers) or self.prune.num_layers is not None
+        return self.prune.chooses_block or (self.method == "compensated" and depth)
 
     def problems(self) -> list[str]:
         found = [] if self.output == "???" else format_problems(self.output, self.to)

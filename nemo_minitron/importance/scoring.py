@@ -1,63 +1,58 @@
 """Scores a teacher's layers, channels, neurons and heads: one calibration pass through ModelOpt's estimators."""
 
+import contextlib
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import ImportanceScores, Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
-from nemo_minitron.config import PruneConfig, missing_data
-from nemo_minitron.data.module import check_fits as check_data
-from nemo_minitron.data.module import paths, resolve_prefixes
-from nemo_minitron.errors import ConfigError
+from nemo_minitron.config import PruneConfig
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.importance.calibration import Calibration, calibration_of, given, scores_folder
 from nemo_minitron.jobs import Job
 from nemo_minitron.runtime.inputs import LOG, data_files
-from nemo_minitron.runtime.launch import run_stage
+from nemo_minitron.runtime.launch import rank, run_stage
 from nemo_minitron.runtime.layout import Layout, check_fits, layout_of
-
-
-def scores_folder(config: PruneConfig) -> Path:
-    """Where the scores of a teacher lie: prune.scores_path, or beside the teacher's checkpoint."""
-    if config.prune.scores_path:
-        return Path(config.prune.scores_path)
-    teacher = Path(config.model.restore_from_path)
-    return teacher.with_name(f"{teacher.name}.scores")
 
 
 def score(config: PruneConfig) -> Manifest:
     """Makes the folder of importance scores, or finds it made already from the same teacher, data and samples.
 
+    Without data, scores that are there already are taken as they are; the cut checks that they are of this teacher.
+
     Raises:
         ConfigError, CheckpointError, DataError, EngineError: before any work.
         OutputExistsError: the folder holds scores of another teacher or of other samples.
     """
+    folder = scores_folder(config)
+    if given(config, folder):
+        return Manifest.read(folder)
     teacher = open_checkpoint(config.model.restore_from_path, "teacher")
-    problems = missing_data(config.model.data)
-    if problems:
-        raise ConfigError([f"{problems[0]}, to score the teacher on; only prune.drop_layers alone needs none"], "prune")
-    prefixes = resolve_prefixes(config.model.data.data_prefix)
-    length = config.model.data.seq_length or config.model.encoder_seq_length or teacher.architecture.seq_length
-    check_data({"train": prefixes["train"]}, seq_length=length, vocab_size=teacher.architecture.vocab_size)
+    calibration = calibration_of(config, teacher)
     layout = layout_of(config.trainer, config.model)
     check_fits(teacher.architecture, layout, "teacher")
     job = Job(
         stage="score",
-        output=scores_folder(config),
+        output=folder,
         config={
             "num_samples": config.prune.num_samples,
-            "seq_length": length,
+            "statistics": config.prune.statistics,
+            "seq_length": calibration.length,
             "bf16": layout.bf16,
             "layout": dataclasses.asdict(layout),
             "command": dataclasses.asdict(config),
         },
-        inputs={"teacher": config.model.restore_from_path, **data_files({"data": prefixes["train"]})},
+        inputs={"teacher": config.model.restore_from_path, **data_files({"data": calibration.files})},
         seed=config.seed,
         overwrite=config.overwrite,
         ignore=("overwrite", "layout", "command"),
     )
     return run_stage(
         job,
-        lambda partial: _work(partial, config, teacher, layout, paths(prefixes["train"]), length),
+        lambda partial: _work(partial, config, teacher, layout, calibration),
         stage="nemo_minitron.importance.scoring:score",
         config=config,
         trainer=config.trainer,
@@ -66,47 +61,103 @@ def score(config: PruneConfig) -> Manifest:
 
 
 def _work(
-    partial: Path, config: PruneConfig, teacher: Checkpoint, layout: Layout, prefixes: list[str], length: int
+    partial: Path, config: PruneConfig, teacher: Checkpoint, layout: Layout, calibration: Calibration
 ) -> dict[str, Any]:
     import time
 
-    from nemo_minitron.data.samples import random_sequences
     from nemo_minitron.runtime.engine import engine
     from nemo_minitron.runtime.ranks import load_model, parallel_ranks
 
-    sequences, starts = random_sequences(prefixes, config.prune.num_samples, length, config.seed)
+    sequences, samples = calibration.sequences(config.prune.num_samples, config.seed)
     with engine(config.seed, partial / LOG), parallel_ranks(layout, config.seed):
         model = load_model(teacher.architecture, layout, teacher, local_spec=True)
         started = time.perf_counter()
-        scores = collect(model, sequences, config.inference.batch_size)
+        found, moments = collect(model, sequences, config.inference.batch_size, config.prune.statistics)
+        _write(partial, found, moments, teacher.content, samples)
         seconds = time.perf_counter() - started
-        scores.save(partial)
+    scores = ImportanceScores.load(partial)
+    notes = [note for note in [singular(teacher.architecture, samples["tokens"])] if note and config.prune.statistics]
+    for note in notes if rank() == 0 else []:
+        print(f"score: {note}", file=sys.stderr)
     return {
         "metrics": {
-            "samples": len(starts),
-            "tokens": int(sequences[:, :-1].numel()),
+            "samples": len(samples["starts"]),
+            "tokens": samples["tokens"],
             "block_influence": [round(float(value), 6) for value in scores.block_influence],
         },
         "timings": {"calibration_seconds": seconds},
-        "details": {"sample_starts": starts, "architecture": teacher.architecture.to_dict()},
+        "details": {
+            "samples": samples,
+            "notes": notes,
+            "teacher": teacher.content,
+            "architecture": teacher.architecture.to_dict(),
+        },
     }
 
 
-def collect(model: Any, sequences: Any, batch: int) -> ImportanceScores:
+def singular(a: Architecture, tokens: int) -> str | None:
+    """What to say where there are fewer tokens than channels, so that second moments are singular."""
+    widths = {
+        "hidden channels": a.hidden_size,
+        "FFN neurons": a.ffn_hidden_size,
+        "attention channels": a.num_attention_heads * a.kv_channels,
+    }
+    short = [f"{width} {name}" for name, width in widths.items() if tokens < width]
+    if not short:
+        return None
+    return (
+        f"{tokens} calibration tokens for {' and '.join(short)}: second moments are singular, the ridge fills them; "
+        "give more prune.num_samples or a longer model.data.seq_length"
+    )
+
+
+def _write(
+    partial: Path, found: dict[str, Any], moments: dict[str, Any], teacher: str, samples: dict[str, Any]
+) -> None:
+    """Puts what the pipeline stages found into one file; every rank calls it."""
+    import torch
+    from megatron.core import parallel_state
+    from safetensors.torch import load_file, save_file
+
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    parts = [partial / f"moments-{number}.safetensors" for number in range(stages)]
+    if stages > 1:
+        save_file(moments, str(parts[stage]))
+        torch.distributed.barrier()
+    if rank() == 0:
+        if stages > 1:
+            moments = {name: value for part in parts for name, value in load_file(str(part)).items()}
+        ImportanceScores(**found, moments=moments, teacher=teacher, samples=samples).save(partial)
+        for part in parts:
+            part.unlink(missing_ok=True)
+    if stages > 1:
+        torch.distributed.barrier()
+
+
+def collect(model: Any, sequences: Any, batch: int, statistics: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Runs ModelOpt's Minitron estimators over token sequences [n, s + 1]; `model` cannot be used afterwards.
 
     ModelOpt scores inside its search: it is asked for the model's own sizes, so it cuts nothing.
+
+    Returns:
+        scores by their names in ImportanceScores, of all pipeline stages, and with `statistics` the second moments of
+        this stage's layers.
     """
     import modelopt.torch.prune as mtp
 
+    from nemo_minitron.importance.moments import gathered
     from nemo_minitron.runtime.modelopt_norms import local_norms_prunable
     from nemo_minitron.runtime.ranks import run_forward
 
-    found: list[ImportanceScores] = []
+    found: dict[str, Any] = {}
+    moments: dict[str, Any] = {}
 
     def calibrate(dynamic: Any) -> None:
-        run_forward(dynamic, sequences, batch)
-        found.append(_gather(dynamic))
+        with gathered(dynamic) if statistics else contextlib.nullcontext() as sums:
+            run_forward(dynamic, sequences, batch)
+        found.update(_gather(dynamic))
+        moments.update(sums.means() if sums else {})
 
     own = {name: getattr(model.config, name) for name in ("hidden_size", "ffn_hidden_size", "num_layers")}
     with local_norms_prunable():
@@ -117,10 +168,10 @@ def collect(model: Any, sequences: Any, batch: int) -> ImportanceScores:
             dummy_input=None,
             config={"forward_loop": calibrate},
         )
-    return found[0]
+    return found, moments
 
 
-def _gather(model: Any) -> ImportanceScores:
+def _gather(model: Any) -> dict[str, Any]:
     """The estimators' sums, in order of the layers, of all pipeline stages."""
     import torch
     from megatron.core import parallel_state
@@ -138,4 +189,13 @@ def _gather(model: Any) -> ImportanceScores:
         stages = [None] * parallel_state.get_pipeline_model_parallel_world_size()
         torch.distributed.all_gather_object(stages, local, group=parallel_state.get_pipeline_model_parallel_group())
         stages.sort(key=lambda stage: stage["numbers"][0])
-    return ImportanceScores(**{name: torch.cat([stage[name] for stage in stages]) for name in ImportanceScores.names()})
+    found = {name: torch.cat([stage[name] for stage in stages]) for name in ImportanceScores.names()}
+    for name, values in found.items():
+        bad = (~values.flatten(1).isfinite().all(dim=1) if values.ndim > 1 else ~values.isfinite()).nonzero().flatten()
+        if len(bad):
+            layer = int(bad[0]) // 2 if name == "hidden" else int(bad[0])
+            raise MinitronError(
+                f"layer {layer + 1}: importance of {name} is not finite; `minitron inspect --values` tells whether the "
+                "weights are"
+            )
+    return found

@@ -13,7 +13,7 @@ from typing import Any
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import ImportanceScores, PruningPlan
 from nemo_minitron.checkpoints.canonical import LAYERS
-from nemo_minitron.checkpoints.tensors import Computed, Lazy
+from nemo_minitron.checkpoints.tensors import ByRows, Lazy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +24,13 @@ class Kept:
         hidden: channels of the residual stream [h'].
         ffn: FFN neurons of each layer [l, f'].
         heads: attention heads of each layer, group by group [l, n'].
+        ranking: all heads of each query group, numbered within it, the most important first [l, g, n/g].
     """
 
     hidden: Any = None
     ffn: Any = None
     heads: Any = None
+    ranking: Any = None
 
 
 def choose(scores: ImportanceScores | None, architecture: Architecture, width: Mapping[str, int]) -> Kept:
@@ -45,18 +47,25 @@ def choose(scores: ImportanceScores | None, architecture: Architecture, width: M
         kept["ffn"] = [layer.pow(0.5).argsort(descending=True)[: width["ffn_hidden_size"]] for layer in scores.ffn]
     if "num_attention_heads" in width:
         per_group = width["num_attention_heads"] // architecture.num_query_groups
-        kept["heads"] = [best_heads(layer, architecture, per_group) for layer in scores.heads]
+        kept["ranking"] = [head_ranking(layer, architecture) for layer in scores.heads]
+        kept["heads"] = [best_heads(ranking, architecture, per_group) for ranking in kept["ranking"]]
     return Kept(**kept)
 
 
-def best_heads(scores: Any, a: Architecture, per_group: int) -> Any:
-    """The best `per_group` heads of each query group [g * per_group], from scores of their channels [n*d]."""
+def head_ranking(scores: Any, a: Architecture) -> Any:
+    """The heads of each query group by importance [g, n/g], from scores of their channels [n*d]."""
     import torch
 
     heads = torch.linalg.vector_norm(scores.pow(0.5).view(a.num_attention_heads, a.kv_channels), ord=2, dim=1)  # [n]
-    ranking = heads.view(a.num_query_groups, -1).argsort(dim=1, descending=True)[:, :per_group]  # [g, n'/g]
+    return heads.view(a.num_query_groups, -1).argsort(dim=1, descending=True)
+
+
+def best_heads(ranking: Any, a: Architecture, per_group: int) -> Any:
+    """The best `per_group` heads of each query group [g * per_group], numbered over all."""
+    import torch
+
     first = torch.arange(0, a.num_attention_heads, a.num_attention_heads // a.num_query_groups)
-    return (ranking + first[:, None]).flatten()
+    return (ranking[:, :per_group] + first[:, None]).flatten()
 
 
 def cut(tensors: Mapping[str, Lazy], plan: PruningPlan, kept: Kept) -> dict[str, Lazy]:
@@ -134,12 +143,11 @@ def _narrowed(tensor: Lazy, indices: tuple[Any, ...]) -> Lazy:
     if all(index is None for index in indices):
         return tensor
     shape = tuple(size if index is None else len(index) for size, index in zip(tensor.shape, indices))
+    rows, columns = indices if len(indices) == 2 else (indices[0], None)
 
-    def read() -> Any:
+    def prepare() -> tuple[Any, Any]:
         value = tensor.read()
-        for axis, index in enumerate(indices):
-            if index is not None:
-                value = value.index_select(axis, index)
-        return value
+        chosen = value if rows is None else value.index_select(0, rows)
+        return chosen, lambda part: part if columns is None else part.index_select(1, columns)
 
-    return Computed(shape, tensor.dtype, read)
+    return ByRows(shape, tensor.dtype, prepare)

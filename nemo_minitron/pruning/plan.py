@@ -1,7 +1,7 @@
 """Works out what to cut, without loading a model: targets checked against the teacher and the grid."""
 
 from nemo_minitron.architecture import Architecture, PruningGrid, layer_problems, parse_layers
-from nemo_minitron.artifacts import ImportanceScores, PruningPlan
+from nemo_minitron.artifacts import DepthScan, ImportanceScores, PruningPlan
 from nemo_minitron.config import PruneTargets
 from nemo_minitron.errors import ConfigError
 
@@ -37,14 +37,26 @@ def check_targets(architecture: Architecture, targets: PruneTargets) -> None:
         raise ConfigError([f"prune.{problem}" for problem in found], "prune")
 
 
-def plan_cut(architecture: Architecture, targets: PruneTargets, scores: ImportanceScores | None) -> PruningPlan:
+def plan_cut(
+    architecture: Architecture,
+    targets: PruneTargets,
+    scores: ImportanceScores | None,
+    scan: DepthScan | None = None,
+    method: str = "minitron",
+) -> PruningPlan:
     """The plan: which layers go and what the student's sizes are.
 
-    Layers are those given, or those of the least block influence (arXiv 2407.14679, section 2.2).
+    Layers are those given, the contiguous block without which the loss is least (arXiv 2408.11796, section 2.3), or
+    those of the least block influence (arXiv 2407.14679, section 2.2).
+
+    Args:
+        scan: the blocks' losses; needed where they choose.
     """
     check_targets(architecture, targets)
     drop = sorted(set(parse_layers(targets.drop_layers)))
-    if targets.num_layers is not None:
+    if targets.chooses_block:
+        drop = list(scan.drop_layers)
+    elif targets.num_layers is not None:
         drop = sorted(scores.layers_by_importance()[targets.num_layers :])
     width = {
         name: getattr(targets, name)
@@ -52,4 +64,8 @@ def plan_cut(architecture: Architecture, targets: PruneTargets, scores: Importan
         if getattr(targets, name) is not None and getattr(targets, name) != getattr(architecture, name)
     }
     student = architecture.with_sizes(num_layers=architecture.num_layers - len(drop), **width)
-    return PruningPlan(teacher=architecture.to_dict(), student=student.to_dict(), drop_layers=drop, width=width)
+    if targets.untie and method == "compensated":
+        student = student.with_sizes(share_embeddings_and_output_weights=False)
+    return PruningPlan(
+        teacher=architecture.to_dict(), student=student.to_dict(), drop_layers=drop, width=width, method=method
+    )

@@ -1,19 +1,24 @@
 """The cut: teacher, plan and scores in, an ordinary smaller checkpoint out; tensor by tensor, of and in any format."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.artifacts import ImportanceScores, Manifest, PruningPlan
+from nemo_minitron.artifacts import DepthScan, ImportanceScores, Manifest, PruningPlan
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.convert import check_room, progress
+from nemo_minitron.checkpoints.tensors import Lazy
 from nemo_minitron.checkpoints.write import place_in, write_checkpoint
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs import Job
 from nemo_minitron.pruning.cut import choose, cut
 from nemo_minitron.pruning.plan import check_targets, plan_cut
+
+#: Settings that shape a compensated student beyond its plan.
+COMPENSATION = ("ridge", "merge_heads", "untie")
 
 
 def check(config: PruneConfig) -> Checkpoint:
@@ -23,8 +28,9 @@ def check(config: PruneConfig) -> Checkpoint:
     return teacher
 
 
-def prune(config: PruneConfig, scores_folder: str | Path | None) -> Manifest:
-    """Cuts the teacher with the scores in `scores_folder` (None where the plan needs none).
+def prune(config: PruneConfig, scores_folder: str | Path | None, scan_folder: str | Path | None = None) -> Manifest:
+    """Cuts the teacher with the scores in `scores_folder` and the scan of blocks in `scan_folder` (None where the plan
+    needs none).
 
     Raises:
         ConfigError: a target is off the grid, above the teacher, or names layers that are not there.
@@ -32,14 +38,20 @@ def prune(config: PruneConfig, scores_folder: str | Path | None) -> Manifest:
         OutputExistsError: export.save_path was made from something else.
     """
     teacher = check(config)
-    scores = None
     inputs: dict[str, Any] = {"teacher": config.model.restore_from_path}
+    scores = scan = None
     if config.prune.needs_scores:
         scores = ImportanceScores.load(scores_folder)
-        check_scores(scores, teacher.architecture, scores_folder)
+        check_scores(scores, teacher, scores_folder, statistics=config.method == "compensated" and config.prune.width)
         inputs["scores"] = scores_folder
-    plan = plan_cut(teacher.architecture, config.prune, scores)
-    relevant = {"plan": dataclasses.asdict(plan), "command": dataclasses.asdict(config)}
+    if config.needs_scan:
+        scan = DepthScan.load(scan_folder)
+        check_scan(scan, teacher, scan_folder)
+        inputs["scan"] = scan_folder
+    plan = plan_cut(teacher.architecture, config.prune, scores, scan, config.method)
+    relevant: dict[str, Any] = {"plan": dataclasses.asdict(plan), "command": dataclasses.asdict(config)}
+    if config.method == "compensated":
+        relevant["compensation"] = {name: getattr(config.prune, name) for name in COMPENSATION}
     job = Job(
         stage="prune",
         output=Path(config.export.save_path),
@@ -47,14 +59,14 @@ def prune(config: PruneConfig, scores_folder: str | Path | None) -> Manifest:
         inputs=inputs,
         overwrite=config.overwrite,
         ignore=("overwrite", "command"),
-        sampled=("teacher",),
+        sampled=("teacher", "scores", "scan"),
     )
-    return job.run(lambda partial: _work(partial, config, teacher, plan, scores))
+    return job.run(lambda partial: _work(partial, config, teacher, plan, scores, scan))
 
 
-def check_scores(scores: ImportanceScores, architecture: Architecture, folder: str | Path | None) -> None:
-    """Raises MinitronError where the scores' shapes are not those of the teacher."""
-    a = architecture
+def check_scores(scores: ImportanceScores, teacher: Checkpoint, folder: str | Path | None, statistics: bool) -> None:
+    """Raises MinitronError where the scores are not this teacher's, or lack the second moments that are needed."""
+    a = teacher.architecture
     expected = {
         "hidden": (2 * a.num_layers, a.hidden_size),
         "ffn": (a.num_layers, a.ffn_hidden_size),
@@ -67,29 +79,85 @@ def check_scores(scores: ImportanceScores, architecture: Architecture, folder: s
                 f"{folder}: scores of another teacher: {name} is {tuple(getattr(scores, name).shape)}, "
                 f"this teacher needs {shape}; give another prune.scores_path"
             )
+    _check_teacher(scores.teacher, teacher, f"{folder}: scores")
+    if statistics and not scores.moments:
+        raise MinitronError(
+            f"{folder} has no second moments (it was scored with prune.statistics=false), which "
+            "prune.method=compensated needs: score again with statistics, or cut with prune.method=minitron"
+        )
+
+
+def check_scan(scan: DepthScan, teacher: Checkpoint, folder: str | Path | None) -> None:
+    """Raises MinitronError where the scan is not this teacher's."""
+    _check_teacher(scan.teacher, teacher, f"{folder}: a scan")
+    size = teacher.architecture.hidden_size
+    for layer, fold in scan.folds.items():
+        if tuple(fold.shape) != (size, size):
+            raise MinitronError(
+                f"{folder}: a scan of another teacher: the map after layer {layer} is {tuple(fold.shape)}, not "
+                f"{(size, size)}"
+            )
+
+
+def _check_teacher(made_of: str, teacher: Checkpoint, what: str) -> None:
+    if made_of and made_of != teacher.content:
+        raise MinitronError(
+            f"{what} of another teacher: made from weights {made_of[:12]}, {teacher.path} has {teacher.content[:12]}; "
+            "give another prune.scores_path, or remove it to score again"
+        )
 
 
 def _work(
-    partial: Path, config: PruneConfig, teacher: Checkpoint, plan: PruningPlan, scores: ImportanceScores | None
+    partial: Path,
+    config: PruneConfig,
+    teacher: Checkpoint,
+    plan: PruningPlan,
+    scores: ImportanceScores | None,
+    scan: DepthScan | None,
 ) -> dict[str, Any]:
     import time
 
     student = Architecture.from_dict(plan.student)
     place = place_in(partial, config.output, config.target_format)
     started = time.perf_counter()
-    tensors = cut(teacher.tensors, plan, choose(scores, teacher.architecture, plan.width))
+    tensors, compensation = student_tensors(teacher, plan, scores, scan, config)
     check_room(config.output, sum(tensor.nbytes for tensor in tensors.values()))
     with progress(tensors, "prune") as watched:
         write_checkpoint(place, config.target_format, student, watched, teacher.tokenizer_files, teacher.generation)
     seconds = time.perf_counter() - started
     open_checkpoint(place, "student")
+    details: dict[str, Any] = {"plan": dataclasses.asdict(plan), "architecture": plan.student}
+    if compensation:
+        details["compensation"] = compensation
+    if scan is not None:
+        details["depth"] = {"blocks": scan.blocks, **scan.report}
     return {
         "metrics": {
+            "method": plan.method,
             "parameters": student.parameters(),
             "non_embedding_parameters": student.non_embedding_parameters(),
             "teacher_parameters": teacher.architecture.parameters(),
             "dropped_layers": plan.drop_layers,
         },
         "timings": {"cut_seconds": seconds},
-        "details": {"plan": dataclasses.asdict(plan), "architecture": plan.student},
+        "details": details,
     }
+
+
+def student_tensors(
+    teacher: Checkpoint,
+    plan: PruningPlan,
+    scores: ImportanceScores | None,
+    scan: DepthScan | None,
+    config: PruneConfig,
+) -> tuple[Mapping[str, Lazy], dict[str, Any]]:
+    """The student's tensors, each made when it is read; and what the manifest says of the compensation."""
+    kept = choose(scores, teacher.architecture, plan.width)
+    if plan.method == "minitron":
+        return cut(teacher.tensors, plan, kept), {}
+    from nemo_minitron.pruning.compensated import CompensatedCut, Settings
+
+    settings = Settings(ridge=config.prune.ridge, merge_heads=config.prune.merge_heads)
+    moments = scores.moments if scores else {}
+    made = CompensatedCut(teacher.tensors, plan, kept, moments, scan.folds if scan else {}, settings)
+    return made.cut(), made.summary()

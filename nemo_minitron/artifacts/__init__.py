@@ -1,0 +1,33 @@
+"""What passes between stages: results with a manifest, importance scores, depth scans, pruning plans."""
+
+from nemo_minitron.artifacts.fingerprints import fingerprint, sampled_fingerprint
+from nemo_minitron.artifacts.manifest import (
+    MANIFEST,
+    MANIFEST_LIMIT,
+    PARTIAL_KEY,
+    Manifest,
+    json_text,
+    plain,
+    versions,
+    write_json,
+)
+from nemo_minitron.artifacts.memory import peak_memory_bytes, reset_peak_memory
+from nemo_minitron.artifacts.scores import DepthScan, ImportanceScores, PruningPlan
+
+__all__ = [
+    "MANIFEST",
+    "MANIFEST_LIMIT",
+    "PARTIAL_KEY",
+    "DepthScan",
+    "ImportanceScores",
+    "Manifest",
+    "PruningPlan",
+    "fingerprint",
+    "json_text",
+    "peak_memory_bytes",
+    "plain",
+    "reset_peak_memory",
+    "sampled_fingerprint",
+    "versions",
+    "write_json",
+]

@@ -1,0 +1,118 @@
+"""Scans the blocks of layers that a depth cut may leave out."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.architecture import parse_layers
+from nemo_minitron.artifacts import ImportanceScores, Manifest
+from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
+from nemo_minitron.config import PruneConfig
+from nemo_minitron.errors import EngineError
+from nemo_minitron.importance.blocks import HOLD_OUT, blocks_of, runs, scan_blocks
+from nemo_minitron.importance.calibration import Calibration, calibration_of, given, scores_folder
+from nemo_minitron.jobs import Job
+from nemo_minitron.runtime.inputs import LOG, data_files
+from nemo_minitron.runtime.launch import rank, run_stage
+from nemo_minitron.runtime.layout import Layout, check_fits, layout_of
+
+
+def scan_folder(config: PruneConfig) -> Path:
+    """Where a scan lies: beside the scores, named by the layers given, or by how many are to be kept."""
+    scores, targets = scores_folder(config), config.prune
+    if targets.drop_layers:
+        given_runs = runs(parse_layers(targets.drop_layers))
+        name = "+".join(f"{first + 1}-{end}" if end - first > 1 else f"{end}" for first, end in given_runs)
+    else:
+        name = f"{targets.depth_by.replace('_', '-')}-{targets.num_layers}"
+    return scores.with_name(f"{scores.name}.depth-{name}")
+
+
+def scan(config: PruneConfig) -> Manifest:
+    """Makes the scan of blocks that `config` needs, or finds it made.
+
+    Every contiguous block of as many layers as prune.num_layers leaves out (prune.depth_by=block_loss), or just the
+    layers that are named, or chosen by block influence.
+
+    Raises:
+        ConfigError, CheckpointError, DataError, EngineError: before any work.
+        OutputExistsError: the folder holds a scan of another teacher or of other samples.
+    """
+    teacher = open_checkpoint(config.model.restore_from_path, "teacher")
+    folder = scan_folder(config)
+    if given(config, folder):
+        return Manifest.read(folder)
+    drop = _named(config)
+    calibration = calibration_of(config, teacher)
+    layout = dataclasses.replace(layout_of(config.trainer, config.model), pipeline_parallel=1)
+    check_fits(teacher.architecture, layout, "teacher")
+    _check_samples(config, layout)
+    job = Job(
+        stage="scan",
+        output=folder,
+        config={
+            "num_samples": config.prune.num_block_samples,
+            "seq_length": calibration.length,
+            "bf16": layout.bf16,
+            "drop_layers": drop,
+            "layout": dataclasses.asdict(layout),
+            "command": dataclasses.asdict(config),
+        },
+        inputs={"teacher": config.model.restore_from_path, **data_files({"data": calibration.files})},
+        seed=config.seed,
+        overwrite=config.overwrite,
+        ignore=("overwrite", "layout", "command"),
+    )
+    return run_stage(
+        job,
+        lambda partial: _work(partial, config, teacher, layout, calibration, drop),
+        stage="nemo_minitron.importance.scan:scan",
+        config=config,
+        trainer=config.trainer,
+        resumable=False,
+    )
+
+
+def _named(config: PruneConfig) -> list[int] | None:
+    """The layers that are given, or chosen by block influence (1-based); None: the scan shall choose."""
+    if config.prune.drop_layers:
+        return sorted(set(parse_layers(config.prune.drop_layers)))
+    if config.prune.depth_by == "block_loss":
+        return None
+    scores = ImportanceScores.load(scores_folder(config))
+    return sorted(scores.layers_by_importance()[config.prune.num_layers :])
+
+
+def _check_samples(config: PruneConfig, layout: Layout) -> None:
+    ranks, count = layout.world_size, config.prune.num_block_samples
+    if count < HOLD_OUT * ranks:
+        raise EngineError(
+            f"prune.num_block_samples = {count}: {HOLD_OUT} a rank are needed, {HOLD_OUT} x {ranks} = "
+            f"{HOLD_OUT * ranks}; one in {HOLD_OUT} is held out"
+        )
+
+
+def _work(
+    partial: Path, config: PruneConfig, teacher: Checkpoint, layout: Layout, calibration: Calibration, drop: Any
+) -> dict[str, Any]:
+    import time
+
+    from nemo_minitron.runtime.engine import engine
+    from nemo_minitron.runtime.ranks import load_model, parallel_ranks
+
+    sequences, samples = calibration.sequences(config.prune.num_block_samples, config.seed)
+    with engine(config.seed, partial / LOG), parallel_ranks(layout, config.seed):
+        model = load_model(teacher.architecture, layout, teacher, local_spec=True)
+        started = time.perf_counter()
+        layers = teacher.architecture.num_layers
+        blocks = runs(drop) if drop else blocks_of(layers, layers - config.prune.num_layers)
+        found = scan_blocks(model, sequences, config.inference.batch_size, blocks, choose=not drop)
+        seconds = time.perf_counter() - started
+    if rank() == 0:
+        dataclasses.replace(found, teacher=teacher.content).save(partial)
+    report = {name: value for name, value in found.report.items() if isinstance(value, int | float | str)}
+    return {
+        "metrics": {"samples": len(samples["starts"]), "dropped_layers": found.drop_layers, **report},
+        "timings": {"scan_seconds": seconds},
+        "details": {"blocks": found.blocks, "report": found.report, "samples": samples, "teacher": teacher.content},
+    }

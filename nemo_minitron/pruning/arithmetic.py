@@ -1,0 +1,152 @@
+"""What a compensated cut puts in place of what it takes away: linear algebra on second moments.
+
+Legend: h hidden, h' hidden of the student, f FFN, n heads, g query groups, d head size, v vocabulary rows, k any width,
+k' what stays of it; C = E[x x^T] over calibration tokens.
+"""
+
+from typing import Any
+
+from nemo_minitron.ridge import ridge
+
+
+def stream_basis(pooled: Any, size: int, centred: bool) -> Any:
+    """The directions P [h, h'] of the residual stream that stay: x' = P^T x, for the whole model.
+
+    SliceGPT (arXiv 2401.15024, section 3.2), with one rotation for all layers instead of one a block, so that no matrix
+    is left between them: P = the first h' eigenvectors of the pooled C, by falling eigenvalue. P^T P = I.
+
+    With LayerNorm the stream is centred, and must stay so for the norm to commute with the rotation: P = U R, U the
+    first h' - 1 eigenvectors orthogonal to the ones vector, R [h' - 1, h'] with orthonormal rows orthogonal to it, so
+    that every P^T x has mean 0. With h' = h nothing is lost but the mean, which the norms take away anyhow.
+
+    Args:
+        pooled: mean over the norms of C of their normalised inputs [h, h].
+        centred: whether the norms take the mean away.
+    """
+    import torch
+
+    pooled = pooled.double()
+    keep = size - 1 if centred else size
+    values, vectors = torch.linalg.eigh((pooled + pooled.T) / 2)
+    if centred:
+        ones = torch.ones(len(pooled), dtype=torch.float64) / len(pooled) ** 0.5
+        vectors, values = _without(vectors, values, ones)
+    basis = vectors.flip(1)[:, :keep]
+    basis = basis * _signs(basis)
+    return basis @ _centred_rows(size) if centred else basis
+
+
+def _without(vectors: Any, values: Any, direction: Any) -> tuple[Any, Any]:
+    """Eigenvectors, the one along `direction` left out and the others exactly orthogonal to it."""
+    import torch
+
+    along = int((vectors.T @ direction).abs().argmax())
+    others = [index for index in range(len(values)) if index != along]
+    rest = vectors[:, others]
+    rest = rest - torch.outer(direction, direction @ rest)
+    orthonormal, triangular = torch.linalg.qr(rest.flip(1))  # the leading ones change least
+    return (orthonormal * triangular.diagonal().sign()).flip(1), values[others]
+
+
+def _signs(basis: Any) -> Any:
+    """Signs that make the largest element of each column positive, so that the same moments give the same basis."""
+    largest = basis.abs().argmax(dim=0, keepdim=True)
+    return basis.gather(0, largest).sign()
+
+
+def _centred_rows(size: int) -> Any:
+    """R [size - 1, size]: orthonormal rows, each with sum 0 (Helmert)."""
+    import torch
+
+    rows = torch.zeros(size - 1, size, dtype=torch.float64)
+    for number in range(1, size):
+        rows[number - 1, :number] = 1
+        rows[number - 1, number] = -number
+        rows[number - 1] /= (number * (number + 1)) ** 0.5
+    return rows
+
+
+def norm_gain(moments: Any, basis: Any) -> float:
+    """The scale g of a student's norm: g^2 = (tr(P^T C P) / h') / (tr(C) / h), so 1 where all directions stay.
+
+    The student's norm makes the h' directions that stay of mean square 1 whatever they had in the teacher; g gives that
+    back on average.
+    """
+    moments = moments.double()
+    kept, width = ((moments @ basis) * basis).sum() / basis.shape[1], len(moments)
+    return float(kept / (moments.diagonal().sum() / width)) ** 0.5
+
+
+def reader_map(moments: Any, basis: Any, strength: float) -> Any:
+    """M [h, h'] of W M, which reads P^T x as W reads x: least squares over the norm's own inputs.
+
+    M = P + (I - P P^T) C P (P^T C P + lambda I)^-1. The second term reads what was lost from what stayed; C pooled over
+    all norms has none of it, that of one norm has.
+    """
+    moments = moments.double()
+    kept = moments @ basis  # [h, h'] = C P
+    lost = kept - basis @ (basis.T @ kept)
+    return basis + ridge(basis.T @ kept, lost.T, strength).T
+
+
+def columns_map(moments: Any, keep: Any, strength: float) -> Any:
+    """X [k, k'] of W X, which makes of the k' inputs that stay what W makes of all: least squares, ridge to the cut.
+
+    X has a 1 for each input that stays, and C_rs (C_ss + lambda I)^-1 in the rows of those that go; s stay, r go.
+    """
+    import torch
+
+    moments = moments.double()
+    gone = torch.ones(len(moments), dtype=torch.bool)
+    gone[keep] = False
+    found = torch.zeros(len(moments), len(keep), dtype=torch.float64)
+    found[keep, torch.arange(len(keep))] = 1.0
+    if gone.any():
+        stay = moments[keep][:, keep]
+        found[gone] = ridge(stay, moments[keep][:, gone], strength).T
+    return found
+
+
+def tied_gain(embedding: Any, gain: Any, moments: Any, basis: Any, strength: float = 1e-6) -> Any:
+    """The final norm's gain [h'] of a student whose output matrix is its embedding E' = E P.
+
+    E diag(gain) cannot be its output matrix, since E also writes. The diagonal w that comes nearest is the least
+    squares of ||E diag(gain) x - E' diag(w) P^T x|| over the norm's inputs:
+    ((E'^T E') * (P^T C P)) w = diag(E'^T E diag(gain) C P), with * by elements.
+
+    Args:
+        embedding: E [v, h].
+        gain: the teacher's [h].
+        moments: C of the final norm [h, h].
+    """
+    embedding, moments = embedding.double(), moments.double()
+    small = embedding @ basis  # [v, h']
+    cross = small.T @ (embedding * gain.double()) @ moments @ basis  # [h', h']
+    gram = (small.T @ small) * (basis.T @ moments @ basis)
+    return ridge(gram, cross.diagonal()[:, None], strength).flatten()
+
+
+def input_bias(weight: Any, bias: Any, student: Any) -> Any:
+    """The norm's bias b' [h'] of least ||W' b' - W b||: what a reader W [k, h] made of the teacher's norm's bias b."""
+    target = (weight.double() @ bias.double())[:, None]
+    student = student.double()
+    return ridge(student.T @ student, student.T @ target, 1e-12).flatten()
+
+
+def merged_queries(queries: Any, ranking: Any, stay: int) -> Any:
+    """Query heads that stay, with the residual of those that go (arXiv 2407.14679, section 2.3).
+
+    Of a group's L heads H_1 .. H_L by importance the first K stay; head i of the last L - K of them becomes
+    2 H_i - H_(2K - i + 1). For grouped queries only the query projection is merged. K < L / 2 leaves nothing to pair
+    the rest with; those are dropped.
+
+    Args:
+        queries: the query rows of one group's heads [L, d, h] (or their biases [L, d]).
+        ranking: its heads, the most important first [L].
+        stay: K.
+    """
+    ordered = queries[ranking]
+    kept = ordered[:stay].clone()
+    for i in range(max(1, 2 * stay - len(ranking) + 1), stay + 1):
+        kept[i - 1] = 2 * ordered[i - 1] - ordered[2 * stay - i]
+    return kept

@@ -1,0 +1,302 @@
+"""The compensated cut as a transform of tensors: each is changed when it is read, and no model is loaded.
+
+Legend: h hidden, f FFN, n heads, g query groups, d head size, v vocabulary rows; ' of the student.
+
+With P [h, h'] the directions of the stream that stay (arithmetic.stream_basis; the identity where hidden_size stays), G
+a norm's gain, D the map that stands in for a dropped block (zero but before one), X_f and X_n the columns' maps::
+
+    embedding    [v, h']    E P
+    reads        [k, h']    W diag(G) M        qkv, fc1, output layer; M: arithmetic.reader_map
+    attention    [h', n'd]  P^T W X_n
+    MLP          [h', f']   P^T (I + D)^T W X_f
+    norms        [h']       g                  one number a norm (arithmetic.norm_gain)
+
+Rows of qkv and fc1 are those of the heads and neurons that stay. What is done to the rows of a matrix and what to its
+columns commutes, so the order of the parts does not matter: each refits to the teacher's own activations, which the
+others are there to keep.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts import PruningPlan
+from nemo_minitron.checkpoints.canonical import EMBEDDING, LAYERS, OUTPUT
+from nemo_minitron.checkpoints.tensors import ByRows, Computed, Lazy
+from nemo_minitron.pruning import arithmetic
+from nemo_minitron.pruning.cut import Kept, layer_indices
+
+FINAL = "decoder.final_layernorm"
+INPUT_NORM, MLP_NORM = "self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the parts that are refitted are.
+
+    Attributes:
+        ridge: lambda over the mean of the diagonal of what is inverted.
+        refit_readers: whether the matrices that read the stream are.
+        merge_heads: merge the residual of dropped heads into the queries instead of refitting linear_proj.
+        rotate: rotate the stream even where no channel goes, which changes nothing but rounding.
+    """
+
+    ridge: float = 1e-3
+    refit_readers: bool = True
+    merge_heads: bool = False
+    rotate: bool = False
+
+
+class CompensatedCut:
+    """One cut of one teacher.
+
+    Args:
+        tensors: the teacher's, by canonical name.
+        kept: neurons and heads that stay; `hidden` is not looked at.
+        moments: the teacher's second moments (ImportanceScores.moments); those of what is not cut may be missing.
+        folds: layer before a dropped block (1-based, as text) -> D [h, h].
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Lazy],
+        plan: PruningPlan,
+        kept: Kept,
+        moments: Mapping[str, Any],
+        folds: Mapping[str, Any],
+        settings: Settings,
+    ):
+        self.tensors, self.kept, self.moments, self.folds, self.settings = tensors, kept, moments, folds, settings
+        self.teacher, self.student = Architecture.from_dict(plan.teacher), Architecture.from_dict(plan.student)
+        dropped = set(plan.drop_layers)
+        self.precise = next(iter(tensors.values())).dtype == "float32"
+        self.stay = [number for number in range(self.teacher.num_layers) if number + 1 not in dropped]
+        narrower = self.student.hidden_size != self.teacher.hidden_size
+        self.basis = self._basis() if narrower or self.unties or settings.rotate else None
+
+    @property
+    def unties(self) -> bool:
+        """Whether the student gets an output matrix that the teacher has not."""
+        return self.teacher.share_embeddings_and_output_weights and not self.student.share_embeddings_and_output_weights
+
+    def norms(self) -> list[int]:
+        """Numbers of the norms that stay, as in ImportanceScores.moments."""
+        return [2 * layer + part for layer in self.stay for part in (0, 1)] + [2 * self.teacher.num_layers]
+
+    def _basis(self) -> Any:
+        pooled = sum(self.moments[f"stream.{norm}"].double() for norm in self.norms()) / len(self.norms())
+        centred = self.teacher.normalization == "LayerNorm"
+        return arithmetic.stream_basis(pooled, self.student.hidden_size, centred)
+
+    def kept_energy(self) -> float:
+        """Share of the normalised stream's energy that lies in the directions that stay, mean over the norms."""
+        if self.basis is None:
+            return 1.0
+        gains = [arithmetic.norm_gain(self.moments[f"stream.{norm}"], self.basis) for norm in self.norms()]
+        share = self.student.hidden_size / self.teacher.hidden_size
+        return sum(gain**2 for gain in gains) / len(gains) * share
+
+    def summary(self) -> dict[str, Any]:
+        """What was done, for the manifest."""
+        heads = "cut with their residual merged into the queries" if self.settings.merge_heads else "cut, proj refitted"
+        tied = self.student.share_embeddings_and_output_weights and self.basis is not None
+        parts = {
+            "hidden": "rotated, readers refitted" if self.basis is not None else None,
+            "kept_energy": self.kept_energy() if self.basis is not None else None,
+            "output_matrix": "untied"
+            if self.unties
+            else "tied: the final norm's gain is its best diagonal"
+            if tied
+            else None,
+            "ffn": "cut, fc2 refitted" if self.kept.ffn is not None else None,
+            "heads": heads if self.kept.heads is not None else None,
+            "depth": [f"layer {layer} stands in" for layer in self.folds] or None,
+            "ridge": self.settings.ridge,
+        }
+        return {name: value for name, value in parts.items() if value is not None}
+
+    def cut(self) -> dict[str, Lazy]:
+        """The student's tensors by canonical name."""
+        new_number = {old: new for new, old in enumerate(self.stay)}
+        found = {}
+        for name, tensor in self.tensors.items():
+            if not name.startswith(LAYERS):
+                found[name] = self._outer(name, tensor)
+                continue
+            number, inner = name.removeprefix(LAYERS).split(".", 1)
+            if int(number) in new_number:
+                found[f"{LAYERS}{new_number[int(number)]}.{inner}"] = self._inner(inner, int(number), tensor)
+        if self.unties:
+            shape = (self.student.vocab_size, self.student.hidden_size)
+            output = functools.partial(self._read, self.tensors[EMBEDDING], 2 * self.teacher.num_layers, None)
+            found[OUTPUT] = ByRows(shape, self.tensors[EMBEDDING].dtype, output)
+        return found
+
+    def _outer(self, name: str, tensor: Lazy) -> Lazy:
+        """Embedding, final norm, output layer."""
+        last = 2 * self.teacher.num_layers
+        if self.basis is None:
+            return tensor
+        if name == EMBEDDING:
+            shape = (self.student.vocab_size, self.student.hidden_size)
+            return ByRows(shape, tensor.dtype, lambda: (tensor.read(), self._times(self.basis)))
+        if name == OUTPUT:
+            return self._reader(tensor, last, None, tensor.shape[0])
+        if self.student.share_embeddings_and_output_weights and name.endswith("weight"):
+            return _computed((self.student.hidden_size,), tensor.dtype, self._tied_gain)
+        return self._norm(name, tensor, last, self.tensors.get(OUTPUT, self.tensors[EMBEDDING]), None)
+
+    def _inner(self, inner: str, layer: int, tensor: Lazy) -> Lazy:
+        """A tensor inside a layer that stays."""
+        module, _, kind = inner.rpartition(".")
+        rows = layer_indices("self_attention.linear_qkv.bias", layer, self.teacher, self.kept)[0]
+        ffn_rows = layer_indices("mlp.linear_fc1.bias", layer, self.teacher, self.kept)[0]
+        path = f"{LAYERS}{layer}."
+        if "layer_norm_" in inner:
+            first = inner.startswith(INPUT_NORM)
+            reader = self.tensors[path + ("self_attention.linear_qkv.weight" if first else "mlp.linear_fc1.weight")]
+            norm = 2 * layer + (0 if first else 1)
+            return (
+                tensor if self.basis is None else self._norm(inner, tensor, norm, reader, rows if first else ffn_rows)
+            )
+        if module == "self_attention.linear_qkv":
+            if self.kept.heads is not None and self.settings.merge_heads:
+                tensor = self._merged(tensor, layer)
+            if kind == "bias":
+                return _taken(tensor, rows)
+            return self._reader(tensor, 2 * layer, rows, self.student.qkv_rows())
+        if module == "mlp.linear_fc1":
+            if kind == "bias":
+                return _taken(tensor, ffn_rows)
+            size = self.student.ffn_hidden_size * (2 if self.student.gated_linear_unit else 1)
+            return self._reader(tensor, 2 * layer + 1, ffn_rows, size)
+        return self._writer(module, kind, layer, tensor)
+
+    def _reader(self, tensor: Lazy, norm: int, rows: Any, size: int) -> Lazy:
+        """A matrix that reads the stream."""
+        if self.basis is None:
+            return _taken(tensor, rows)
+        shape = (size, self.student.hidden_size)
+        return ByRows(shape, tensor.dtype, functools.partial(self._read, tensor, norm, rows))
+
+    def _read(self, tensor: Lazy, norm: int, rows: Any) -> tuple[Any, Callable[[Any], Any]]:
+        """The rows that stay, and what makes the student's of them."""
+        weight = tensor.read()
+        return weight if rows is None else weight[rows], self._times(self._gain(norm)[:, None] * self._map(norm))
+
+    def _times(self, matrix: Any) -> Callable[[Any], Any]:
+        """Multiplication by `matrix` from the right, in float32 for teachers of 16 bits, else in float64."""
+        matrix = self._working(matrix)
+        return lambda rows: rows.to(matrix.dtype) @ matrix
+
+    def _working(self, tensor: Any) -> Any:
+        return tensor.double() if self.precise else tensor.float()
+
+    def _map(self, norm: int) -> Any:
+        """What a reader of this norm is multiplied by [h, h'].
+
+        With LayerNorm no stream has a mean, so what readers make of one is free: it is what makes room for the bias.
+        """
+        found = self.basis
+        if self.settings.refit_readers:
+            found = arithmetic.reader_map(self.moments[f"stream.{norm}"], self.basis, self.settings.ridge)
+        if self.teacher.normalization == "LayerNorm":
+            found = found + (self.teacher.hidden_size * self.student.hidden_size) ** -0.5
+        return found
+
+    def _gain(self, norm: int, kind: str = "weight") -> Any:
+        """The teacher's gain (or bias) of a norm [h], float64."""
+        if norm == 2 * self.teacher.num_layers:
+            name = f"{FINAL}.{kind}"
+        else:
+            name = f"{LAYERS}{norm // 2}.{INPUT_NORM if norm % 2 == 0 else MLP_NORM}{kind}"
+        value = self.tensors[name].read().double()
+        return value + self._shift if kind == "weight" else value
+
+    @property
+    def _shift(self) -> float:
+        """What checkpoints leave out of a norm's gain (layernorm1p)."""
+        return 1.0 if self.teacher.layernorm_zero_centered_gamma else 0.0
+
+    def _norm(self, name: str, tensor: Lazy, norm: int, reader: Lazy, rows: Any) -> Lazy:
+        """A norm's gain, one number for all channels, or its bias."""
+        import torch
+
+        size = self.student.hidden_size
+
+        def gain() -> Any:
+            value = arithmetic.norm_gain(self.moments[f"stream.{norm}"], self.basis)
+            return torch.full((size,), value - self._shift, dtype=torch.float64)
+
+        def bias() -> Any:
+            weight, made = self._read(reader, norm, rows)
+            return arithmetic.input_bias(weight, self._gain(norm, "bias"), made(weight))
+
+        return _computed((size,), tensor.dtype, bias if name.endswith("bias") else gain)
+
+    def _tied_gain(self) -> Any:
+        last = 2 * self.teacher.num_layers
+        moments, embedding = self.moments[f"stream.{last}"], self.tensors[EMBEDDING].read()
+        scale = arithmetic.norm_gain(moments, self.basis)
+        return arithmetic.tied_gain(embedding, self._gain(last), moments, self.basis) * scale - self._shift
+
+    def _writer(self, module: str, kind: str, layer: int, tensor: Lazy) -> Lazy:
+        """A matrix that writes to the stream, or its bias."""
+        attention = module == "self_attention.linear_proj"
+        indices = layer_indices(f"{module}.weight", layer, self.teacher, self.kept)[1]
+        fold = None if attention or layer + 1 in self.stay else self.folds.get(str(layer + 1))
+        if self.basis is None and fold is None and (indices is None or kind == "bias"):
+            return tensor
+        if attention:
+            size = self.student.num_attention_heads * self.student.kv_channels
+        else:
+            size = self.student.ffn_hidden_size
+        shape = (self.student.hidden_size,) if kind == "bias" else (self.student.hidden_size, size)
+        return _computed(
+            shape, tensor.dtype, functools.partial(self._written, tensor, kind, attention, layer, indices, fold)
+        )
+
+    def _written(self, tensor: Lazy, kind: str, attention: bool, layer: int, indices: Any, fold: Any) -> Any:
+        value = self._working(tensor.read())
+        if indices is not None and kind == "weight":
+            if attention and self.settings.merge_heads:
+                value = value[:, indices]
+            else:
+                moments = self.moments[f"{'attention' if attention else 'ffn'}.{layer}"]
+                value = value @ self._working(arithmetic.columns_map(moments, indices, self.settings.ridge))
+        if fold is not None:
+            value = value + self._working(fold).T @ value
+        return value if self.basis is None else self._working(self.basis).T @ value
+
+    def _merged(self, tensor: Lazy, layer: int) -> Lazy:
+        """linear_qkv (or its bias) with the residual of dropped heads in the queries of those that stay."""
+        a = self.teacher
+        per_group = a.num_attention_heads // a.num_query_groups
+        kept = self.kept.heads[layer].view(a.num_query_groups, -1)  # [g, n'/g]
+
+        def read() -> Any:
+            value = tensor.read().double()
+            parts = value.view(a.num_query_groups, per_group + 2, a.kv_channels, -1).clone()
+            for group in range(a.num_query_groups):
+                ranking = self.kept.ranking[layer][group]
+                stay = kept.shape[1]
+                parts[group, ranking[:stay]] = arithmetic.merged_queries(parts[group, :per_group], ranking, stay)
+            return parts.reshape(value.shape)
+
+        return _computed(tensor.shape, tensor.dtype, read)
+
+
+def _computed(shape: tuple[int, ...], dtype: str, function: Callable[[], Any]) -> Computed:
+    """What `function` returns, in the teacher's precision."""
+    import torch
+
+    return Computed(tuple(shape), dtype, lambda: function().to(getattr(torch, dtype)))
+
+
+def _taken(tensor: Lazy, rows: Any) -> Lazy:
+    """The rows of a tensor that stay."""
+    if rows is None:
+        return tensor
+    return Computed((len(rows), *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[rows])

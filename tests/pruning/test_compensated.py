@@ -1,0 +1,215 @@
+"""The compensated cut on transformers' models of every family: what must not change does not, the rest is refitted."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from activations import moments
+from models import build
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts import ImportanceScores
+from nemo_minitron.checkpoints import open_checkpoint
+from nemo_minitron.checkpoints.write import write_checkpoint
+from nemo_minitron.config import PruneTargets
+from nemo_minitron.pruning.compensated import CompensatedCut, Settings
+from nemo_minitron.pruning.cut import choose
+from nemo_minitron.pruning.plan import plan_cut
+
+GRID = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 16, "num_layers_divisor": 1}
+FAMILIES = ("llama31", "llama-biases", "mistral-nemo", "nemotron", "qwen2")
+TIED = ("llama32-tied", "qwen25-tied")
+TOKENS = 512
+
+
+@dataclasses.dataclass
+class Case:
+    """A teacher on disk and in transformers, and its scores."""
+
+    folder: object
+    model: torch.nn.Module
+    tokens: torch.Tensor
+    scores: ImportanceScores
+
+    def __post_init__(self):
+        self.checkpoint = open_checkpoint(self.folder)
+        self.ffn = self.checkpoint.architecture.ffn_hidden_size
+
+    def cut(self, settings: Settings | None = None, folds=None, **targets) -> tuple[CompensatedCut, Architecture]:
+        wanted = PruneTargets(**GRID, **targets)
+        plan = plan_cut(self.checkpoint.architecture, wanted, self.scores, method="compensated")
+        kept = choose(self.scores, self.checkpoint.architecture, plan.width)
+        made = CompensatedCut(
+            self.checkpoint.tensors, plan, kept, self.scores.moments, folds or {}, settings or Settings()
+        )
+        return made, Architecture.from_dict(plan.student)
+
+    def student(self, place, **options) -> torch.nn.Module:
+        """The student as transformers loads it."""
+        import transformers
+
+        made, architecture = self.cut(**options)
+        write_checkpoint(place, "hf", architecture, made.cut(), None, {})
+        return transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+
+    def loss_to(self, student: torch.nn.Module) -> float:
+        """Mean squared difference of the logits."""
+        with torch.no_grad():
+            return float((student(self.tokens).logits - self.model(self.tokens).logits).pow(2).mean())
+
+
+def make_case(name: str, folder) -> Case:
+    model = build(name, torch.float32)
+    model.save_pretrained(folder)
+    a = open_checkpoint(folder).architecture
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(0, 256, (16, TOKENS // 16), generator=generator)
+    scores = ImportanceScores(
+        hidden=torch.rand(2 * a.num_layers, a.hidden_size, generator=generator),
+        ffn=torch.rand(a.num_layers, a.ffn_hidden_size, generator=generator),
+        heads=torch.rand(a.num_layers, a.num_attention_heads * a.kv_channels, generator=generator),
+        block_influence=torch.rand(a.num_layers, generator=generator),
+        moments=moments(model, tokens, a.normalization == "LayerNorm", a.layernorm_epsilon),
+    )
+    return Case(folder, model, tokens, scores)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    found: dict[str, Case] = {}
+
+    def case(name: str) -> Case:
+        if name not in found:
+            found[name] = make_case(name, tmp_path_factory.mktemp("compensated") / name)
+        return found[name]
+
+    return case
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_rotated_model_is_the_teacher(cases, name, tmp_path):
+    case = cases(name)
+    student = case.student(tmp_path / "student", settings=Settings(rotate=True), ffn_hidden_size=case.ffn)
+    with torch.no_grad():
+        expected, found = case.model(case.tokens).logits, student(case.tokens).logits
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    before = case.model.state_dict()["model.layers.0.mlp.down_proj.weight"]
+    assert not torch.allclose(student.state_dict()["model.layers.0.mlp.down_proj.weight"], before, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_tied_teacher_rotated_and_untied_is_the_teacher(cases, name, tmp_path):
+    case = cases(name)
+    student = case.student(tmp_path / "student", untie=True, ffn_hidden_size=case.ffn)
+    with torch.no_grad():
+        expected, found = case.model(case.tokens).logits, student(case.tokens).logits
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    made, architecture = case.cut(untie=True, ffn_hidden_size=case.ffn)
+    a = case.checkpoint.architecture
+    assert architecture.parameters() == a.parameters() + a.vocab_size * a.hidden_size
+    assert made.summary()["output_matrix"] == "untied"
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_tied_student_stays_tied_and_untying_is_nearer(cases, name, tmp_path):
+    case = cases(name)
+    tied = case.student(tmp_path / "tied", hidden_size=48)
+    assert tied.config.tie_word_embeddings
+    untied = case.student(tmp_path / "untied", hidden_size=48, untie=True)
+    assert case.loss_to(untied) < case.loss_to(tied)
+
+
+PARTS = {
+    "hidden": {"hidden_size": 48},
+    "ffn": {"ffn_hidden_size": 48},
+    "heads": {"num_attention_heads": 2},
+    "all": {"hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 2},
+}
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, TIED[0]])
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_cut_has_the_students_shape_and_loses_less_than_the_plain_cut(cases, name, part, tmp_path):
+    from nemo_minitron.pruning.cut import cut
+
+    case = cases(name)
+    compensated = case.student(tmp_path / "compensated", **PARTS[part])
+    plan = plan_cut(case.checkpoint.architecture, PruneTargets(**GRID, **PARTS[part]), case.scores)
+    kept = choose(case.scores, case.checkpoint.architecture, plan.width)
+    student = Architecture.from_dict(plan.student)
+    write_checkpoint(tmp_path / "plain", "hf", student, cut(case.checkpoint.tensors, plan, kept), None, {})
+    import transformers
+
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
+    shapes = {key: value.shape for key, value in plain.state_dict().items()}
+    assert {key: value.shape for key, value in compensated.state_dict().items()} == shapes
+    assert case.loss_to(compensated) < case.loss_to(plain)
+
+
+def test_rows_columns_and_rotation_commute(cases, tmp_path):
+    """One cut of everything is the cut of FFN and heads, then of the hidden size by the same basis."""
+    case = cases("llama31")
+    targets = {"ffn_hidden_size": 64, "num_attention_heads": 2}
+    together, _ = case.cut(hidden_size=48, **targets)
+    first, architecture = case.cut(**targets)
+    write_checkpoint(tmp_path / "first", "hf", architecture, first.cut(), None, {})
+    between = open_checkpoint(tmp_path / "first")
+    plan = plan_cut(between.architecture, PruneTargets(**GRID, hidden_size=48), case.scores, method="compensated")
+    second = CompensatedCut(between.tensors, plan, choose(None, between.architecture, {}), case.scores.moments, {},
+                            Settings())  # fmt: skip
+    expected = second.cut()
+    for name, tensor in together.cut().items():
+        assert torch.allclose(tensor.read(), expected[name].read(), atol=1e-4), name
+
+
+def test_a_fold_is_a_change_of_the_fc2_before_the_block_alone(cases):
+    case = cases("nemo-14487")
+    h = case.checkpoint.architecture.hidden_size
+    fold = torch.randn(h, h, generator=torch.Generator().manual_seed(1)) * 0.1
+    made, _ = case.cut(folds={"3": fold}, drop_layers=[4, 5])
+    student, teacher = made.cut(), case.checkpoint.tensors
+    fc2 = "decoder.layers.2.mlp.linear_fc2.weight"
+    m = torch.randn(5, case.checkpoint.architecture.ffn_hidden_size)
+    before = m @ teacher[fc2].read().T
+    assert torch.allclose(m @ student[fc2].read().T, before + before @ fold, atol=1e-4)
+    for name, tensor in student.items():
+        number = int(name.split(".")[2]) if name.startswith("decoder.layers.") else -1
+        source = name.replace(f"layers.{number}.", f"layers.{number + 2}.") if number > 2 else name
+        assert name == fc2 or torch.equal(tensor.read(), teacher[source].read()), name
+
+
+def test_merged_heads_change_the_queries_and_leave_the_rest(cases):
+    case = cases("nemo-14487")
+    merged, _ = case.cut(settings=Settings(merge_heads=True), num_attention_heads=8)
+    made, teacher = merged.cut(), case.checkpoint.tensors
+    a = case.checkpoint.architecture
+    d, name = a.kv_channels, "decoder.layers.0.self_attention.linear_qkv.weight"
+    groups = teacher[name].read().view(a.num_query_groups, 4, d, -1)  # two queries, key, value
+    found = made[name].read().view(a.num_query_groups, 3, d, -1)
+    best = case.scores.heads[0].sqrt().view(a.num_query_groups, 2, d).norm(dim=2).argmax(dim=1)
+    for group in range(a.num_query_groups):
+        query = 2 * groups[group, best[group]] - groups[group, 1 - best[group]]
+        assert torch.allclose(found[group, 0], query, atol=1e-6)
+        assert torch.equal(found[group, 1:], groups[group, 2:])
+    proj = "decoder.layers.0.self_attention.linear_proj.weight"
+    columns = torch.cat([torch.arange(d) + d * (2 * group + int(best[group])) for group in range(a.num_query_groups)])
+    assert torch.equal(made[proj].read(), teacher[proj].read()[:, columns])
+
+
+def test_bf16_is_kept_and_near_the_exact_cut(cases, tmp_path):
+    case = cases("llama31")
+    exact, _ = case.cut(hidden_size=48, ffn_hidden_size=64)
+    half = {name: tensor.read().bfloat16() for name, tensor in case.checkpoint.tensors.items()}
+    write_checkpoint(tmp_path / "half", "hf", case.checkpoint.architecture, _lazy(half), None, {})
+    rounded = Case(tmp_path / "half", case.model, case.tokens, case.scores)
+    made, _ = rounded.cut(hidden_size=48, ffn_hidden_size=64)
+    for name, tensor in made.cut().items():
+        value, expected = tensor.read(), exact.cut()[name].read()
+        assert value.dtype == torch.bfloat16
+        assert (value.float() - expected).norm() < 0.02 * expected.norm(), name
+
+
+def _lazy(tensors):
+    from nemo_minitron.checkpoints.tensors import in_memory
+
+    return {name: in_memory(tensor) for name, tensor in tensors.items()}
