@@ -1,12 +1,13 @@
 """The plan of a flow in words: what `minitron flow --dry-run` prints."""
 
 import dataclasses
+from pathlib import Path
 
 import yaml
 
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture, human
-from nemo_minitron.recipes import student_architecture, student_targets
+from nemo_minitron.recipes import prune_config, student_architecture, student_targets
 
 
 def describe(config: c.FlowConfig, teacher: Architecture) -> str:
@@ -45,6 +46,10 @@ def stage_names(config: c.FlowConfig, teacher: Architecture) -> list[str]:
     names.append(training("teacher correction", config.finetune))
     if any(student_targets(config, name).needs_scores for name in config.prune.students):
         names.append(f"importance: {config.prune.num_samples} samples of {tokens} tokens")
+    run = Path(config.output_dir)
+    scanned = [name for name in config.prune.students if prune_config(config, run, name).needs_scan]
+    samples = config.prune.num_block_samples
+    names += [f"scan blocks for {name}: {samples} samples of {tokens} tokens" for name in scanned]
     for name, targets in config.prune.students.items():
         cut = ", ".join(f"{key}={value}" for key, value in targets.items())
         names += [f"prune {name}: {cut}", training(f"distil {name}", config.distill)]

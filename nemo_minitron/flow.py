@@ -205,7 +205,7 @@ def evaluate_step(config: c.FlowConfig, name: str, checkpoint: Path) -> Step:
 
 def summarize(config: c.FlowConfig, manifests: dict[str, Manifest]) -> dict[str, Any]:
     """report.json: the table, each stage's time and memory, and how all of it was made."""
-    from nemo_minitron.report.table import add_gaps, row, verdicts
+    from nemo_minitron.report.table import add_gaps, cut_of, row, verdicts
 
     def measured(name: str) -> dict[str, Any]:
         return manifests[f"evaluate {name}"].metrics
@@ -230,6 +230,7 @@ def summarize(config: c.FlowConfig, manifests: dict[str, Manifest]) -> dict[str,
     return {
         "table": rows,
         "verdicts": verdicts(rows),
+        "cuts": {name: cut_of(manifests[f"prune {name}"]) for name in config.prune.students},
         "stages": stages,
         "data": data,
         "config": dataclasses.asdict(config),
@@ -240,11 +241,13 @@ def summarize(config: c.FlowConfig, manifests: dict[str, Manifest]) -> dict[str,
 
 def show(config: c.FlowConfig, report: dict[str, Any]) -> None:
     """Prints the tables of a report."""
-    from nemo_minitron.report.table import render_stages, render_table
+    from nemo_minitron.report.table import render_cuts, render_stages, render_table
 
     print()
     print(render_table(report["table"]))
     print()
+    for cut in render_cuts(report["cuts"]):
+        print(cut)
     print("losses in nats a token; gap closed = (pruned - this) / (pruned - corrected teacher), of test losses")
     for verdict in report["verdicts"]:
         print(verdict)

@@ -73,6 +73,7 @@ class CompensatedCut:
         dropped = set(plan.drop_layers)
         self.precise = next(iter(tensors.values())).dtype == "float32"
         self.stay = [number for number in range(self.teacher.num_layers) if number + 1 not in dropped]
+        self._scales: dict[int, float] = {}
         narrower = self.student.hidden_size != self.teacher.hidden_size
         self.basis = self._basis() if narrower or self.unties or settings.rotate else None
 
@@ -92,11 +93,15 @@ class CompensatedCut:
 
     def kept_energy(self) -> float:
         """Share of the normalised stream's energy that lies in the directions that stay, mean over the norms."""
-        if self.basis is None:
-            return 1.0
-        gains = [arithmetic.norm_gain(self.moments[f"stream.{norm}"], self.basis) for norm in self.norms()]
+        gains = [self._scale(norm) for norm in self.norms()]
         share = self.student.hidden_size / self.teacher.hidden_size
         return sum(gain**2 for gain in gains) / len(gains) * share
+
+    def _scale(self, norm: int) -> float:
+        """The student's gain of a norm."""
+        if norm not in self._scales:
+            self._scales[norm] = arithmetic.norm_gain(self.moments[f"stream.{norm}"], self.basis)
+        return self._scales[norm]
 
     def summary(self) -> dict[str, Any]:
         """What was done, for the manifest."""
@@ -227,8 +232,7 @@ class CompensatedCut:
         size = self.student.hidden_size
 
         def gain() -> Any:
-            value = arithmetic.norm_gain(self.moments[f"stream.{norm}"], self.basis)
-            return torch.full((size,), value - self._shift, dtype=torch.float64)
+            return torch.full((size,), self._scale(norm) - self._shift, dtype=torch.float64)
 
         def bias() -> Any:
             weight, made = self._read(reader, norm, rows)
@@ -239,8 +243,8 @@ class CompensatedCut:
     def _tied_gain(self) -> Any:
         last = 2 * self.teacher.num_layers
         moments, embedding = self.moments[f"stream.{last}"], self.tensors[EMBEDDING].read()
-        scale = arithmetic.norm_gain(moments, self.basis)
-        return arithmetic.tied_gain(embedding, self._gain(last), moments, self.basis) * scale - self._shift
+        gain = arithmetic.tied_gain(embedding, self._gain(last), moments, self.basis)
+        return gain * self._scale(last) - self._shift
 
     def _writer(self, module: str, kind: str, layer: int, tensor: Lazy) -> Lazy:
         """A matrix that writes to the stream, or its bias."""

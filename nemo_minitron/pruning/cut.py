@@ -138,6 +138,14 @@ def _fc1_rows(ffn: Any, a: Architecture) -> Any:
     return torch.cat([ffn, ffn + a.ffn_hidden_size])
 
 
+def columns_of(part: Any, columns: Any) -> Any:
+    """Columns of a matrix [r, k]; gathered as integers, which is several times faster than index_select on bf16."""
+    import torch
+
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
+    return part.view(whole).gather(1, columns.expand(len(part), -1)).view(part.dtype)
+
+
 def _narrowed(tensor: Lazy, indices: tuple[Any, ...]) -> Lazy:
     """`tensor` with only the chosen rows and columns, cut when it is read."""
     if all(index is None for index in indices):
@@ -148,6 +156,6 @@ def _narrowed(tensor: Lazy, indices: tuple[Any, ...]) -> Lazy:
     def prepare() -> tuple[Any, Any]:
         value = tensor.read()
         chosen = value if rows is None else value.index_select(0, rows)
-        return chosen, lambda part: part if columns is None else part.index_select(1, columns)
+        return chosen, lambda part: part if columns is None else columns_of(part, columns)
 
     return ByRows(shape, tensor.dtype, prepare)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from nemo_minitron.architecture import human
+from nemo_minitron.artifacts import Manifest
 
 COLUMNS = ("model", "parameters", "of teacher", "val loss", "val ppl", "test loss", "test ppl", "gap closed")
 
@@ -22,6 +23,34 @@ def row(name: str, metrics: dict[str, Any], *, student: str | None = None, kind:
         "validation": metrics["validation"],
         "test": metrics["test"],
     }
+
+
+def cut_of(manifest: Manifest) -> dict[str, Any]:
+    """How a student was cut: method, layers, what was refitted, and what the scan of blocks found."""
+    return {
+        "method": manifest.metrics["method"],
+        "dropped_layers": manifest.metrics["dropped_layers"],
+        "width": manifest.details["plan"]["width"],
+        "compensation": manifest.details.get("compensation", {}),
+        "depth": manifest.details.get("depth", {}),
+    }
+
+
+def render_cuts(cuts: dict[str, dict[str, Any]]) -> list[str]:
+    """One line a student."""
+    lines = []
+    for name, cut in cuts.items():
+        parts = [f"{size} {value}" for size, value in cut["width"].items()]
+        if cut["dropped_layers"]:
+            parts.append(f"layers {', '.join(map(str, cut['dropped_layers']))} dropped")
+        energy, depth = cut["compensation"].get("kept_energy"), cut["depth"]
+        if energy is not None:
+            parts.append(f"{energy:.1%} of the stream's energy kept")
+        if len(depth.get("blocks", ())) > 1:
+            losses = [f"{block['first']}-{block['last']}: {block['loss']:.3f}" for block in depth["blocks"]]
+            parts.append(f"loss without layers {'; '.join(losses)} (teacher {depth['teacher_loss']:.3f})")
+        lines.append(f"{name} ({cut['method']}): " + ", ".join(parts))
+    return lines
 
 
 def add_gaps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
