@@ -9,8 +9,8 @@ the teacher's weights, the calibration samples, the random cut and the batches. 
 transformers' models; scores, scans and cuts are the package's own stages.
 
 Methods: `random` drops channels, neurons, heads and layers at random; `magnitude` those of the least norm of weights;
-`minitron` those of the least importance (ModelOpt's estimators; layers by block influence); `minitron block` the
-contiguous block of layers of least loss; `compensated` as `minitron prune prune.method=compensated`.
+`minitron` those of the least importance (ModelOpt's estimators; layers by block influence); `compensated` the same with
+`prune.method=compensated`; `minitron block` and `compensated block` drop the contiguous block of layers of least loss.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "depth 50 %": {"num_layers": 3},
     "both 35 %": {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 320},
 }
-METHODS = ("random", "magnitude", "minitron", "minitron block", "compensated")
+METHODS = ("random", "magnitude", "minitron", "minitron block", "compensated", "compensated block")
 GRID = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 16, "num_layers_divisor": 1}
 VOCABULARY, LENGTH = 1024, 128
 
@@ -194,8 +194,8 @@ def cut(run: Path, recipe: Recipe, seed: int, shape: str, method: str) -> Path:
     own = method in ("random", "magnitude")
     config = prune_config(
         run, recipe, seed, output, **SHAPES[shape],
-        method="compensated" if method == "compensated" else "minitron",
-        depth_by="block_loss" if method in ("compensated", "minitron block") else "block_influence",
+        method="compensated" if method.startswith("compensated") else "minitron",
+        depth_by="block_loss" if method.endswith(" block") else "block_influence",
         scores_path=str(run / ("scores" if not own else f"scores-{method}")),
     )  # fmt: skip
     if own:
@@ -222,7 +222,7 @@ def run_seed(folder: Path, recipe: Recipe, seed: int, shapes: list[str]) -> list
     rows = []
     for shape in shapes:
         for method in METHODS:
-            if method == "minitron block" and "num_layers" not in SHAPES[shape]:
+            if method.endswith(" block") and "num_layers" not in SHAPES[shape]:
                 continue
             student = load(cut(run, recipe, seed, shape, method))
             torch.manual_seed(seed)

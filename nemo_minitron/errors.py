@@ -48,3 +48,12 @@ class EngineError(MinitronError):
 
 class NonFiniteLossError(MinitronError):
     """Training met a loss that is not a number or infinite."""
+
+
+class PreemptedError(MinitronError):
+    """Training was asked to stop (SIGTERM), and saved what it had; the same command goes on from there.
+
+    The exit code is EX_TEMPFAIL of sysexits.h: a scheduler may start the job again.
+    """
+
+    exit_code = 75

@@ -132,7 +132,7 @@ class FlowPruneConfig(Config):
 
     method: str | None = None
     """`minitron` or `compensated`, for every student that names none; none: compensated."""
-    depth_by: str = "block_loss"
+    depth_by: str = "block_influence"
     """`block_loss` or `block_influence`, for every student that names none."""
     num_samples: int = 1024
     """Calibration samples."""

@@ -28,7 +28,7 @@ class PruneTargets(Config):
     """`minitron`: what is not important is dropped (the published cut). `compensated`: the rest makes up for it, by a
     rotation of the residual stream and least squares. None: compensated; minitron where only layers are named and there
     is no data to run the teacher on."""
-    depth_by: str = "block_loss"
+    depth_by: str = "block_influence"
     """How num_layers are chosen. `block_loss`: the contiguous block without which the loss is least. `block_influence`:
     the layers that change the stream least, one by one."""
     num_query_groups: int | None = None

@@ -180,9 +180,17 @@ class StageConfig(Config):
     """Replace an output that was made from something else."""
     to: str | None = None
     """Format of the result: nemo2, nemo1 or hf; none: *.nemo is an archive (NeMo-1 layout), else a NeMo-2 directory."""
+    monitor: str | None = None
+    """Validation loss whose best step becomes the result: lm_loss, kd_loss..., or `last`. None: kd_loss where there is
+    a teacher, lm_loss otherwise."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+
+    @property
+    def metric(self) -> str:
+        """The validation loss by which the best step is chosen."""
+        return self.monitor or "lm_loss"
 
     @property
     def output(self) -> str:
@@ -227,19 +235,40 @@ class FinetuneConfig(StageConfig):
     """Teacher correction, or training from random weights."""
 
 
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "soft_cross_entropy")
+
+
 @dataclasses.dataclass(kw_only=True)
 class KDConfig(Config):
     """The distillation loss."""
 
+    loss: str = "forward_kl"
+    """`forward_kl`, `reverse_kl`, `jensen_shannon` or `soft_cross_entropy`, of the teacher's and the student's
+    distributions of the next token. The papers found forward KL best."""
+    beta: float = 0.5
+    """With jensen_shannon: the teacher's share of the mixture, 0 to 1."""
+    top_k: int | None = None
+    """Only the teacher's so many likeliest tokens, renormalised (forward_kl); none: all. The papers gained nothing."""
     temperature: float = 1.0
     """Softmax temperature of both; the papers found 1 best."""
+    times_t_squared: bool = False
+    """Multiply by the temperature squared, so that gradients keep their size when it changes."""
     kd_weight: float = 1.0
-    """Weight of the forward KL on logits; 0 trains on the LM loss alone, without a teacher (the control)."""
+    """Weight of the distillation loss; 0 trains on the LM loss alone, without a teacher (the control)."""
     lm_weight: float = 0.0
     """Weight of the language-model loss; the papers found the KL alone best."""
+    form: str = "auto"
+    """`fused`: with the output layer, so that logits of a whole sequence never exist. `chunked`: on the logits. auto:
+    fused wherever it can be (not with top_k, nor with sequence parallel)."""
 
     def problems(self) -> list[str]:
         found = [] if self.temperature > 0 else [f"temperature = {self.temperature} must be above 0"]
+        found += one_of("loss", self.loss, DIVERGENCES) + one_of("form", self.form, ("auto", "fused", "chunked"))
+        found += at_least(1, top_k=self.top_k)
+        if not 0 <= self.beta <= 1:
+            found.append(f"beta = {self.beta} must be from 0 to 1")
+        if self.top_k is not None and (self.loss != "forward_kl" or self.form == "fused"):
+            found.append("top_k goes with loss=forward_kl, and not with form=fused")
         found += at_least(0, kd_weight=self.kd_weight, lm_weight=self.lm_weight)
         if not self.kd_weight and not self.lm_weight:
             found.append("kd_weight and lm_weight are both 0: there is no loss to train on")
@@ -252,10 +281,17 @@ class DistillConfig(StageConfig):
 
     kd: KDConfig = field(default_factory=KDConfig)
 
+    @property
+    def metric(self) -> str:
+        """The validation loss by which the best step is chosen."""
+        return self.monitor or ("kd_loss" if self.kd.kd_weight else "lm_loss")
+
     def problems(self) -> list[str]:
         found = super().problems()
         if self.kd.kd_weight and not self.model.kd_teacher_restore_from_path:
             found.append("model.kd_teacher_restore_from_path is missing: name the teacher's checkpoint")
+        if self.kd.form == "fused" and self.model.sequence_parallel:
+            found.append("kd.form = fused takes no model.sequence_parallel: give kd.form=chunked")
         if self.model.init == "random":
             found.append("model.init = random: distill starts from a pruned checkpoint, model.restore_from_path")
         return found

@@ -7,12 +7,11 @@ from typing import Any
 
 from nemo_minitron.checkpoints import Checkpoint
 from nemo_minitron.config import KDConfig
+from nemo_minitron.distillation.output_layer import KD_LOSS, fuse, fused_losses, is_fused, logits_loss
 from nemo_minitron.runtime.engine import spread_layers
 from nemo_minitron.runtime.losses import token_loss_reduction
 from nemo_minitron.runtime.model import LM_LOSS
 from nemo_minitron.runtime.weights import load_weights
-
-KD_LOSS = "kd_loss"
 
 
 def distillation_module(
@@ -27,7 +26,7 @@ def distillation_module(
 
     Args:
         student, teacher: NeMo's config and the checkpoint of each.
-        kd: temperature and weights; forward KL of the teacher's to the student's distribution, a token.
+        kd: the loss, its form and weights.
     """
     from nemo.collections.llm.modelopt.distill.model import DistillationGPTModel
 
@@ -45,8 +44,10 @@ def distillation_module(
             self.sums = sums
 
         def token_losses(self, batch: dict[str, Any], output: Any) -> dict[str, Any]:
-            losses = self.core_module.compute_kd_loss(skip_balancer=True, loss_reduction_fn=_over_vocabulary)
-            return {KD_LOSS: next(iter(losses.values())), LM_LOSS: output}
+            model = self.core_module
+            if is_fused(model):
+                return fused_losses(model, batch, kd)
+            return {KD_LOSS: next(iter(model.compute_kd_loss(skip_balancer=True).values())), LM_LOSS: output}
 
         @property
         def training_loss_reduction(self) -> Any:
@@ -75,13 +76,13 @@ def _same_layout(teacher: Any, student: Any) -> None:
 def _convert(config: Any, student: tuple, teacher: tuple, kd: KDConfig) -> Any:
     """ModelOpt's DistillationModel around the loaded student, with the loaded, frozen teacher inside."""
     import modelopt.torch.distill as mtd
-    from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
     from nemo.collections.llm.modelopt.distill.utils import DistillationConfig, adjust_distillation_model_for_mcore
 
     spread_layers(config)
     model = config.configure_model(None)
     load_weights(model, student[1].architecture, student[1])
-    criterion = {("output_layer", "output_layer"): LogitsKLLoss(config, temperature=kd.temperature)}
+    fused = kd.form == "fused" or (kd.form == "auto" and kd.top_k is None and not config.sequence_parallel)
+    criterion = {("output_layer", "output_layer"): logits_loss(kd)}
     settings = DistillationConfig(criterion=criterion if model.post_process else {}, skip_lm_loss=False)
     converted = mtd.convert(
         model,
@@ -89,7 +90,10 @@ def _convert(config: Any, student: tuple, teacher: tuple, kd: KDConfig) -> Any:
     )
     adjust_distillation_model_for_mcore(converted, distill_cfg=settings)
     converted.forward = _teacher_then_student(converted)
-    converted.compute_language_model_loss = _own_loss(converted, trained_on=kd.lm_weight > 0)
+    if fused and model.post_process:
+        fuse(converted)
+    else:
+        converted.compute_language_model_loss = _own_loss(converted, trained_on=kd.lm_weight > 0)
     return converted
 
 
@@ -121,8 +125,8 @@ def _teacher_then_student(model: Any) -> Any:
 def _own_loss(model: Any, trained_on: bool) -> Any:
     """The student's language-model loss on a copy of its logits.
 
-    Megatron's cross entropy works in place on fp32 logits, which the distillation loss still needs. Where the loss is
-    only shown and not trained on, no gradient is kept.
+    Megatron's cross entropy works in place on fp32 logits, and the distillation loss puts its gradient in their place.
+    Where the loss is only shown and not trained on, no gradient is kept.
     """
 
     def loss(labels: Any, logits: Any) -> Any:  # [b, s], [s, b, v] -> [b, s]
@@ -157,16 +161,3 @@ def teacher_in_validation() -> Any:
             return BothModelsStep(**{field.name: getattr(step, field.name) for field in dataclasses.fields(step)})
 
     return TeacherInValidation()
-
-
-def _over_vocabulary(loss: tuple[Any, bool, bool]) -> Any:
-    """Loss a token [b, s], summed over the ranks that share the vocabulary; gradients stay with each rank's part."""
-    import torch
-    from megatron.core import parallel_state
-
-    value, partial_sums, _ = loss
-    if partial_sums and parallel_state.get_tensor_model_parallel_world_size() > 1:
-        total = value.detach().clone()
-        torch.distributed.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
-        value = value + (total - value.detach())
-    return value

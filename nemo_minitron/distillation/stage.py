@@ -104,11 +104,12 @@ def _work(
     return {
         "metrics": {
             "steps": config.trainer.max_steps,
+            "result_step": history["result_step"],
             "parameters": student.architecture.parameters(),
             "validation": history["validation"],
             "train": history["train"],
         },
-        "timings": {"training_seconds": seconds},
+        "timings": {"training_seconds": seconds, "tokens_per_second": history["tokens_per_second"]},
         "details": {"architecture": student.architecture.to_dict()},
     }
 
@@ -140,8 +141,11 @@ def _module(
 
 def _student_of(model: Any) -> Any:
     """The plain student: ModelOpt's distillation, and NeMo's methods for it, taken off again."""
+    from nemo_minitron.distillation.output_layer import unfuse
+
     if not hasattr(model, "teacher_model"):
         return model
+    unfuse(model)
     for name in (
         "forward",
         "sharded_state_dict",

@@ -113,10 +113,11 @@ def _work(
     return {
         "metrics": {
             "steps": config.trainer.max_steps,
+            "result_step": history["result_step"],
             "parameters": architecture.parameters(),
             "validation": history["validation"],
             "train": history["train"],
         },
-        "timings": {"training_seconds": seconds},
+        "timings": {"training_seconds": seconds, "tokens_per_second": history["tokens_per_second"]},
         "details": {"architecture": architecture.to_dict()},
     }

@@ -138,12 +138,13 @@ def _fc1_rows(ffn: Any, a: Architecture) -> Any:
     return torch.cat([ffn, ffn + a.ffn_hidden_size])
 
 
-def columns_of(part: Any, columns: Any) -> Any:
-    """Columns of a matrix [r, k]; gathered as integers, which is several times faster than index_select on bf16."""
+def taken(value: Any, indices: Any, axis: int) -> Any:
+    """Rows or columns of a tensor; by NumPy, whose one thread leaves the other cores to the checksums and the disk."""
+    import numpy as np
     import torch
 
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
-    return part.view(whole).gather(1, columns.expand(len(part), -1)).view(part.dtype)
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    return torch.from_numpy(np.take(value.view(whole).numpy(), indices.numpy(), axis=axis)).view(value.dtype)
 
 
 def _narrowed(tensor: Lazy, indices: tuple[Any, ...]) -> Lazy:
@@ -155,7 +156,7 @@ def _narrowed(tensor: Lazy, indices: tuple[Any, ...]) -> Lazy:
 
     def prepare() -> tuple[Any, Any]:
         value = tensor.read()
-        chosen = value if rows is None else value.index_select(0, rows)
-        return chosen, lambda part: part if columns is None else columns_of(part, columns)
+        chosen = value if rows is None else taken(value, rows, 0)
+        return chosen, lambda part: part if columns is None else taken(part, columns, 1)
 
     return ByRows(shape, tensor.dtype, prepare)

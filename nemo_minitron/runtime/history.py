@@ -14,10 +14,14 @@ import lightning.pytorch as pl
 from tqdm import tqdm
 
 from nemo_minitron.config import StageConfig
-from nemo_minitron.errors import NonFiniteLossError
+from nemo_minitron.errors import NonFiniteLossError, PreemptedError
 from nemo_minitron.runtime.inputs import CHECKPOINTS, TENSORBOARD
 from nemo_minitron.runtime.launch import rank
 from nemo_minitron.runtime.losses import from_last_stage
+from nemo_minitron.runtime.preemption import StopRequest
+
+#: Lightning's number of batches between validations for none of them.
+NEVER = float("inf")
 
 
 class History(pl.Callback):
@@ -36,6 +40,8 @@ class History(pl.Callback):
         self.started = time.perf_counter()
         self.writer: Any = None
         self.bar: Any = None
+        self.stop, self.stopping = StopRequest(), False
+        self.tokens, self.seconds = 0.0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": json.dumps({"train": self.train, "validation": self.validation})}
@@ -45,6 +51,8 @@ class History(pl.Callback):
         self.train, self.validation = saved["train"], saved["validation"]
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.stop.listen()
+        trainer.val_check_batch = NEVER
         if rank() != 0:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -59,26 +67,52 @@ class History(pl.Callback):
             disable=None if sys.__stderr__.isatty() else True,
         )
 
-    def on_train_batch_start(self, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        # Lightning counts batches from where a run was resumed; validations belong to steps.
+        trainer.val_check_batch = 1 if self.validates(trainer.global_step + 1) else NEVER
         self.started = time.perf_counter()
+
+    def validates(self, step: int) -> bool:
+        """Whether a validation follows this step."""
+        settings = self.config.trainer
+        return step % min(settings.val_check_interval, settings.max_steps) == 0
 
     def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
         means, tokens = self.means(module)
         step = int(trainer.global_step)
-        for name, value in means.items():
-            if not math.isfinite(value):
-                raise NonFiniteLossError(
-                    f"{name} is {value} at step {step} (batch {step - 1}); the last checkpoint before it is "
-                    f"under {self.partial / CHECKPOINTS}. Lower model.optim.lr, or look at that batch"
-                )
-        rate = tokens / max(time.perf_counter() - self.started, 1e-9)
+        self.check_finite(means, step, f"step {step} (batch {step - 1})")
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         lr = float(trainer.optimizers[0].param_groups[0]["lr"])
         self.train.append({"step": step, **means, "lr": lr})
         if self.bar is not None:
             self.bar.update(1)
             self.bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
         if self.writer is not None and (step % self.config.trainer.log_every_n_steps == 0 or step == 1):
-            self.scalars("train", {**means, "lr": lr, "tokens_per_second": rate}, step)
+            self.scalars("train", {**means, "lr": lr, "tokens_per_second": tokens / seconds}, step)
+            self.scalars("weight", module.loss_weights, step)
+        self.stopping = self.stop.asked() and step < trainer.max_steps
+        if self.stopping and not self.validates(step):
+            self.save(trainer, step)
+            self.give_way(trainer, step)
+
+    def give_way(self, trainer: Any, step: int) -> None:
+        """Ends a run that was asked to stop, once it is saved."""
+        raise PreemptedError(
+            f"stopped by SIGTERM after step {step} of {trainer.max_steps}; the same command goes on from there "
+            f"(saved under {self.partial / CHECKPOINTS})"
+        )
+
+    def check_finite(self, means: dict[str, float], step: int, where: str) -> None:
+        for name, value in means.items():
+            if not math.isfinite(value):
+                from nemo_minitron.runtime.training import newest_checkpoint
+
+                kept = newest_checkpoint(self.partial / CHECKPOINTS)
+                raise NonFiniteLossError(
+                    f"{name} is {value} at {where}; the last good checkpoint is {kept or 'the start'}. "
+                    "Lower model.optim.lr, or look at that batch"
+                )
 
     def on_validation_epoch_start(self, *args: Any) -> None:
         self.sums = None
@@ -92,13 +126,16 @@ class History(pl.Callback):
             return
         means = dict(zip(module.loss_names, (self.sums[:-1] / self.sums[-1]).tolist()))
         step = int(trainer.global_step)
-        if any(entry["step"] == step for entry in self.validation):
+        if not self.validates(step) or any(entry["step"] == step for entry in self.validation):
             return  # a resumed run validates once more where it goes on
+        self.check_finite(means, step, f"the validation after step {step}")
         self.validation.append({"step": step, **means})
         if self.writer is not None:
             self.scalars("validation", means, step)
         if trainer.state.fn == "fit" and step < trainer.max_steps:
             self.save(trainer, step)
+            if self.stopping:
+                self.give_way(trainer, step)
 
     def means(self, module: Any) -> tuple[dict[str, float], float]:
         sums = from_last_stage(module.sums, len(module.loss_names) + 1).tolist()
@@ -110,6 +147,7 @@ class History(pl.Callback):
             self.writer.add_scalar(f"{split}/{name}", value, step)
 
     def save(self, trainer: Any, step: int) -> None:
+        """Saves a checkpoint to resume from, beside and renamed; the newest and the best are kept."""
         folder = self.partial / CHECKPOINTS
         unfinished = folder / "unfinished"
         if rank() == 0:
@@ -119,14 +157,21 @@ class History(pl.Callback):
         trainer.save_checkpoint(str(unfinished))
         trainer.strategy.barrier()
         if rank() == 0:
-            older = [path for path in folder.glob("step-*") if path != folder / f"step-{step}"]
+            keep = {folder / f"step-{step}", folder / f"step-{self.best_step()}"}
             shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
             os.replace(unfinished, folder / f"step-{step}")
-            for path in older:
+            for path in set(folder.glob("step-*")) - keep:
                 shutil.rmtree(path)
         trainer.strategy.barrier()
 
+    def best_step(self) -> int | None:
+        """The validated step with the least of the metric that the configuration names; None where none counts."""
+        metric = self.config.metric
+        known = [entry for entry in self.validation if metric in entry]
+        return min(known, key=lambda entry: entry[metric])["step"] if known else None
+
     def close(self) -> None:
+        self.stop.close()
         for resource in (self.writer, self.bar):
             if resource is not None:
                 with contextlib.suppress(Exception):

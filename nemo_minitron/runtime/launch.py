@@ -24,6 +24,7 @@ from nemo_minitron.artifacts import PARTIAL_KEY, Manifest, write_json
 from nemo_minitron.config import Config, TrainerConfig
 from nemo_minitron.errors import EngineError, MinitronError
 from nemo_minitron.jobs import Job, disk_has_room
+from nemo_minitron.runtime.preemption import STOP_FILE, passed_on
 
 Work = Callable[[Path], dict[str, Any]]
 ERROR_FILE = "NEMO_MINITRON_ERROR_FILE"
@@ -102,9 +103,11 @@ def _torchrun(stage: str, config: Config, ranks: int) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={ranks}"]
         command += [f"--master-port={free_port()}", "-m", "nemo_minitron.runtime.launch"]
         command += [stage, f"{type(config).__module__}:{type(config).__name__}", str(config_file)]
-        environment = {**os.environ, ERROR_FILE: str(error_file)}
+        stop_file = Path(folder) / "stop"
+        environment = {**os.environ, ERROR_FILE: str(error_file), STOP_FILE: str(stop_file)}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-        finished = subprocess.run(command, env=environment, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+        with passed_on(stop_file):
+            finished = subprocess.run(command, env=environment, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
         if finished.returncode == 0:
             return
         if error_file.exists():

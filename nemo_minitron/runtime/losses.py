@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+#: The loss to train on, masked, weighed and summed already, where the components carry no gradient of their own.
+TOTAL = "total"
 #: component name -> loss a token [b, s], in nats
 TokenLosses = Callable[[dict[str, Any], Any], dict[str, Any]]
 
@@ -28,7 +30,9 @@ def token_loss_reduction(
             mask = batch["loss_mask"].float()  # [b, s]
             losses = per_token(batch, forward_out)
             sums = [(losses[name].float() * mask).sum() for name in names]
-            total = sum(weights.get(name, 0.0) * value for name, value in zip(names, sums) if weights.get(name))
+            total = losses.get(TOTAL)
+            if total is None:
+                total = sum(weights.get(name, 0.0) * value for name, value in zip(names, sums) if weights.get(name))
             if not torch.is_tensor(total):
                 total = sums[0] * 0.0
             tokens = mask.sum()

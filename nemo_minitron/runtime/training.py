@@ -43,7 +43,12 @@ def train_and_validate(
 ) -> dict[str, Any]:
     """Trains `module` (a GPTModel with `loss_names` and `sums`) to trainer.max_steps; returns its history.
 
-    Resumes from the newest whole checkpoint under `partial`, and keeps one there while it runs.
+    Resumes from the newest whole checkpoint under `partial`, and keeps that and the best one there while it runs. Ends
+    with the weights of the best validation (config.metric).
+
+    Raises:
+        NonFiniteLossError: a loss is not a number.
+        PreemptedError: SIGTERM came; what was trained is saved.
 
     Args:
         callbacks: further callbacks of the trainer.
@@ -57,15 +62,33 @@ def train_and_validate(
         limit_val_batches=config.trainer.limit_val_batches,
         num_sanity_val_steps=config.trainer.num_sanity_val_steps,
     )
-    trainer.fit(module, data, ckpt_path=newest_checkpoint(partial / CHECKPOINTS))
-    history.close()
-    return {"train": history.train, "validation": history.validation}
+    try:
+        trainer.fit(module, data, ckpt_path=newest_checkpoint(partial / CHECKPOINTS))
+        used = take_best(module, history, config.trainer.max_steps, partial / CHECKPOINTS)
+    finally:
+        history.close()
+    return {
+        "train": history.train,
+        "validation": history.validation,
+        "result_step": used,
+        "tokens_per_second": history.tokens / history.seconds if history.seconds else 0.0,
+    }
 
 
-def newest_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint to resume from; ones being written have another name."""
-    found = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-    return str(found[-1]) if found else None
+def take_best(module: Any, history: Any, last: int, checkpoints: Path) -> int:
+    """Puts the weights of the best validated step into `module`; returns the step that they are of.
+
+    The last step's stay where the configuration says so, where they are the best, or where the run did not end with a
+    validation that they could be compared by.
+    """
+    best = history.best_step()
+    validated = bool(history.validation) and history.validation[-1]["step"] == last
+    if best is None or best == last or not validated:
+        return last
+    from nemo_minitron.runtime.weights import bare, reload
+
+    reload(bare(module), checkpoints / f"step-{best}")
+    return best
 
 
 def history_callback(config: StageConfig, partial: Path) -> Any:
@@ -73,3 +96,9 @@ def history_callback(config: StageConfig, partial: Path) -> Any:
     from nemo_minitron.runtime.history import History
 
     return History(config, partial)
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint to resume from; ones being written have another name."""
+    found = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return str(found[-1]) if found else None

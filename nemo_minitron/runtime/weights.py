@@ -78,6 +78,18 @@ def load_strictly(model: Any, checkpoint: Checkpoint) -> None:
     _shift_gamma(model, checkpoint.architecture, 1.0)
 
 
+def reload(model: Any, folder: Path) -> None:
+    """Puts the weights of a training checkpoint of this very model back into it; every rank calls it."""
+    from megatron.core import dist_checkpointing
+
+    wanted = {"state_dict": model.sharded_state_dict(prefix=PREFIX)}
+    loaded = dist_checkpointing.load(wanted, str(folder / WEIGHTS))["state_dict"]
+    state = {name.removeprefix(PREFIX): value for name, value in loaded.items()}
+    result = model.load_state_dict(state, strict=False)
+    if result.unexpected_keys:
+        raise CheckpointError(f"{folder} does not fit the model: left over {result.unexpected_keys}")
+
+
 class _ShardReader:
     """Reads what a ShardedTensor asks for; the last tensor is kept, since gate and up are asked for one by one."""
 

@@ -61,6 +61,34 @@ def test_both_losses_equal_float64_arithmetic(tiny, student, tmp_path, monkeypat
     assert first["lm_loss"] == pytest.approx(float((lm * mask.flatten()).sum() / mask.sum()), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "kd",
+    [{}, {"temperature": 2.0, "times_t_squared": True, "lm_weight": 0.5}, {"loss": "jensen_shannon", "beta": 0.3}],
+    ids=["default", "mixed", "jsd"],
+)
+def test_the_fused_form_trains_as_the_one_on_logits(tiny, student, tmp_path, kd):
+    found = {
+        form: distill(config(tiny, student, tmp_path / form, steps=3, kd=KDConfig(form=form, **kd)))
+        for form in ("fused", "chunked")
+    }
+    for one, other in zip(found["fused"].metrics["train"], found["chunked"].metrics["train"]):
+        assert one == pytest.approx(other, abs=2e-5)
+    assert found["fused"].metrics["validation"][-1] == pytest.approx(
+        found["chunked"].metrics["validation"][-1], abs=2e-5
+    )
+    one, other = read_weights(tmp_path / "fused"), read_weights(tmp_path / "chunked")
+    assert all(torch.allclose(other[name], value, atol=2e-4) for name, value in one.items())
+
+
+def test_all_of_the_vocabulary_as_top_k_is_the_plain_loss(tiny, student, tmp_path):
+    plain, every, few = (
+        distill(config(tiny, student, tmp_path / str(k), steps=1, kd=KDConfig(form="chunked", top_k=k)))
+        for k in (None, 512, 8)
+    )
+    losses = [manifest.metrics["train"][0]["kd_loss"] for manifest in (plain, every, few)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and abs(losses[2] - losses[0]) > 1e-3
+
+
 def test_distilling_brings_the_student_closer(tiny, student, tmp_path):
     validation = distill(config(tiny, student, tmp_path / "kd", steps=20)).metrics["validation"]
     first = distill(config(tiny, student, tmp_path / "start", steps=1)).metrics["train"][0]
@@ -125,7 +153,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, student, tmp_path):
     exploding = config(tiny, student, tmp_path / "kd", steps=4)
     exploding.model.optim.lr = 1e30
     exploding.model.optim.sched.warmup_steps = 0
-    with pytest.raises(NonFiniteLossError, match="at step"):
+    with pytest.raises(NonFiniteLossError, match="is nan at the validation after step 2"):
         distill(exploding)
     assert not (tmp_path / "kd").exists()
 

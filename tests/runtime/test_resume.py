@@ -1,0 +1,187 @@
+"""Runs that are killed, or asked to stop, at any moment: the next one ends in the same bits as one left alone."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf import read_weights
+from nemo_minitron import config as c
+from nemo_minitron import flow
+from nemo_minitron.artifacts import Manifest
+from nemo_minitron.cli import run as command
+from nemo_minitron.distillation.stage import distill
+from nemo_minitron.errors import NonFiniteLossError, PreemptedError
+from nemo_minitron.runtime import history, weights
+from nemo_minitron.runtime.preemption import STOP_FILE
+
+STEPS, KILLS = 4, 3
+
+
+@pytest.fixture(scope="module")
+def student(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("students") / "student"
+    flow.prune(tiny.pruning(path, drop_layers=[2, 3]))
+    return path
+
+
+def distillation(tiny, student, output, steps=STEPS, **fields) -> c.DistillConfig:
+    training = tiny.training(
+        output, steps, restore_from_path=str(student), kd_teacher_restore_from_path=str(tiny.teacher)
+    )
+    return c.DistillConfig(**training, **fields)
+
+
+def finetuning(tiny, student, output) -> c.FinetuneConfig:
+    return c.FinetuneConfig(**tiny.training(output, STEPS, restore_from_path=str(student)))
+
+
+def same(one, other) -> bool:
+    first, second = read_weights(one), read_weights(other)
+    return first.keys() == second.keys() and all(torch.equal(second[name], value) for name, value in first.items())
+
+
+def run_jobs(folder: Path, jobs: list[dict]) -> list[dict]:
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("killing.py")
+    with (folder / "said").open("w") as said:
+        done = subprocess.run(
+            [sys.executable, str(script), str(folder / "jobs.json")], stdout=subprocess.PIPE, stderr=said, text=True
+        )
+    assert done.returncode == 0, (folder / "said").read_text()[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+STAGES = {
+    "distill": (distillation, "nemo_minitron.distillation.stage:distill", "nemo_minitron.config:DistillConfig"),
+    "finetune": (finetuning, "nemo_minitron.finetuning.stage:finetune", "nemo_minitron.config:FinetuneConfig"),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_run_killed_at_any_moment_ends_in_the_same_bits(tiny, student, tmp_path, name):
+    make, stage, kind = STAGES[name]
+
+    def job(number: str, kill_at: int) -> dict:
+        config = dataclasses.asdict(make(tiny, student, tmp_path / number))
+        partial = str(tmp_path / f".{number}.partial")
+        return {"stage": stage, "config_class": kind, "config": config, "partial": partial, "kill_at": kill_at}
+
+    [alone] = run_jobs(tmp_path, [job("alone", 0)])
+    assert not alone["killed"] and alone["events"] > 30
+    moments = sorted(random.Random(0 if name == "distill" else 1).sample(range(1, alone["events"] + 1), KILLS))
+    jobs = [job(f"killed-{moment}", at) for moment in moments for at in (moment, 0)]
+    found = run_jobs(tmp_path, jobs)
+    assert [entry["killed"] for entry in found] == [True, False] * KILLS
+    whole = Manifest.read(tmp_path / "alone").metrics
+    for moment in moments:
+        assert same(tmp_path / "alone", tmp_path / f"killed-{moment}"), moment
+        assert Manifest.read(tmp_path / f"killed-{moment}").metrics == whole, moment
+        assert not (tmp_path / f".killed-{moment}.partial").exists()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_sigterm_saves_and_the_same_command_goes_on(tiny, student, tmp_path, monkeypatch, step):
+    """Step 2 ends in a validation, the others do not."""
+    whole = distill(distillation(tiny, student, tmp_path / "whole"))
+    begin = history.History.on_train_batch_start
+
+    def asked(self, trainer, *arguments):
+        if trainer.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        begin(self, trainer, *arguments)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(history.History, "on_train_batch_start", asked)
+        with pytest.raises(PreemptedError, match=f"after step {step} of {STEPS}") as caught:
+            distill(distillation(tiny, student, tmp_path / "asked"))
+    assert caught.value.exit_code == 75
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not (tmp_path / "asked").exists()
+    resumed = distill(distillation(tiny, student, tmp_path / "asked"))
+    assert same(tmp_path / "whole", tmp_path / "asked")
+    assert resumed.metrics == whole.metrics
+
+
+def test_two_ranks_stop_together_when_their_parent_is_asked(tiny, student, tmp_path, monkeypatch):
+    stop = tmp_path / "stop"
+    stop.touch()
+    config = distillation(tiny, student, tmp_path / "asked")
+    config.trainer.devices = 2
+    original = subprocess.run
+
+    def with_stop_file(*arguments, env, **options):
+        return original(*arguments, env={**env, STOP_FILE: str(stop)}, **options)
+
+    monkeypatch.setattr("nemo_minitron.runtime.launch.subprocess.run", with_stop_file)
+    with pytest.raises(PreemptedError, match="after step 1 of"):
+        distill(config)
+    monkeypatch.undo()
+    assert distill(config).metrics["steps"] == STEPS
+
+
+def test_the_command_ends_with_the_documented_code(tiny, student, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nemo_minitron.distillation.stage.distill", lambda config: (_ for _ in ()).throw(
+        PreemptedError("stopped by SIGTERM after step 1 of 2")))  # fmt: skip
+    settings = [f"model.restore_from_path={student}", f"model.kd_teacher_restore_from_path={tiny.teacher}"]
+    settings += [f"model.data.data_prefix={tiny.data}", f"model.nemo_path={tmp_path / 'out'}"]
+    assert command("distill", settings) == 75
+    assert "SIGTERM" in capsys.readouterr().err
+
+
+def test_the_best_validation_becomes_the_result(tiny, student, tmp_path, monkeypatch):
+    """A learning rate that spoils the student: the first validation is the best one."""
+    reloaded = []
+    reload = weights.reload
+
+    def spy(model, folder):
+        reload(model, folder)
+        reloaded.append((folder.name, {name: value.clone() for name, value in model.named_parameters()}))
+
+    monkeypatch.setattr(weights, "reload", spy)
+    spoiling = distillation(tiny, student, tmp_path / "best", steps=6)
+    spoiling.model.optim.lr, spoiling.trainer.val_check_interval = 1.0, 1
+    manifest = distill(spoiling)
+    losses = {entry["step"]: entry["kd_loss"] for entry in manifest.metrics["validation"]}
+    best = min(losses, key=losses.get)
+    assert best < 6 and manifest.metrics["result_step"] == best
+    [(name, kept)] = reloaded
+    assert name == f"step-{best}"
+    stored = read_weights(tmp_path / "best")
+    assert torch.equal(stored["module.embedding.word_embeddings.weight"], kept["embedding.word_embeddings.weight"])
+    assert torch.equal(stored["module.decoder.final_layernorm.weight"], kept["decoder.final_layernorm.weight"])
+    spoiling.monitor, spoiling.model.nemo_path = "last", str(tmp_path / "last")
+    assert distill(spoiling).metrics["result_step"] == 6
+    assert not same(tmp_path / "best", tmp_path / "last")
+
+
+def test_a_loss_that_is_not_finite_names_step_batch_and_the_last_good_checkpoint(tiny, student, tmp_path, monkeypatch):
+    """The third batch has a poisoned token weight."""
+    from nemo_minitron.runtime import losses
+
+    make, seen = losses.token_loss_reduction, []
+
+    def poisoned(names, weights, per_token, sink):
+        def spoil(batch, output):
+            found = per_token(batch, output)
+            if torch.is_grad_enabled():
+                seen.append(1)
+                if len(seen) > 2 * 2:  # two micro batches a step
+                    found = {name: value * float("nan") for name, value in found.items()}
+            return found
+
+        return make(names, weights, spoil, sink)
+
+    monkeypatch.setattr("nemo_minitron.distillation.module.token_loss_reduction", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"kd_loss is nan at step 3 \(batch 2\); .*step-2"):
+        distill(distillation(tiny, student, tmp_path / "kd"))
+    assert not (tmp_path / "kd").exists()
+    assert (tmp_path / ".kd.partial" / "checkpoints" / "step-2").is_dir()
