@@ -284,7 +284,7 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", type=float, default=[1, 2, 4], help="GB")
+    parser.add_argument("--sizes", nargs="*", type=float, default=[1, 2, 4], help="GB")
     parser.add_argument("--students", nargs="*", type=float, default=[0.75], help="GB")
     parser.add_argument("--folder", help="where to work; needs five times the largest size")
     parser.add_argument("--json", default="prune_cost.json", help="file to write")

@@ -97,3 +97,26 @@ def test_flow_students_have_known_targets():
     config = schemas.FlowPruneConfig(students={"wide": {"hidden": 3}})
     assert "students.wide.hidden is not a target" in config.problems()[0]
     assert "students is empty" in schemas.FlowPruneConfig().problems()[0]
+
+
+@pytest.mark.parametrize(
+    ("targets", "data", "method", "scores", "scan"),
+    [
+        ({"drop_layers": [1]}, None, "minitron", False, False),
+        ({"drop_layers": [1]}, "data", "compensated", False, True),
+        ({"drop_layers": [1], "method": "minitron"}, "data", "minitron", False, False),
+        ({"num_layers": 2}, "data", "compensated", True, True),
+        ({"num_layers": 2, "method": "minitron"}, "data", "minitron", True, False),
+        ({"num_layers": 2, "method": "minitron", "depth_by": "block_loss"}, "data", "minitron", False, True),
+        ({"hidden_size": 64}, None, "compensated", True, False),
+    ],
+)
+def test_the_method_and_what_it_needs_follow_from_targets_and_data(targets, data, method, scores, scan):
+    config = pruned(targets)
+    config.model.data.data_prefix = data
+    assert (config.method, config.prune.needs_scores, config.needs_scan) == (method, scores, scan)
+
+
+def test_a_method_that_is_none_is_refused_with_those_that_are():
+    found = all_problems(schemas.PruneTargets(drop_layers=[1], method="minitorn", depth_by="loss", ridge=2.0))
+    assert len(found) == 3 and "minitron, compensated" in found[0] and "block_influence" in found[1]

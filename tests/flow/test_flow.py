@@ -63,6 +63,11 @@ def steps(folder) -> list[dict]:
 
 def test_the_report_holds_every_model_and_stage(run):
     report = json.loads((run / "report.json").read_text())
+    cuts = report["cuts"]
+    assert {name: cut["method"] for name, cut in cuts.items()} == {"depth": "compensated", "width": "compensated"}
+    assert 0 < cuts["width"]["compensation"]["kept_energy"] < 1
+    assert cuts["depth"]["depth"]["held_out_loss"] <= cuts["depth"]["depth"]["held_out_loss_plain"]
+    assert "scan blocks for depth" in [stage["stage"] for stage in report["stages"]]
     kinds = [(row["student"], row["kind"]) for row in report["table"]]
     students = [(name, kind) for name in ("depth", "width") for kind in ("pruned", "distilled", "control")]
     assert kinds == [(None, "teacher"), (None, "corrected"), *students]
