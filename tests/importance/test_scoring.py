@@ -220,7 +220,7 @@ def test_a_teacher_that_overflows_is_named_by_layer(tiny, tmp_path):
 
 
 def test_scoring_without_data_is_refused(tiny, tmp_path):
-    config = tiny.pruning(tmp_path / "student", num_layers=2)
+    config = tiny.pruning(tmp_path / "student", num_layers=2, scores_path=str(tmp_path / "not-there"))
     config.model.data.data_prefix = None
     with pytest.raises(ConfigError, match="data_prefix"):
         score(config)
