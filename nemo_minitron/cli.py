@@ -6,6 +6,7 @@ Nothing heavier than argparse is imported until a command has its arguments.
 import argparse
 import dataclasses
 import difflib
+import json
 import os
 import re
 import shlex
@@ -40,7 +41,8 @@ class Command:
     Attributes:
         function: where the function is.
         summary: what it does, in a line.
-        positionals: setting and name in the usage line of each argument that may be given without `key=`.
+        positionals: setting and name in the usage line of each argument that may be given without `key=`; a last name
+            that ends in `...` takes all further ones as a list.
         options: options that stand for settings.
         afterwards: command to run next, with `{output}` for where the result lies.
     """
@@ -176,14 +178,22 @@ def _usage(name: str) -> str:
 
 def _settings(name: str, arguments: Sequence[str]) -> list[str]:
     """The arguments as `key=value`; raises ConfigError where more are given without `key=` than the command takes."""
-    names = [setting for setting, _ in COMMANDS[name].positionals]
-    if not names:
+    positionals = COMMANDS[name].positionals
+    if not positionals:
         return list(arguments)
     bare = [argument for argument in arguments if not SETTING.fullmatch(argument)]
-    if len(bare) > len(names):
-        raise ConfigError(f"{bare[len(names)]!r} is one argument too many; usage: {_usage(name)}", f"minitron {name}")
-    keys = iter(names)
-    return [argument if SETTING.fullmatch(argument) else f"{next(keys)}={argument}" for argument in arguments]
+    rest = []
+    if positionals[-1][1].strip("[]").endswith("..."):
+        rest = bare[len(positionals) - 1 :]
+        bare = bare[: len(positionals) - 1]
+    elif len(bare) > len(positionals):
+        raise ConfigError(
+            f"{bare[len(positionals)]!r} is one argument too many; usage: {_usage(name)}", f"minitron {name}"
+        )
+    given = [f"{setting}={argument}" for (setting, _), argument in zip(positionals, bare)]
+    if rest:
+        given.append(f"{positionals[-1][0]}={json.dumps(rest)}")
+    return given + [argument for argument in arguments if SETTING.fullmatch(argument)]
 
 
 def _chosen(name: str, options: argparse.Namespace) -> list[str]:
