@@ -73,10 +73,19 @@ def run_flow(config: c.FlowConfig) -> Manifest | None:
     steps = plan_steps(config, teacher)
     for number, step in enumerate(steps, 1):
         manifests[step.name] = run_step(step, f"[{number}/{len(steps)}]")
+    show(config, finish(config, manifests))
+    return None
+
+
+def finish(config: c.FlowConfig, manifests: dict[str, Manifest]) -> dict[str, Any]:
+    """Writes report.json; returns what is in it.
+
+    Args:
+        manifests: step's name -> manifest, of all steps.
+    """
     report = summarize(config, manifests)
     write_json(Path(config.output_dir) / REPORT, report)
-    show(config, report)
-    return None
+    return report
 
 
 def run_step(step: Step, position: str) -> Manifest:

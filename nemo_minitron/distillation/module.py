@@ -3,11 +3,13 @@
 Legend: s sequence, b micro batch, v vocabulary rows of this rank.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from nemo_minitron.checkpoints import Checkpoint
 from nemo_minitron.config import KDConfig
-from nemo_minitron.distillation.output_layer import KD_LOSS, fuse, fused_losses, is_fused, logits_loss
+from nemo_minitron.distillation.hidden import hidden_criteria, hidden_losses, loss_name, scaled_weights, with_hidden
+from nemo_minitron.distillation.output_layer import KD_LOSS, fuse, fused_losses, is_fused, logits_loss, logits_losses
 from nemo_minitron.runtime.engine import spread_layers
 from nemo_minitron.runtime.losses import token_loss_reduction
 from nemo_minitron.runtime.model import LM_LOSS
@@ -19,6 +21,7 @@ def distillation_module(
     teacher: tuple[Any, Checkpoint],
     kd: KDConfig,
     *,
+    pairs: Sequence[tuple[int, int]] = (),
     optim: Any,
     tokenizer: Any,
 ) -> Any:
@@ -26,28 +29,41 @@ def distillation_module(
 
     Args:
         student, teacher: NeMo's config and the checkpoint of each.
-        kd: the loss, its form and weights.
+        kd: the losses, their form and weights.
+        pairs: layers of student and teacher whose hidden states are compared.
     """
     from nemo.collections.llm.modelopt.distill.model import DistillationGPTModel
 
+    hidden_names = [loss_name(kd.hidden, pair) for pair in pairs]
+
     class MinitronDistillationModel(DistillationGPTModel):
-        loss_names = (KD_LOSS, LM_LOSS)
-        loss_weights = {KD_LOSS: kd.kd_weight, LM_LOSS: kd.lm_weight}
+        loss_names = (KD_LOSS, LM_LOSS, *hidden_names)
+        loss_weights = {KD_LOSS: kd.kd_weight, LM_LOSS: kd.lm_weight} | {
+            name: kd.hidden.weight / len(pairs) for name in hidden_names
+        }
         sums: Any = None
 
         def configure_model(self) -> None:
             if not hasattr(self, "module"):
                 _same_layout(teacher[0], self.config)
-                self.module = _convert(self.config, student, teacher, kd)
+                self.module = _convert(self.config, student, teacher, kd, pairs)
+
+        def weights_at(self, means: dict[str, float]) -> dict[str, float]:
+            return scaled_weights(self.loss_weights, means, hidden_names, kd.hidden)
 
         def take_sums(self, sums: Any) -> None:
             self.sums = sums
 
         def token_losses(self, batch: dict[str, Any], output: Any) -> dict[str, Any]:
             model = self.core_module
+            hidden = hidden_losses(model, hidden_names)
             if is_fused(model):
-                return fused_losses(model, batch, kd)
-            return {KD_LOSS: next(iter(model.compute_kd_loss(skip_balancer=True).values())), LM_LOSS: output}
+                found = fused_losses(model, batch, kd)
+            else:
+                found = {KD_LOSS: logits_losses(model), LM_LOSS: output}
+            if not hidden:
+                return found
+            return with_hidden(found, hidden, self.loss_weights, batch["loss_mask"].float(), kd.hidden)
 
         @property
         def training_loss_reduction(self) -> Any:
@@ -73,7 +89,7 @@ def _same_layout(teacher: Any, student: Any) -> None:
         setattr(teacher, name, getattr(student, name))
 
 
-def _convert(config: Any, student: tuple, teacher: tuple, kd: KDConfig) -> Any:
+def _convert(config: Any, student: tuple, teacher: tuple, kd: KDConfig, pairs: Sequence[tuple[int, int]]) -> Any:
     """ModelOpt's DistillationModel around the loaded student, with the loaded, frozen teacher inside."""
     import modelopt.torch.distill as mtd
     from nemo.collections.llm.modelopt.distill.utils import DistillationConfig, adjust_distillation_model_for_mcore
@@ -83,11 +99,16 @@ def _convert(config: Any, student: tuple, teacher: tuple, kd: KDConfig) -> Any:
     load_weights(model, student[1].architecture, student[1])
     fused = kd.form == "fused" or (kd.form == "auto" and kd.top_k is None and not config.sequence_parallel)
     criterion = {("output_layer", "output_layer"): logits_loss(kd)}
+    criterion |= hidden_criteria(kd.hidden, pairs, config.hidden_size, teacher[0].hidden_size)
     settings = DistillationConfig(criterion=criterion if model.post_process else {}, skip_lm_loss=False)
-    converted = mtd.convert(
-        model,
-        mode=[("kd_loss", {"teacher_model": (_load_teacher, [*teacher], {}), "criterion": settings.criterion})],
-    )
+    # ModelOpt wants a balancer where there are several losses; here they are weighed over a whole batch.
+    balancer = mtd.StaticLossBalancer(1.0) if len(settings.criterion) > 1 else None
+    mode = {
+        "teacher_model": (_load_teacher, [*teacher], {}),
+        "criterion": settings.criterion,
+        "loss_balancer": balancer,
+    }
+    converted = mtd.convert(model, mode=[("kd_loss", mode)])
     adjust_distillation_model_for_mcore(converted, distill_cfg=settings)
     converted.forward = _teacher_then_student(converted)
     if fused and model.post_process:

@@ -42,6 +42,14 @@ def logits_loss(kd: KDConfig) -> Any:
     return LogitsLoss()
 
 
+def logits_losses(model: Any) -> Any:
+    """The distillation loss a token [b, s] of a model that is not fused, by ModelOpt's criterion."""
+    (own, other), loss = next(iter(model._layers_to_loss.items()))
+    states = own._intermediate_output, other._intermediate_output
+    own._intermediate_output = other._intermediate_output = None
+    return loss(*states)
+
+
 def fuse(model: Any) -> None:
     """Makes the output layers of a DistillationModel and its teacher hand on the hidden states that they are given."""
     for one in (model, model.teacher_model):

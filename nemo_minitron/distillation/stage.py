@@ -1,5 +1,6 @@
 """Distillation of a pruned student, or its control: the same training without a teacher."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import DistillConfig
-from nemo_minitron.errors import ConfigError
+from nemo_minitron.distillation.hidden import layer_pairs
+from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.jobs import Job
 from nemo_minitron.runtime.inputs import (
     CHECKPOINTS,
@@ -40,6 +42,7 @@ def distill(config: DistillConfig) -> Manifest:
         teacher = open_checkpoint(config.model.kd_teacher_restore_from_path, "teacher")
         check_pair(teacher.architecture, student.architecture)
         folders["teacher"] = config.model.kd_teacher_restore_from_path
+    pairs = pairs_of(config, teacher, student)
     inputs = training_inputs(config, student.architecture, student.tokenizer)
     if teacher is not None:
         check_fits(teacher.architecture, inputs.layout, "teacher")
@@ -54,7 +57,7 @@ def distill(config: DistillConfig) -> Manifest:
     )
     return run_stage(
         job,
-        lambda partial: _work(partial, config, student, teacher, inputs),
+        lambda partial: _work(partial, config, student, teacher, inputs, pairs),
         stage="nemo_minitron.distillation.stage:distill",
         config=config,
         trainer=config.trainer,
@@ -72,8 +75,24 @@ def check_pair(teacher: Architecture, student: Architecture) -> None:
         )
 
 
+def pairs_of(config: DistillConfig, teacher: Checkpoint | None, student: Checkpoint) -> list[tuple[int, int]]:
+    """Layers of student and teacher whose hidden states are compared; the student's manifest says what was dropped."""
+    if teacher is None:
+        return []
+    dropped = None
+    with contextlib.suppress(MinitronError):
+        manifest = Manifest.read(student.path)
+        dropped = manifest.metrics.get("dropped_layers") if manifest.stage == "prune" else None
+    return layer_pairs(config.kd.hidden, teacher.architecture, student.architecture, dropped)
+
+
 def _work(
-    partial: Path, config: DistillConfig, student: Checkpoint, teacher: Checkpoint | None, inputs: Inputs
+    partial: Path,
+    config: DistillConfig,
+    student: Checkpoint,
+    teacher: Checkpoint | None,
+    inputs: Inputs,
+    pairs: list[tuple[int, int]],
 ) -> dict[str, Any]:
     import shutil
     import time
@@ -85,7 +104,7 @@ def _work(
 
     with engine(config.seed, partial / LOG):
         tokenizer = nemo_tokenizer(inputs.tokenizer)
-        module = _module(config, student, teacher, inputs, tokenizer)
+        module = _module(config, student, teacher, inputs, pairs, tokenizer)
         data = build_data(config, inputs, tokenizer, partial)
         started = time.perf_counter()
         callbacks = [] if teacher is None else [teacher_in_validation()]
@@ -106,6 +125,7 @@ def _work(
             "steps": config.trainer.max_steps,
             "result_step": history["result_step"],
             "parameters": student.architecture.parameters(),
+            "weights": history["weights"],
             "validation": history["validation"],
             "train": history["train"],
         },
@@ -115,7 +135,12 @@ def _work(
 
 
 def _module(
-    config: DistillConfig, student: Checkpoint, teacher: Checkpoint | None, inputs: Inputs, tokenizer: Any
+    config: DistillConfig,
+    student: Checkpoint,
+    teacher: Checkpoint | None,
+    inputs: Inputs,
+    pairs: list[tuple[int, int]],
+    tokenizer: Any,
 ) -> Any:
     from nemo_minitron.distillation.module import distillation_module
     from nemo_minitron.runtime.engine import model_config
@@ -135,6 +160,7 @@ def _module(
         (student_config, student),
         (model_config(teacher.architecture, inputs.layout), teacher),
         config.kd,
+        pairs=pairs,
         **common,
     )
 
@@ -146,6 +172,7 @@ def _student_of(model: Any) -> Any:
     if not hasattr(model, "teacher_model"):
         return model
     unfuse(model)
+    model._loss_modules = type(model._loss_modules)()
     for name in (
         "forward",
         "sharded_state_dict",

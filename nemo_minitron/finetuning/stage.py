@@ -115,6 +115,7 @@ def _work(
             "steps": config.trainer.max_steps,
             "result_step": history["result_step"],
             "parameters": architecture.parameters(),
+            "weights": history["weights"],
             "validation": history["validation"],
             "train": history["train"],
         },

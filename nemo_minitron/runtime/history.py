@@ -37,7 +37,7 @@ class History(pl.Callback):
         self.train: list[dict[str, float]] = []
         self.validation: list[dict[str, float]] = []
         self.sums: Any = None
-        self.started = time.perf_counter()
+        self.started = self.validation_started = time.perf_counter()
         self.writer: Any = None
         self.bar: Any = None
         self.stop, self.stopping = StopRequest(), False
@@ -87,10 +87,11 @@ class History(pl.Callback):
         self.train.append({"step": step, **means, "lr": lr})
         if self.bar is not None:
             self.bar.update(1)
-            self.bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
+            shown = {name: f"{value:.3f}" for name, value in means.items()}
+            self.bar.set_postfix(shown | {"lr": f"{lr:.1e}", "tok/s": f"{tokens / seconds:.0f}"})
         if self.writer is not None and (step % self.config.trainer.log_every_n_steps == 0 or step == 1):
             self.scalars("train", {**means, "lr": lr, "tokens_per_second": tokens / seconds}, step)
-            self.scalars("weight", module.loss_weights, step)
+            self.scalars("weight", module.weights_at(means), step)
         self.stopping = self.stop.asked() and step < trainer.max_steps
         if self.stopping and not self.validates(step):
             self.save(trainer, step)
@@ -116,6 +117,7 @@ class History(pl.Callback):
 
     def on_validation_epoch_start(self, *args: Any) -> None:
         self.sums = None
+        self.validation_started = time.perf_counter()
 
     def on_validation_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
         sums = from_last_stage(module.sums, len(module.loss_names) + 1).double()
@@ -131,7 +133,8 @@ class History(pl.Callback):
         self.check_finite(means, step, f"the validation after step {step}")
         self.validation.append({"step": step, **means})
         if self.writer is not None:
-            self.scalars("validation", means, step)
+            seconds = max(time.perf_counter() - self.validation_started, 1e-9)
+            self.scalars("validation", {**means, "tokens_per_second": float(self.sums[-1]) / seconds}, step)
         if trainer.state.fn == "fit" and step < trainer.max_steps:
             self.save(trainer, step)
             if self.stopping:

@@ -21,8 +21,9 @@ def gpt_module(
 ) -> Any:
     """NeMo's GPTModel that starts from the checkpoint `weights` (or at random) and keeps the sums of its losses.
 
-    Attributes of the result beyond GPTModel's: `loss_names`, and `sums`, the tensor [names + 1] of the last global
-    batch (each loss summed over tokens, then the number of tokens) on the last pipeline stage.
+    Attributes of the result beyond GPTModel's: `loss_names`; `loss_weights`, and `weights_at` the means of a step; and
+    `sums`, the tensor [names + 1] of the last global batch (each loss summed over tokens, then the number of tokens) on
+    the last pipeline stage.
     """
     from nemo.collections import llm
 
@@ -38,6 +39,9 @@ def gpt_module(
             self.module = self.config.configure_model(self.tokenizer, vp_stage=vp_stage)
             if weights is not None:
                 load_weights(self.module, architecture, weights)
+
+        def weights_at(self, means: dict[str, float]) -> dict[str, float]:
+            return self.loss_weights
 
         def take_sums(self, sums: Any) -> None:
             self.sums = sums

@@ -70,6 +70,7 @@ def train_and_validate(
     return {
         "train": history.train,
         "validation": history.validation,
+        "weights": dict(module.loss_weights),
         "result_step": used,
         "tokens_per_second": history.tokens / history.seconds if history.seconds else 0.0,
     }

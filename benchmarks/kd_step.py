@@ -1,0 +1,208 @@
+"""What a distillation step costs beyond its parts: step / (teacher forward + student step).
+
+    python benchmarks/kd_step.py [--shapes NAME ...] [--steps 12] [--rounds 3] [--threads N] [--json FILE] [--quick]
+
+For each shape: the teacher's forward pass to its logits, a training step of the student alone (language-model loss:
+forward, backward, clipping, Adam) and a distillation step of the same student, all by the package's own training by
+NeMo and Megatron, on the same batches, one after another in one process, in rounds. The times are medians over all
+steps but each round's first two. One micro batch a step. On CUDA where there is one.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron import config as c
+
+#: name: teacher, student's sizes, tokens a sample, samples a step
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, int], int, int]] = {
+    "width, vocabulary 32k": (
+        {"num_layers": 8, "hidden_size": 512, "ffn_hidden_size": 1536, "num_attention_heads": 8, "vocab_size": 32000},
+        {"hidden_size": 384, "ffn_hidden_size": 1024},
+        256,
+        4,
+    ),
+    "depth, vocabulary 32k": (
+        {"num_layers": 8, "hidden_size": 512, "ffn_hidden_size": 1536, "num_attention_heads": 8, "vocab_size": 32000},
+        {"num_layers": 4},
+        256,
+        4,
+    ),
+    "width, vocabulary 128k": (
+        {"num_layers": 8, "hidden_size": 512, "ffn_hidden_size": 1792, "num_attention_heads": 8, "vocab_size": 128256},
+        {"hidden_size": 384, "ffn_hidden_size": 1152},
+        256,
+        2,
+    ),
+}
+WARM_UP = 2
+
+
+def stage_fields(data: Path, output: Path, length: int, samples: int, steps: int, **model: Any) -> dict[str, Any]:
+    return {
+        "trainer": c.TrainerConfig(max_steps=steps, val_check_interval=steps, limit_val_batches=1),
+        "model": c.ModelConfig(
+            nemo_path=str(output),
+            micro_batch_size=samples,
+            global_batch_size=samples,
+            data=c.ModelDataConfig(data_prefix=str(data), seq_length=length, num_workers=0),
+            **model,
+        ),
+    }
+
+
+def make_model(data: Path, output: Path, sizes: dict[str, Any], length: int) -> None:
+    """A model of these sizes with random weights, after one step of training."""
+    from nemo_minitron.finetuning.stage import finetune
+
+    architecture = {"kv_channels": 64, "seq_length": length, **sizes}
+    fields = stage_fields(data, output, length, 1, 1, init="random", architecture=architecture)
+    finetune(c.FinetuneConfig(**fields))
+
+
+def stopwatch() -> Any:
+    """A callback that keeps the seconds of each training step, data included."""
+    import lightning.pytorch as pl
+    import torch
+
+    class Stopwatch(pl.Callback):
+        seconds: list[float]
+
+        def on_train_start(self, *arguments: Any) -> None:
+            self.seconds = []
+
+        def on_train_batch_start(self, *arguments: Any) -> None:
+            self.started = now(torch)
+
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            self.seconds.append(now(torch) - self.started)
+
+    return Stopwatch()
+
+
+def now(torch: Any) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def training_steps(config: c.DistillConfig, folder: Path) -> tuple[list[float], list[float]]:
+    """Seconds of each step, and of as many forward passes of the teacher on the same shape of batch."""
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.distillation import stage
+    from nemo_minitron.distillation.module import teacher_in_validation
+    from nemo_minitron.runtime.engine import engine
+    from nemo_minitron.runtime.inputs import LOG, build_data, nemo_tokenizer, training_inputs
+    from nemo_minitron.runtime.training import train_and_validate
+
+    student = open_checkpoint(config.model.restore_from_path)
+    teacher = open_checkpoint(config.model.kd_teacher_restore_from_path) if config.kd.kd_weight else None
+    inputs = training_inputs(config, student.architecture, student.tokenizer)
+    with tempfile.TemporaryDirectory(dir=folder) as partial, engine(config.seed, Path(partial) / LOG):
+        tokenizer = nemo_tokenizer(inputs.tokenizer)
+        module = stage._module(config, student, teacher, inputs, [], tokenizer)
+        data, watch = build_data(config, inputs, tokenizer, Path(partial)), stopwatch()
+        callbacks = [watch] + ([teacher_in_validation()] if teacher else [])
+        train_and_validate(module, data, config, inputs.layout, Path(partial), callbacks)
+        forward = teacher_forward(module, config, inputs.seq_length) if teacher else []
+    return watch.seconds, forward
+
+
+def teacher_forward(module: Any, config: c.DistillConfig, length: int) -> list[float]:
+    """Seconds of forward passes of the teacher, output layer included, without gradients."""
+    import torch
+
+    from nemo_minitron.distillation.output_layer import unfuse
+    from nemo_minitron.runtime.weights import bare
+
+    teacher = bare(module).teacher_model
+    unfuse(teacher)
+    device = next(teacher.parameters()).device
+    tokens = torch.randint(100, (config.model.micro_batch_size, length), device=device)
+    positions = torch.arange(length, device=device).expand_as(tokens)
+    found = []
+    for _ in range(config.trainer.max_steps):
+        with torch.no_grad():
+            started = now(torch)
+            teacher(tokens, positions, None)
+            found.append(now(torch) - started)
+            for layer in teacher.modules():
+                if hasattr(layer, "_intermediate_output"):
+                    layer._intermediate_output = None
+    return found
+
+
+def measure(name: str, steps: int, rounds: int, data: Path, folder: Path) -> dict[str, Any]:
+    """Medians of the three for one shape."""
+    teacher, changed, length, samples = SHAPES[name]
+    place = folder / name.replace(" ", "-").replace(",", "")
+    paths = {"teacher": place / "teacher", "student": place / "student"}
+    make_model(data, paths["teacher"], teacher, length)
+    make_model(data, paths["student"], teacher | changed, length)
+    found: dict[str, list[float]] = {"teacher forward": [], "student step": [], "distillation step": []}
+    for _ in range(rounds):
+        fields = stage_fields(data, place / "out", length, samples, steps, restore_from_path=str(paths["student"]))
+        fields["model"].kd_teacher_restore_from_path = str(paths["teacher"])
+        alone = c.DistillConfig(**fields, kd=c.KDConfig(kd_weight=0.0, lm_weight=1.0))
+        both = c.DistillConfig(**fields)
+        found["student step"] += training_steps(alone, place)[0][WARM_UP:]
+        seconds, forward = training_steps(both, place)
+        found["distillation step"] += seconds[WARM_UP:]
+        found["teacher forward"] += forward[WARM_UP:]
+    medians = {part: statistics.median(values) for part, values in found.items()}
+    ratio = medians["distillation step"] / (medians["teacher forward"] + medians["student step"])
+    return {"shape": name, "tokens": length * samples, **medians, "ratio": ratio, "samples": found}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="threads of torch; none: its own choice")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="the first shape, five steps, one round")
+    options = parser.parse_args()
+    if options.quick:
+        options.shapes, options.steps, options.rounds = options.shapes[:1], 5, 1
+    if options.steps <= WARM_UP or options.rounds < 1:
+        parser.error(f"--steps must be above {WARM_UP} and --rounds at least 1")
+
+    import torch
+
+    from nemo_minitron.data.stage import prepare
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="kd-step-") as name:
+        folder = Path(name)
+        prepare(c.DataConfig(output=str(folder / "data"), words=120_000, vocab_size=512))
+        print(f"{'shape':<24}{'tokens':>7}{'teacher fwd':>13}{'student step':>14}{'distillation':>14}{'ratio':>7}")
+        for shape in options.shapes:
+            row = measure(shape, options.steps, options.rounds, folder / "data", folder)
+            results.append(row)
+            print(
+                f"{shape:<24}{row['tokens']:>7}{row['teacher forward']:>11.3f} s{row['student step']:>12.3f} s"
+                f"{row['distillation step']:>12.3f} s{row['ratio']:>7.2f}",
+                flush=True,
+            )
+    if options.json:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+        found = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": results}
+        options.json.write_text(json.dumps(found | {"options": plain(vars(options))}, indent=1) + "\n")
+    return 0
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The flow in lessons, for the notebooks: each runs the stages that it is about, and finds done what was done."""
+
+import fnmatch
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron import flow
+from nemo_minitron.artifacts import Manifest
+from nemo_minitron.compose import compose
+from nemo_minitron.dry_run import describe
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.recipes import check_students, check_teacher, teacher_architecture
+
+#: preset of the notebooks -> settings of the flow
+PRESETS = {
+    "tiny": ("model=tiny", "hardware=cpu"),
+    "llama31_8b": ("model=llama31_8b", "hardware=8x80gb"),
+}
+#: Environment variable with further settings of the flow, `key=value` separated by blanks.
+OVERRIDES = "NEMO_MINITRON_OVERRIDES"
+
+
+class Tutorial:
+    """A run of the flow in a folder of its own, lesson by lesson.
+
+    Attributes:
+        config: the flow's configuration.
+        teacher: the teacher's sizes.
+        folder: where every stage of the run has its folder.
+    """
+
+    def __init__(self, preset: str, folder: str | None = None):
+        if preset not in PRESETS:
+            raise ConfigError(f"PRESET = {preset!r} is not one of {', '.join(PRESETS)}", "tutorial")
+        settings = [*PRESETS[preset], f"output_dir={folder or f'runs/{preset}'}"]
+        self.preset = preset
+        self.config = compose("flow", [*settings, *shlex.split(os.environ.get(OVERRIDES, ""))])
+        self.folder = Path(self.config.output_dir)
+        self.teacher = teacher_architecture(self.config)
+        check_students(self.config, self.teacher)
+
+    def describe(self) -> str:
+        """The whole plan in words: models, stages, settings."""
+        return describe(self.config, self.teacher)
+
+    def data(self) -> dict[str, Manifest]:
+        """Lesson 1: the corpora, tokenised."""
+        return self.run("data*")
+
+    def finetune(self) -> dict[str, Manifest]:
+        """Lesson 2: a teacher where none is given, teacher correction, and both evaluated."""
+        self.needs("data", "01_data_preparation")
+        return self.run("pretrain teacher", "teacher correction", "evaluate teacher*")
+
+    def prune(self, student: str) -> dict[str, Manifest]:
+        """Lesson 3: importance once a teacher, then the cut of one student, evaluated as it is."""
+        self.needs("teacher", "02_teacher_finetuning")
+        return self.run("importance", f"scan blocks for {student}", f"prune {student}", f"evaluate {student} pruned")
+
+    def distill(self, student: str) -> dict[str, Manifest]:
+        """Lesson 4: the student distilled, a control retrained without the teacher, and both evaluated."""
+        letter = {"depth": "03_a_depth_pruning", "width": "03_b_width_pruning"}.get(student, "03")
+        self.needs(f"{student}-pruned", letter)
+        return self.run(
+            f"distil {student}",
+            f"retrain (LM loss alone) {student}",
+            f"evaluate {student} distilled",
+            f"evaluate {student} control",
+        )
+
+    def report(self) -> dict[str, Any]:
+        """Lesson 5: the table of all models and what each stage cost; written to report.json too."""
+        return flow.finish(self.config, self.run("*"))
+
+    def run(self, *patterns: str) -> dict[str, Manifest]:
+        """Runs the steps of the flow whose names match, in the flow's order; step's name -> manifest."""
+        check_teacher(self.config)
+        steps = [
+            step
+            for step in flow.plan_steps(self.config, self.teacher)
+            if any(fnmatch.fnmatchcase(step.name, pattern) for pattern in patterns)
+        ]
+        return {step.name: flow.run_step(step, f"[{i}/{len(steps)}]") for i, step in enumerate(steps, 1)}
+
+    def manifest(self, name: str) -> Manifest:
+        """The manifest of a stage that is done, by its folder's name (``teacher``, ``depth-pruned``)."""
+        return Manifest.read(self.folder / name)
+
+    def needs(self, name: str, notebook: str) -> None:
+        """Raises ConfigError unless the stage whose folder is `name` is done."""
+        if not (self.folder / name / "manifest.json").is_file():
+            raise ConfigError(f"{self.folder / name} is not there yet: run the notebook {notebook} first", "tutorial")
+
+
+def start(preset: str, folder: str | None = None) -> Tutorial:
+    """Opens the tutorial's run.
+
+    Args:
+        preset: `tiny`, a model of three million parameters on a CPU, or `llama31_8b`, Llama 3.1 8B on 8 GPUs of 80 GB.
+        folder: where results go; none: runs/PRESET.
+    """
+    return Tutorial(preset, folder)
