@@ -85,6 +85,17 @@ COMMANDS = {
         positionals=(("source", "SOURCE"), ("output", "[DIR]")),
         afterwards="minitron inspect {output}",
     ),
+    "plan": Command(
+        "nemo_minitron.planning.stage:plan",
+        "memory of each rank and arithmetic of each token, without weights; which layouts fit",
+        positionals=(("model", "[MODEL]"),),
+        options=(Option("--json", "json", "print JSON"),),
+    ),
+    "quantize": Command(
+        "nemo_minitron.deployment.stage:quantize",
+        "a checkpoint in FP8, INT4 or INT8, as TensorRT-LLM, vLLM or SGLang load it",
+        positionals=(("source", "CKPT"),),
+    ),
 }
 
 #: What is a setting and no path: name=value, +name=value, ~name.

@@ -32,6 +32,8 @@ SCHEMAS: dict[str, type[Config]] = {
     "convert": schemas.ConvertConfig,
     "inspect": schemas.InspectConfig,
     "download": schemas.DownloadConfig,
+    "plan": schemas.PlanConfig,
+    "quantize": schemas.QuantizeConfig,
 }
 
 #: Commands that take the overrides of NeMo 24.07's scripts; the two tables below are for them.

@@ -55,5 +55,8 @@ def stage_names(config: c.FlowConfig, teacher: Architecture) -> list[str]:
         names += [f"prune {name}: {cut}", training(f"distil {name}", config.distill)]
         if config.distill.control:
             names.append(f"retrain {name} with the LM loss alone, to compare: the same steps")
+    if config.instruct.data:
+        scheme = "" if config.instruct.peft.scheme == "none" else f" ({config.instruct.peft.scheme})"
+        names += [training(f"instruct {name}{scheme}", config.instruct) for name in config.prune.students]
     names.append("evaluate every model; table and report.json")
     return names

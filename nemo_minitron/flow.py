@@ -1,6 +1,8 @@
 """The map: every stage of the way from a teacher to its students, in order.
 
 data -> teacher -> teacher correction -> importance -> prune -> distil, with a control beside it -> table
+
+Where there are instructions, the distilled students are tuned on them at the end.
 """
 
 import dataclasses
@@ -15,8 +17,10 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Manifest, versions, write_json
 from nemo_minitron.dry_run import describe
 from nemo_minitron.recipes import (
+    check_instructions,
     check_students,
     check_teacher,
+    instruct_config,
     pretrains_on_broad,
     prune_config,
     student_targets,
@@ -69,6 +73,7 @@ def run_flow(config: c.FlowConfig) -> Manifest | None:
         print(describe(config, teacher))
         return None
     check_teacher(config)
+    check_instructions(config)
     manifests = {}
     steps = plan_steps(config, teacher)
     for number, step in enumerate(steps, 1):
@@ -108,6 +113,8 @@ def plan_steps(config: c.FlowConfig, teacher: Architecture) -> list[Step]:
         steps.append(score_step(config, run))
     for name in config.prune.students:
         steps += student_steps(config, run, name)
+    if config.instruct.data:
+        steps += [instruct_step(config, run, name) for name in config.prune.students]
     return steps
 
 
@@ -199,6 +206,14 @@ def student_steps(config: c.FlowConfig, run: Path, name: str) -> list[Step]:
     return steps
 
 
+def instruct_step(config: c.FlowConfig, run: Path, name: str) -> Step:
+    """Instruction tuning of a distilled student."""
+    from nemo_minitron.finetuning.stage import finetune
+
+    tuning = instruct_config(config, run, name)
+    return Step(f"instruct {name}", Path(tuning.output), lambda: finetune(c.validated(tuning)))
+
+
 def evaluate_step(config: c.FlowConfig, name: str, checkpoint: Path) -> Step:
     """Validation and test loss of one checkpoint on the flow's own text."""
     from nemo_minitron.evaluation.loss import evaluate_loss
@@ -240,6 +255,11 @@ def summarize(config: c.FlowConfig, manifests: dict[str, Manifest]) -> dict[str,
         "table": rows,
         "verdicts": verdicts(rows),
         "cuts": {name: cut_of(manifests[f"prune {name}"]) for name in config.prune.students},
+        "instructed": {
+            name: manifests[f"instruct {name}"].metrics["validation"]
+            for name in config.prune.students
+            if f"instruct {name}" in manifests
+        },
         "stages": stages,
         "data": data,
         "config": dataclasses.asdict(config),
@@ -260,6 +280,9 @@ def show(config: c.FlowConfig, report: dict[str, Any]) -> None:
     print("losses in nats a token; gap closed = (pruned - this) / (pruned - corrected teacher), of test losses")
     for verdict in report["verdicts"]:
         print(verdict)
+    for name, validation in report["instructed"].items():
+        losses = ", ".join(f"{entry['lm_loss']:.4f} (step {entry['step']})" for entry in validation)
+        print(f"{name} instructed: loss of the answers in validation {losses}")
     print()
     print(render_stages(report["stages"]))
     print()

@@ -86,6 +86,22 @@ def prune_config(config: c.FlowConfig, run: Path, name: str) -> c.PruneConfig:
     )
 
 
+def instruct_config(config: c.FlowConfig, run: Path, name: str) -> c.FinetuneConfig:
+    """The instruction tuning of the distilled student `name`."""
+    fields = training_fields(config, config.instruct, run / "data", run / f"{name}-instruct")
+    fields["model"].restore_from_path = str(run / f"{name}-distilled")
+    fields["model"].data.data_prefix, fields["model"].data.instructions = None, config.instruct.data
+    return c.FinetuneConfig(**fields, instruct=config.instruct.rows, peft=config.instruct.peft)
+
+
+def check_instructions(config: c.FlowConfig) -> None:
+    """Reads the instructions, before any work, where there are any."""
+    if config.instruct.data:
+        from nemo_minitron.data.instructions import read_instructions
+
+        read_instructions(config.instruct.data, config.instruct.rows, config.seed)
+
+
 def teacher_architecture(config: c.FlowConfig) -> Architecture:
     """The teacher's sizes: those of its checkpoint where that is here, those of the preset otherwise."""
     path = config.model.restore_from_path

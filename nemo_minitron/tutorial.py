@@ -4,14 +4,15 @@ import fnmatch
 import os
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_minitron import flow
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.compose import compose
 from nemo_minitron.dry_run import describe
-from nemo_minitron.errors import ConfigError
-from nemo_minitron.recipes import check_students, check_teacher, teacher_architecture
+from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.recipes import check_students, check_teacher, student_architecture, teacher_architecture
 
 #: preset of the notebooks -> settings of the flow
 PRESETS = {
@@ -74,6 +75,62 @@ class Tutorial:
         """Lesson 5: the table of all models and what each stage cost; written to report.json too."""
         return flow.finish(self.config, self.run("*"))
 
+    def facts(self) -> dict[str, Manifest]:
+        """Lesson 6: what share of what the teacher knew each model still knows."""
+        self.needs("width-distilled", "04_b_distilling_width_pruned_student")
+        return self.run("facts*")
+
+    def picture(self, name: str) -> Any:
+        """A picture of the run as far as it has come, by its name in the report; for a notebook to show.
+
+        Raises:
+            ConfigError: there is none of that name yet.
+        """
+        from nemo_minitron.report.collect import collect
+        from nemo_minitron.report.pictures import pictures_of
+        from nemo_minitron.report.style import LIGHT
+
+        found = {picture.name: picture for picture in pictures_of(collect(self.folder))}
+        if name not in found:
+            raise ConfigError(f"no picture {name!r} yet; there are {', '.join(found) or 'none'}", "tutorial")
+        return shown(found[name].draw(theme=LIGHT), found[name].alt)
+
+    def shapes(self) -> Any:
+        """Teacher and students to scale, as the configuration has them; which layers go is not known yet."""
+        from nemo_minitron.report.shapes import shapes
+        from nemo_minitron.report.style import LIGHT
+
+        models = [(name, self.student(name), []) for name in self.config.prune.students]
+        words = "; ".join(f"{name}: {model.describe()}" for name, model, _ in models)
+        return shown(shapes([("teacher", self.teacher, []), *models], theme=LIGHT), words)
+
+    def student(self, name: str) -> Architecture:
+        """The sizes of a student."""
+        return student_architecture(self.config, self.teacher, name)
+
+    def table(self, *names: str) -> str:
+        """The lines of the flow's table for these models, as far as they are evaluated."""
+        from nemo_minitron.report.collect import collect
+        from nemo_minitron.report.table import render_table
+
+        return render_table([row for row in collect(self.folder)["table"] if row["model"] in names])
+
+    def cut(self, student: str) -> str:
+        """How a student was cut, in a line."""
+        from nemo_minitron.report.table import cut_of, render_cuts
+
+        return "\n".join(render_cuts({student: cut_of(self.manifest(f"{student}-pruned"))}))
+
+    def sample(self, split: str = "test", tokens: int = 48) -> "Sample":
+        """The start of a split: its text, and the pieces that the tokenizer makes of it."""
+        from nemo_minitron.data.samples import token_stream
+        from nemo_minitron.data.tokenizer import load_tokenizer
+
+        data = self.folder / "data"
+        tokenizer = load_tokenizer(str(data / "tokenizer"))
+        ids = token_stream(str(data / split))[:tokens].tolist()
+        return Sample(tokenizer.decode(ids), [tokenizer.decode([token]) for token in ids])
+
     def run(self, *patterns: str) -> dict[str, Manifest]:
         """Runs the steps of the flow whose names match, in the flow's order; step's name -> manifest."""
         check_teacher(self.config)
@@ -92,6 +149,37 @@ class Tutorial:
         """Raises ConfigError unless the stage whose folder is `name` is done."""
         if not (self.folder / name / "manifest.json").is_file():
             raise ConfigError(f"{self.folder / name} is not there yet: run the notebook {notebook} first", "tutorial")
+
+
+class Sample(NamedTuple):
+    """Text and its tokens, each as the text that it stands for."""
+
+    text: str
+    pieces: list[str]
+
+
+def shown(figure: Any, words: str) -> Any:
+    """A matplotlib figure as a picture in a notebook, with a description for who cannot see it."""
+    import io
+
+    from IPython.display import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return Image(data=buffer.getvalue(), format="png", alt=words)
+
+
+def minitron(arguments: str) -> None:
+    """Runs a command line, ``minitron generate ...`` without its first word, in the notebook's own process.
+
+    Raises:
+        MinitronError: it ended with an error; its message is printed.
+    """
+    from nemo_minitron.cli import main
+
+    code = main(shlex.split(arguments))
+    if code:
+        raise MinitronError(f"minitron {arguments} ended with exit code {code}")
 
 
 def start(preset: str, folder: str | None = None) -> Tutorial:

@@ -24,6 +24,8 @@ REQUIRED = {
     "convert": ["source=/model.nemo", "output=/out"],
     "inspect": ["source=/model.nemo"],
     "download": ["source=hf://acme/llama"],
+    "plan": ["model=llama31_8b"],
+    "quantize": ["source=/student", "output=/out", "data.source=/data"],
 }
 
 FINETUNE_OF_THE_TUTORIAL = """

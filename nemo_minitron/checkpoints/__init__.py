@@ -14,6 +14,7 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints import canonical, files, huggingface, nemo1, nemo2
+from nemo_minitron.checkpoints.quantized import Quantization
 from nemo_minitron.checkpoints.tensors import Lazy
 from nemo_minitron.checkpoints.tokenizers import Tokenizer
 from nemo_minitron.errors import CheckpointError
@@ -36,6 +37,7 @@ class Checkpoint:
         generation: settings of generation (`eos_token_id`...), where the checkpoint keeps them.
         size: bytes of its files.
         layout: how the weights lie (``torch_dist``, ``zarr``, ``ckpt``, ``safetensors``).
+        quantization: how the stored weights are quantised, or None; `tensors` are then what they stand for.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class Checkpoint:
     generation: Mapping[str, Any]
     size: int
     layout: str
+    quantization: Quantization | None = None
     keep: Any = None
 
     @property
@@ -114,16 +117,17 @@ def _cache() -> Path:
     return Path(tempfile.mkdtemp(prefix="minitron-"))
 
 
-def open_checkpoint(path: str | Path, role: str = "checkpoint") -> Checkpoint:
+def open_checkpoint(path: str | Path, role: str = "checkpoint", *, quantized: bool = False) -> Checkpoint:
     """Tells the format of the checkpoint at `path`, checks that it is whole, and reads its sizes; loads no weights.
 
     A folder as the NGC client leaves it, with one `.nemo` file in it, stands for that file.
 
     Args:
         role: what the checkpoint is for (teacher, student), for messages.
+        quantized: take one with quantised weights too; its tensors are then what the weights stand for.
 
     Raises:
-        CheckpointError: it is missing, truncated, or none of the known formats.
+        CheckpointError: it is missing, truncated, quantised where that is of no use, or none of the known formats.
     """
     path = Path(path)
     if not path.exists():
@@ -135,7 +139,14 @@ def open_checkpoint(path: str | Path, role: str = "checkpoint") -> Checkpoint:
             "context/ and weights/ (NeMo 2), model_config.yaml (NeMo 1) or config.json (Hugging Face)"
         )
     place, kind = found
-    return {NEMO1: _open_nemo1, NEMO2: _open_nemo2, HF: _open_hf}[kind](place)
+    checkpoint = {NEMO1: _open_nemo1, NEMO2: _open_nemo2, HF: _open_hf}[kind](place)
+    if checkpoint.quantization is not None and not quantized:
+        raise CheckpointError(
+            f"the {role} {path} is quantised ({checkpoint.quantization.describe()}): give the model that it was made "
+            f"from, in bf16, fp16 or fp32; `minitron convert {path} DST --to hf` makes plain numbers of it, with what "
+            "quantising lost still lost"
+        )
+    return checkpoint
 
 
 def locate(path: Path) -> tuple[Path, str] | None:
@@ -217,4 +228,5 @@ def _open_hf(path: Path) -> Checkpoint:
         generation=generation,
         size=found.size(),
         layout="safetensors",
+        quantization=huggingface.quantization_of(found),
     )

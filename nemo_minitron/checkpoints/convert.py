@@ -33,7 +33,7 @@ def convert(config: ConvertConfig) -> Manifest:
         ConfigError: the settings ask for something that this model or format cannot do.
         OutputExistsError: the output was made from something else.
     """
-    source = open_checkpoint(config.source, "source")
+    source = open_checkpoint(config.source, "source", quantized=True)
     architecture, tensors = plan(source, config)
     if config.target_format == "hf":
         write_config(architecture, source.dtype)
@@ -41,6 +41,11 @@ def convert(config: ConvertConfig) -> Manifest:
         tokenizers.from_directory(config.tokenizer)
     check_room(config.output, sum(tensor.nbytes for tensor in tensors.values()))
     how = verify.resolve(config.verify, source)
+    if how == "logits" and source.quantization is not None:
+        raise ConfigError(
+            "verify = logits: neither transformers nor Megatron runs quantised weights; leave it, or verify=tensors",
+            "minitron convert",
+        )
     settings = dataclasses.asdict(config) | {"format": config.target_format, "verify": how}
     job = Job(
         stage="convert",

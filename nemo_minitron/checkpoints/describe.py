@@ -1,11 +1,14 @@
 """`minitron inspect`: what a checkpoint is, and what is odd about it, without reading its weights."""
 
+import dataclasses
 import json
 from collections import Counter
 from typing import Any
 
 from nemo_minitron.architecture import human
-from nemo_minitron.checkpoints import FORMATS, Checkpoint, open_checkpoint
+from nemo_minitron.checkpoints import FORMATS, Checkpoint, huggingface, open_checkpoint
+from nemo_minitron.checkpoints.files import folder_files
+from nemo_minitron.checkpoints.quantized import Quantization
 from nemo_minitron.checkpoints.tensors import BLOCK, Lazy
 from nemo_minitron.config import InspectConfig
 
@@ -20,7 +23,7 @@ def inspect(config: InspectConfig) -> None:
     Raises:
         CheckpointError: it is missing, damaged or of no known format.
     """
-    checkpoint = open_checkpoint(config.source)
+    checkpoint = open_checkpoint(config.source, quantized=True)
     described = describe(checkpoint, values=config.values)
     print(json.dumps(described, indent=2) if config.json else render(described))
 
@@ -40,7 +43,8 @@ def describe(checkpoint: Checkpoint, *, values: bool = False) -> dict[str, Any]:
         "family": a.family,
         "parameters": a.parameters(),
         "parameters_without_embeddings": a.non_embedding_parameters(),
-        "precision": dict(precisions.most_common()),
+        "precision": dict(precisions.most_common()) if checkpoint.quantization is None else _stored(checkpoint),
+        "quantization": dataclasses.asdict(checkpoint.quantization) if checkpoint.quantization else None,
         "bytes": checkpoint.size,
         "tokenizer": checkpoint.tokenizer_files.describe() if checkpoint.tokenizer_files else None,
         "architecture": a.to_dict(),
@@ -54,9 +58,19 @@ def describe(checkpoint: Checkpoint, *, values: bool = False) -> dict[str, Any]:
     return found
 
 
+def _stored(checkpoint: Checkpoint) -> dict[str, int]:
+    """Dtype -> tensors of a quantised checkpoint, as they lie on disk."""
+    return huggingface.stored_precisions(folder_files(checkpoint.path, deep=False))
+
+
 def oddities(checkpoint: Checkpoint) -> list[str]:
     """What a user may stumble over."""
     a, found = checkpoint.architecture, []
+    if checkpoint.quantization is not None:
+        found.append(
+            f"the weights are quantised ({checkpoint.quantization.describe()}): for a server; convert and evaluate "
+            "read them as the numbers that they stand for, without the rounding of activations that the server adds"
+        )
     tokenizer = checkpoint.tokenizer_files
     if a.num_attention_heads * a.kv_channels != a.hidden_size:
         found.append(
@@ -120,6 +134,8 @@ def render(described: dict[str, Any]) -> str:
         ("bytes", f"{described['bytes']:,} ({described['bytes'] / 1e9:.2f} GB)"),
         ("tokenizer", described["tokenizer"] or "none"),
     ]
+    if described["quantization"]:
+        lines.insert(1, ("quantised", Quantization(**described["quantization"]).describe()))
     if "not_finite" in described:
         lines.append(("values", "NaN or Inf, see below" if described["not_finite"] else "all finite"))
     text = [described["path"], *(f"  {name:<19}{value}" for name, value in lines)]

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints import safetensors_file, tokenizers
+from nemo_minitron.checkpoints import quantized, safetensors_file, tokenizers
 from nemo_minitron.checkpoints.canonical import EMBEDDING, LAYERS, OUTPUT, layer_shapes, outer_shapes
+from nemo_minitron.checkpoints.described import shown
 from nemo_minitron.checkpoints.families import FAMILIES, OUTER, layer_names, read_config, write_config
-from nemo_minitron.checkpoints.files import Files
-from nemo_minitron.checkpoints.tensors import Lazy, Resized, Runs, concatenate
+from nemo_minitron.checkpoints.files import Files, folder_files
+from nemo_minitron.checkpoints.tensors import Joined, Lazy, Resized, Runs, concatenate
 from nemo_minitron.errors import CheckpointError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -47,14 +49,60 @@ def read(files: Files) -> tuple[Architecture, dict[str, Any], dict[str, Any], di
     """
     config = read_json(files, CONFIG)
     source = f"{files.where}/{CONFIG}"
-    if "quantization_config" in config:
-        raise CheckpointError(f"{source}: the weights are quantised; give the model in bf16, fp16 or fp32")
+    if "mapping" in config and "architecture" in config:
+        raise CheckpointError(
+            f"{files.where} is a TensorRT-LLM checkpoint of {shown(config['architecture'])} (config.json, "
+            "rank*.safetensors): trtllm-build reads it; nothing here does, give the model that it was made from"
+        )
+    quantization = quantization_of(files, config)
     architecture = read_config(config, source)
     generation = {key: config[key] for key in CARRIED if config.get(key) is not None}
     if GENERATION in files:
         generation |= {k: v for k, v in read_json(files, GENERATION).items() if k != "transformers_version"}
-    tensors = _canonical(_stored(files), architecture, files.where)
+    stored: Mapping[str, Lazy] = _stored(files)
+    if quantization is not None:
+        stored = quantized.dequantized(stored, quantization, files.where)
+    tensors = _canonical(stored, architecture, files.where)
     return architecture, config, generation, tensors
+
+
+def quantization_of(files: Files, config: dict[str, Any] | None = None) -> quantized.Quantization | None:
+    """How the weights are quantised, or None; raises CheckpointError where that is not known here."""
+    config = read_json(files, CONFIG) if config is None else config
+    beside = read_json(files, quantized.SIDE_FILE) if quantized.SIDE_FILE in files else None
+    return quantized.recognise(config, beside, f"{files.where}/{CONFIG}")
+
+
+def stored_precisions(files: Files) -> dict[str, int]:
+    """Dtype -> tensors that are stored in it, scales included; of quantised directories."""
+    return dict(Counter(tensor.dtype for tensor in _stored(files).values()).most_common())
+
+
+def dequantized(folder: Path, dtype: str | None = None) -> dict[str, Lazy]:
+    """Hugging Face name -> plain tensor of a directory that ModelOpt quantised, each made when it is read.
+
+    Args:
+        dtype: of the tensors that were quantised (`float32`); None: that of those that were not.
+
+    Raises:
+        CheckpointError: the directory is damaged, not quantised, or quantised in a way that is not known here.
+    """
+    stored, quantization = stored_quantized(folder)
+    return quantized.dequantized(stored, quantization, folder, dtype)
+
+
+def stored_tensors(folder: Path) -> dict[str, Runs]:
+    """Every tensor of a directory as it is stored, by its Hugging Face name."""
+    return _stored(folder_files(Path(folder), deep=False))
+
+
+def stored_quantized(folder: Path) -> tuple[dict[str, Runs], quantized.Quantization]:
+    """The stored tensors of a quantised directory and how they are quantised; see `dequantized`."""
+    files = folder_files(Path(folder), deep=False)
+    quantization = quantization_of(files)
+    if quantization is None:
+        raise CheckpointError(f"{folder} is not quantised: its config.json has no {quantized.CONFIG_KEY}")
+    return _stored(files), quantization
 
 
 def tokenizer(files: Files) -> tokenizers.Tokenizer | None:
@@ -84,7 +132,7 @@ def _stored(files: Files) -> dict[str, Runs]:
     return found
 
 
-def _canonical(stored: dict[str, Runs], a: Architecture, where: Path) -> dict[str, Lazy]:
+def _canonical(stored: Mapping[str, Lazy], a: Architecture, where: Path) -> dict[str, Lazy]:
     """Tensors by canonical name; raises CheckpointError naming what is missing or left over."""
     left = {name: tensor for name, tensor in stored.items() if not name.endswith(BUFFERS)}
     if a.share_embeddings_and_output_weights:
@@ -131,7 +179,7 @@ def _part_rows(name: str, parts: int, shape: tuple[int, ...], a: Architecture) -
     return [shape[0] // parts] * parts
 
 
-def _wrong_shapes(names: tuple[str, ...], parts: list[Runs], shape: tuple[int, ...], a: Architecture) -> list[str]:
+def _wrong_shapes(names: tuple[str, ...], parts: list[Lazy], shape: tuple[int, ...], a: Architecture) -> list[str]:
     found = []
     for name, part, rows in zip(names, parts, _part_rows(names[0], len(parts), shape, a)):
         if part.shape != (rows, *shape[1:]):
@@ -141,17 +189,22 @@ def _wrong_shapes(names: tuple[str, ...], parts: list[Runs], shape: tuple[int, .
     return found
 
 
-def _fuse(name: str, parts: list[Runs], a: Architecture) -> Runs:
+def _fuse(name: str, parts: list[Any], a: Architecture) -> Lazy:
     """One canonical tensor from its Hugging Face parts: only the order of rows changes."""
     if len(parts) < 3:
-        return concatenate(parts)
+        return _below(parts)
     query, key, value = parts
     size, per_group = a.kv_channels, a.num_attention_heads // a.num_query_groups * a.kv_channels
     rows = []
     for group in range(a.num_query_groups):
         rows.append(query.rows(group * per_group, (group + 1) * per_group))
         rows += [part.rows(group * size, (group + 1) * size) for part in (key, value)]
-    return concatenate(rows)
+    return _below(rows)
+
+
+def _below(parts: list[Any]) -> Lazy:
+    """Tensors one below the other: as runs of bytes where they are such."""
+    return concatenate(parts) if all(isinstance(part, Runs) for part in parts) else Joined(tuple(parts))
 
 
 class _LastRead:
@@ -188,7 +241,7 @@ class _RowsOf(Lazy):
                 yield data[start : min(start + len(buffer), last * self.row_bytes)]
 
 
-def _ranges(a: Architecture, parts: int, rows: int) -> list[list[tuple[int, int]]]:
+def part_ranges(a: Architecture, parts: int, rows: int) -> list[list[tuple[int, int]]]:
     """Rows of each Hugging Face part in the canonical tensor: halves, or query, key and value by group."""
     if parts == 2:
         return [[(0, rows // 2)], [(rows // 2, rows)]]
@@ -211,7 +264,7 @@ def export_tensors(tensors: Mapping[str, Lazy], a: Architecture) -> dict[str, La
         if len(theirs) == 1:
             found[theirs[0]] = tensor
             continue
-        for part, ranges in zip(theirs, _ranges(a, len(theirs), shape[0])):
+        for part, ranges in zip(theirs, part_ranges(a, len(theirs), shape[0])):
             rows = sum(last - first for first, last in ranges)
             found[part] = _RowsOf((rows, *shape[1:]), tensor.dtype, ranges, name, tensor, last_read)
     return found

@@ -39,6 +39,8 @@ def resolve(verify: str, source: Checkpoint) -> str:
     """What verify=auto means for this checkpoint on this machine."""
     if verify != "auto":
         return verify
+    if source.quantization is not None:
+        return "tensors"
     engines = all(importlib.util.find_spec(name) for name in ("megatron", "nemo"))
     return "logits" if engines and fits_in_memory(source) and source.architecture.family in FAMILIES else "tensors"
 

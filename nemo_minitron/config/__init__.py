@@ -16,6 +16,7 @@ from nemo_minitron.config.base import (
 )
 from nemo_minitron.config.checkpoints import HF_SOURCE, NGC_SOURCE, ConvertConfig, DownloadConfig, InspectConfig
 from nemo_minitron.config.data import DataConfig
+from nemo_minitron.config.deployment import CalibrationDataConfig, QuantizeConfig
 from nemo_minitron.config.flow import (
     DistillRecipeConfig,
     FlowConfig,
@@ -23,8 +24,11 @@ from nemo_minitron.config.flow import (
     FlowModelConfig,
     FlowPruneConfig,
     HardwareConfig,
+    InstructRecipeConfig,
     RecipeConfig,
 )
+from nemo_minitron.config.instructions import InstructConfig, PeftConfig
+from nemo_minitron.config.planning import PLAN_STAGES, PlanConfig, PlanStudentConfig
 from nemo_minitron.config.pruning import ExportConfig, InferenceConfig, PruneConfig, PruneModelConfig, PruneTargets
 from nemo_minitron.config.training import (
     DistillConfig,
@@ -44,6 +48,7 @@ from nemo_minitron.config.training import (
 )
 
 __all__ = [
+    "CalibrationDataConfig",
     "Config",
     "ConvertConfig",
     "DataConfig",
@@ -64,14 +69,21 @@ __all__ = [
     "HiddenLossConfig",
     "InferenceConfig",
     "InspectConfig",
+    "InstructConfig",
+    "InstructRecipeConfig",
     "KDConfig",
     "ModelConfig",
     "ModelDataConfig",
     "NGC_SOURCE",
     "OptimConfig",
+    "PLAN_STAGES",
+    "PlanConfig",
+    "PlanStudentConfig",
+    "PeftConfig",
     "PruneConfig",
     "PruneModelConfig",
     "PruneTargets",
+    "QuantizeConfig",
     "RecipeConfig",
     "SchedConfig",
     "StageConfig",

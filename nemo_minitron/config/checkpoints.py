@@ -49,7 +49,7 @@ class ConvertConfig(Config):
         else:
             found += unnamed(self.output) or format_problems(self.output, self.to)
         if "???" not in (self.source, self.output):
-            found += _overlap(self.source, self.output)
+            found += overlap(self.source, self.output)
         return found + self._choice_problems() + self._target_problems()
 
     def _choice_problems(self) -> list[str]:
@@ -85,7 +85,7 @@ def unnamed(output: str) -> list[str]:
     return [f"output = {output!r} has no name of its own: name what to make, output={output or '.'}/NAME"]
 
 
-def _overlap(source: str, output: str) -> list[str]:
+def overlap(source: str, output: str) -> list[str]:
     """A problem where writing the output would replace the source."""
     one, other = os.path.realpath(source), os.path.realpath(output)
     if one == other:

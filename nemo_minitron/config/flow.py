@@ -5,6 +5,7 @@ from dataclasses import field
 from typing import Any
 
 from nemo_minitron.config.base import Config, at_least, one_of
+from nemo_minitron.config.instructions import InstructConfig, PeftConfig
 from nemo_minitron.config.training import KDConfig
 
 
@@ -81,6 +82,23 @@ class HardwareConfig(Config):
     """Samples a rank works on at once."""
     num_workers: int = 0
     """Processes of the data loader."""
+    memory_gb: float | None = None
+    """What a rank can hold, in GB of 10^9 bytes; only `minitron plan` asks. A card sold with 80 GB has about 85 of
+    them: the rest is room for what is not in the plan, contexts, communication and fragments."""
+
+    def problems(self) -> list[str]:
+        found = at_least(
+            1,
+            devices=self.devices,
+            num_nodes=self.num_nodes,
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            prune_pipeline_model_parallel_size=self.prune_pipeline_model_parallel_size,
+            micro_batch_size=self.micro_batch_size,
+        )
+        if self.memory_gb is not None and self.memory_gb <= 0:
+            found.append(f"memory_gb = {self.memory_gb} must be above 0")
+        return found
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -124,6 +142,20 @@ class DistillRecipeConfig(RecipeConfig):
     kd: KDConfig = field(default_factory=KDConfig)
     control: bool = True
     """Also retrain each student with the LM loss alone for the same steps, to compare with."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class InstructRecipeConfig(RecipeConfig):
+    """Instruction tuning of each distilled student, where there is data for it."""
+
+    data: str | None = None
+    """File or folder of instructions and answers, as in finetune's model.data.instructions; none: no such step."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine."""
+    rows: InstructConfig = field(default_factory=InstructConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -186,6 +218,7 @@ class FlowConfig(Config):
     finetune: RecipeConfig = field(default_factory=RecipeConfig)
     prune: FlowPruneConfig = field(default_factory=FlowPruneConfig)
     distill: DistillRecipeConfig = field(default_factory=DistillRecipeConfig)
+    instruct: InstructRecipeConfig = field(default_factory=InstructRecipeConfig)
 
     def problems(self) -> list[str]:
         return at_least(1, limit_test_batches=self.limit_test_batches)

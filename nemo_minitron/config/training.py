@@ -5,6 +5,7 @@ from dataclasses import field
 from typing import Any
 
 from nemo_minitron.config.base import Config, at_least, format_problems, one_of, output_format
+from nemo_minitron.config.instructions import InstructConfig, PeftConfig
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -94,6 +95,8 @@ class ModelDataConfig(Config):
 
     data_prefix: Any = None
     """Folder made by `minitron data`, or NeMo 24.07's form, {train:[1.0,prefix],validation:[prefix],test:[prefix]}."""
+    instructions: str | None = None
+    """finetune: file or folder of instructions and answers, in place of data_prefix (see instruct.format)."""
     seq_length: int | None = None
     """Tokens a sample; none: model.encoder_seq_length, or else the model's own length."""
     num_workers: int = 2
@@ -106,7 +109,9 @@ class ModelDataConfig(Config):
 
 
 def missing_data(data: ModelDataConfig) -> list[str]:
-    """A problem unless the data is named."""
+    """A problem unless tokenised data is named, and no other."""
+    if data.instructions:
+        return ["model.data.instructions is for finetune; name tokenised data, model.data.data_prefix"]
     return [] if data.data_prefix else ["model.data.data_prefix is missing: name the folder that `minitron data` made"]
 
 
@@ -203,8 +208,12 @@ class StageConfig(Config):
         return output_format(self.output, self.to)
 
     def problems(self) -> list[str]:
-        found = layout_problems(self.trainer, self.model) + missing_data(self.model.data)
+        found = layout_problems(self.trainer, self.model) + self.data_problems()
         return found + format_problems(self.output, self.to)
+
+    def data_problems(self) -> list[str]:
+        """What is wrong with the data that is named."""
+        return missing_data(self.model.data)
 
 
 def layout_problems(trainer: TrainerConfig, model: ModelConfig) -> list[str]:
@@ -232,7 +241,29 @@ def layout_problems(trainer: TrainerConfig, model: ModelConfig) -> list[str]:
 
 @dataclasses.dataclass(kw_only=True)
 class FinetuneConfig(StageConfig):
-    """Teacher correction, or training from random weights."""
+    """Teacher correction, training from random weights, or instruction tuning; of all weights or of adapters."""
+
+    instruct: InstructConfig = field(default_factory=InstructConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.peft.scheme != "none" and self.model.init == "random":
+            found.append("peft.scheme = lora trains adapters of a checkpoint: init=random has none")
+        if self.peft.keep_adapter and self.target_format == "nemo1":
+            found.append(f"peft.keep_adapter leaves a folder beside the weights, but {self.output} is an archive")
+        if (
+            self.peft.keep_adapter
+            and self.model.tensor_model_parallel_size * self.model.pipeline_model_parallel_size > 1
+        ):
+            found.append("peft.keep_adapter needs tensor_model_parallel_size = pipeline_model_parallel_size = 1")
+        return found
+
+    def data_problems(self) -> list[str]:
+        data = self.model.data
+        if not data.instructions:
+            return missing_data(data)
+        return ["model.data.data_prefix and model.data.instructions: give one"] if data.data_prefix else []
 
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "soft_cross_entropy")

@@ -130,6 +130,11 @@ def _files(source: Path, seed: int) -> Corpus:
     return Corpus(splits=splits, inputs=inputs, notes=notes + carved)
 
 
+def read_documents(source: Path) -> Iterator[str]:
+    """All documents of a file or folder, whatever split its name says; raises DataError where there is no text."""
+    yield from _reader(_text_files(source))()
+
+
 def _text_files(source: Path) -> list[Path]:
     if not source.exists():
         raise DataError(f"the corpus {source} does not exist; give a folder or file, embedded, or wikitext103")

@@ -24,7 +24,7 @@ def evaluate_loss(config: EvaluateConfig) -> Manifest:
     Raises:
         ConfigError, CheckpointError, DataError, EngineError: before any work.
     """
-    checkpoint = open_checkpoint(config.model.restore_from_path)
+    checkpoint = open_checkpoint(config.model.restore_from_path, quantized=True)
     inputs = training_inputs(config, checkpoint.architecture, checkpoint.tokenizer)
     job = Job(
         stage="evaluate",

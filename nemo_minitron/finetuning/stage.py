@@ -1,4 +1,4 @@
-"""Training with the language-model loss: teacher correction, or a teacher from random weights."""
+"""Training with the language-model loss: teacher correction, a teacher from random weights, instruction tuning."""
 
 import dataclasses
 from pathlib import Path
@@ -9,6 +9,7 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import FinetuneConfig
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.finetuning.adapter import ADAPTER, keep_adapter
 from nemo_minitron.jobs import Job
 from nemo_minitron.runtime.inputs import (
     CHECKPOINTS,
@@ -43,7 +44,7 @@ def finetune(config: FinetuneConfig) -> Manifest:
     job = Job(
         stage="finetune",
         output=Path(config.output),
-        config=dataclasses.asdict(config),
+        config=settings_of(config),
         inputs=inputs_of_job | inputs.files(),
         seed=config.seed,
         overwrite=config.overwrite,
@@ -57,6 +58,16 @@ def finetune(config: FinetuneConfig) -> Manifest:
         trainer=config.trainer,
         resumable=True,
     )
+
+
+def settings_of(config: FinetuneConfig) -> dict[str, Any]:
+    """The settings that a run is known by: those of instructions and adapters only where there are any."""
+    settings = dataclasses.asdict(config)
+    if not config.model.data.instructions:
+        del settings["instruct"]
+    if config.peft.scheme == "none":
+        del settings["peft"]
+    return settings
 
 
 def random_architecture(config: FinetuneConfig) -> Architecture:
@@ -81,34 +92,31 @@ def _work(
     import time
 
     from nemo_minitron.runtime.engine import engine, model_config
+    from nemo_minitron.runtime.lora import reseeding
     from nemo_minitron.runtime.model import gpt_module
     from nemo_minitron.runtime.training import optimizer, train_and_validate
-    from nemo_minitron.runtime.weights import bare, save_checkpoint
 
     with engine(config.seed, partial / LOG):
         tokenizer = nemo_tokenizer(inputs.tokenizer)
+        settings = model_config(architecture, inputs.layout)
+        # Answers differ in length: each of their tokens weighs the same, whatever micro batch it is in.
+        settings.calculate_per_token_loss = inputs.samples is not None
         module = gpt_module(
-            model_config(architecture, inputs.layout),
+            settings,
             architecture,
             weights=weights,
             optim=optimizer(
                 config.model.optim, config.trainer.max_steps, config.trainer.gradient_clip_val, inputs.layout
             ),
             tokenizer=tokenizer,
+            peft=config.peft,
         )
         data = build_data(config, inputs, tokenizer, partial)
         started = time.perf_counter()
-        history = train_and_validate(module, data, config, inputs.layout, partial)
+        callbacks = [reseeding(config.seed)] if config.peft.scheme == "lora" and config.peft.dropout else []
+        history = train_and_validate(module, data, config, inputs.layout, partial, callbacks)
         seconds = time.perf_counter() - started
-        save_checkpoint(
-            bare(module),
-            architecture,
-            partial,
-            output=config.output,
-            to=config.to,
-            tokenizer=inputs.tokenizer,
-            generation=weights.generation if weights else None,
-        )
+        _save(module, architecture, config, inputs, partial, weights.generation if weights else None)
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
     return {
         "metrics": {
@@ -118,7 +126,41 @@ def _work(
             "weights": history["weights"],
             "validation": history["validation"],
             "train": history["train"],
+            **_rows(inputs),
         },
         "timings": {"training_seconds": seconds, "tokens_per_second": history["tokens_per_second"]},
         "details": {"architecture": architecture.to_dict()},
     }
+
+
+def _save(
+    module: Any, architecture: Architecture, config: FinetuneConfig, inputs: Inputs, partial: Path, generation: Any
+) -> None:
+    """Writes the trained model as an ordinary checkpoint, adapters merged, and the adapter where it is to stay."""
+    from nemo_minitron.runtime.lora import merge_adapters
+    from nemo_minitron.runtime.weights import bare, save_checkpoint
+
+    model = bare(module)
+    if config.peft.keep_adapter:
+        keep_adapter(model, architecture, config.peft, partial / ADAPTER, str(config.model.restore_from_path))
+    if config.peft.scheme == "lora":
+        merge_adapters(model)
+    save_checkpoint(
+        model,
+        architecture,
+        partial,
+        output=config.output,
+        to=config.to,
+        tokenizer=inputs.tokenizer,
+        generation=generation,
+    )
+
+
+def _rows(inputs: Inputs) -> dict[str, Any]:
+    """What became of the rows of instructions, for the manifest's metrics."""
+    if inputs.samples is None:
+        return {}
+    counts = inputs.samples.counts
+    total = {name: sum(split[name] for split in counts.values()) for name in counts["train"]}
+    rows = {f"rows_{name}" if name != "rows" else name: count for name, count in total.items()}
+    return {"template": inputs.samples.template, **rows, "validation_rows": counts["validation"]["rows"]}

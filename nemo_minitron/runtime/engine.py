@@ -152,11 +152,11 @@ def spread_layers(config: Any) -> None:
 
     NeMo's strategy resets these fields of a model's config to its own, which are one for student and teacher.
     """
-    for name, layers in _uneven_stages(config.num_layers, config.pipeline_model_parallel_size).items():
+    for name, layers in uneven_stages(config.num_layers, config.pipeline_model_parallel_size).items():
         setattr(config, name, layers)
 
 
-def _uneven_stages(num_layers: int, stages: int) -> dict[str, int]:
+def uneven_stages(num_layers: int, stages: int) -> dict[str, int]:
     """Megatron takes layers that do not divide evenly if it is told what the first and last stage get."""
     if stages == 1 or num_layers % stages == 0:
         return {}

@@ -6,6 +6,8 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.config import StageConfig
+from nemo_minitron.data.instruction_samples import Samples, check_vocabulary, make_samples, padded_length
+from nemo_minitron.data.instructions import read_instructions
 from nemo_minitron.data.module import check_fits as check_data
 from nemo_minitron.data.module import data_module, paths, resolve_prefixes
 from nemo_minitron.errors import ConfigError
@@ -23,6 +25,7 @@ NOT_THE_RESULT = (
     "model.nemo_path",
     "model.tokenizer",
     "model.data.data_prefix",
+    "model.data.instructions",
     "model.data.index_mapping_dir",
     "model.data.num_workers",
 )
@@ -36,16 +39,18 @@ class Inputs:
         prefixes: split -> prefixes of indexed datasets, weights before them as Megatron writes blends.
         seq_length: tokens a sample.
         tokenizer: directory or hub name.
+        samples: of instructions, in place of prefixes.
     """
 
     prefixes: dict[str, list]
     seq_length: int
     tokenizer: str
     layout: Layout
+    samples: Samples | None = None
 
     def files(self) -> dict[str, str]:
         """Name -> file of the data and the tokenizer, for the manifest."""
-        files = data_files(self.prefixes)
+        files = data_files(self.prefixes) | (self.samples.files if self.samples else {})
         return files | ({"tokenizer": self.tokenizer} if Path(self.tokenizer).is_dir() else {})
 
 
@@ -80,13 +85,29 @@ def training_inputs(config: StageConfig, architecture: Architecture, own_tokeniz
     tokenizer = config.model.tokenizer or own_tokenizer or data_tokenizer(config)
     if tokenizer is None:
         raise ConfigError("no tokenizer: neither checkpoint nor data folder has one; give model.tokenizer=DIR")
+    length = config.model.data.seq_length or config.model.encoder_seq_length or architecture.seq_length
+    if config.model.data.instructions:
+        return _instruction_inputs(config, architecture, tokenizer, layout, length)
     prefixes = resolve_prefixes(config.model.data.data_prefix)
     missing = [split for split in ("train", "validation") if split not in prefixes]
     if missing:
         raise ConfigError(f"model.data.data_prefix has no {' and no '.join(missing)} split")
-    length = config.model.data.seq_length or config.model.encoder_seq_length or architecture.seq_length
     check_data(prefixes, seq_length=length, vocab_size=architecture.vocab_size)
     return Inputs(prefixes=prefixes, seq_length=length, tokenizer=tokenizer, layout=layout)
+
+
+def _instruction_inputs(
+    config: StageConfig, architecture: Architecture, tokenizer: str, layout: Layout, length: int
+) -> Inputs:
+    """Reads and tokenises the instructions; a sample is as long as the longest of them, `length` at most."""
+    from nemo_minitron.data.tokenizer import load_tokenizer
+
+    rows = read_instructions(config.model.data.instructions, config.instruct, config.seed)
+    samples = make_samples(rows, config.instruct, load_tokenizer(tokenizer), length)
+    check_vocabulary(samples, architecture.vocab_size)
+    return Inputs(
+        prefixes={}, seq_length=padded_length(samples, length), tokenizer=tokenizer, layout=layout, samples=samples
+    )
 
 
 def nemo_tokenizer(name: str) -> Any:
@@ -98,6 +119,20 @@ def nemo_tokenizer(name: str) -> Any:
 
 def build_data(config: StageConfig, inputs: Inputs, tokenizer: Any, partial: Path) -> Any:
     """NeMo's data module for a training stage."""
+    if inputs.samples is not None:
+        from nemo_minitron.data.instruction_module import InstructionDataModule
+
+        return InstructionDataModule(
+            inputs.samples,
+            padding=tokenizer.eos_id,
+            tokenizer=tokenizer,
+            seq_length=inputs.seq_length,
+            micro_batch_size=config.model.micro_batch_size,
+            global_batch_size=config.model.global_batch_size,
+            num_workers=config.model.data.num_workers,
+            persistent_workers=config.model.data.num_workers > 0,
+            seed=config.seed,
+        )
     return data_module(
         inputs.prefixes,
         tokenizer,

@@ -4,9 +4,11 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints import Checkpoint
+from nemo_minitron.config import PeftConfig
 from nemo_minitron.runtime.engine import spread_layers
+from nemo_minitron.runtime.lora import add_adapters, trained_part
 from nemo_minitron.runtime.losses import token_loss_reduction
-from nemo_minitron.runtime.weights import load_weights
+from nemo_minitron.runtime.weights import bare, load_weights
 
 LM_LOSS = "lm_loss"
 
@@ -18,14 +20,19 @@ def gpt_module(
     weights: Checkpoint | None,
     optim: Any = None,
     tokenizer: Any = None,
+    peft: PeftConfig | None = None,
 ) -> Any:
     """NeMo's GPTModel that starts from the checkpoint `weights` (or at random) and keeps the sums of its losses.
+
+    With `peft` of scheme lora only adapters train, and only they are in the checkpoints to resume from.
 
     Attributes of the result beyond GPTModel's: `loss_names`; `loss_weights`, and `weights_at` the means of a step; and
     `sums`, the tensor [names + 1] of the last global batch (each loss summed over tokens, then the number of tokens) on
     the last pipeline stage.
     """
     from nemo.collections import llm
+
+    adapted = peft is not None and peft.scheme == "lora"
 
     class MinitronGPTModel(llm.GPTModel):
         loss_names = (LM_LOSS,)
@@ -39,6 +46,8 @@ def gpt_module(
             self.module = self.config.configure_model(self.tokenizer, vp_stage=vp_stage)
             if weights is not None:
                 load_weights(self.module, architecture, weights)
+            if adapted:
+                add_adapters(self, peft)
 
         def weights_at(self, means: dict[str, float]) -> dict[str, float]:
             return self.loss_weights
@@ -57,4 +66,10 @@ def gpt_module(
         def validation_loss_reduction(self) -> Any:
             return self.training_loss_reduction
 
-    return MinitronGPTModel(config, optim=optim, tokenizer=tokenizer)
+    class AdaptedGPTModel(MinitronGPTModel):
+        strict_loading = False
+
+        def sharded_state_dict(self, prefix: str = "", **options: Any) -> dict[str, Any]:
+            return trained_part(bare(self).sharded_state_dict(prefix=f"{prefix}module.", **options))
+
+    return (AdaptedGPTModel if adapted else MinitronGPTModel)(config, optim=optim, tokenizer=tokenizer)

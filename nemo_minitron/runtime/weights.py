@@ -14,6 +14,7 @@ from nemo_minitron.checkpoints.tokenizers import Tokenizer
 from nemo_minitron.checkpoints.write import place_in, write_checkpoint, write_context
 from nemo_minitron.config import output_format
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.runtime.lora import trained_part
 
 NORM_WEIGHTS = ("layernorm.weight", "layer_norm_weight")
 BEFORE_CONVERSION = "megatron"
@@ -82,7 +83,7 @@ def reload(model: Any, folder: Path) -> None:
     """Puts the weights of a training checkpoint of this very model back into it; every rank calls it."""
     from megatron.core import dist_checkpointing
 
-    wanted = {"state_dict": model.sharded_state_dict(prefix=PREFIX)}
+    wanted = {"state_dict": trained_part(model.sharded_state_dict(prefix=PREFIX))}
     loaded = dist_checkpointing.load(wanted, str(folder / WEIGHTS))["state_dict"]
     state = {name.removeprefix(PREFIX): value for name, value in loaded.items()}
     result = model.load_state_dict(state, strict=False)

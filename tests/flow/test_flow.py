@@ -106,6 +106,24 @@ def test_a_stage_that_is_gone_is_made_again_with_the_same_bits(run):
     assert {name for name in before if before[name] != after[name]} == {"width-distilled"}
 
 
+def test_a_flow_may_end_with_instruction_tuning(run, tmp_path, capsys):
+    """Only the students' own step runs; what the others made stays."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"instruction": f"Say {n}", "output": f"{n}!"}) for n in range(10)))
+    before = stamps(run)
+    recipe = ["max_steps=2", "val_check_interval=1", "limit_val_batches=1", "warmup_steps=1", "peft.scheme=lora"]
+    settings = [f"instruct.data={rows}", "instruct.rows.template=plain", *(f"instruct.{entry}" for entry in recipe)]
+    assert main(["flow", f"output_dir={run}", *SMALL, *settings]) == 0
+    after = stamps(run)
+    assert after.items() >= before.items() and set(after) - set(before) == {"depth-instruct", "width-instruct"}
+    instructed = json.loads((run / "report.json").read_text())["instructed"]
+    assert [entry["step"] for entry in instructed["depth"]] == [1, 2]
+    assert "width instructed: loss of the answers in validation" in capsys.readouterr().out
+    rows.write_text('{"instruction": 1, "output": "a"}')
+    assert main(["flow", f"output_dir={tmp_path / 'bad'}", *SMALL, *settings]) == 1
+    assert "row 1: field instruction" in capsys.readouterr().err and not (tmp_path / "bad").exists()
+
+
 def test_the_whole_flow_again_gives_the_same_bits(run, tmp_path):
     assert main(["flow", f"output_dir={tmp_path / 'again'}", *SMALL]) == 0
     for name in ("teacher", "depth-distilled", "depth-control", "width-distilled", "width-control"):

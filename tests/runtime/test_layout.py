@@ -5,7 +5,7 @@ import pytest
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.config import ModelConfig, TrainerConfig, layout_problems
 from nemo_minitron.errors import EngineError
-from nemo_minitron.runtime.engine import _uneven_stages
+from nemo_minitron.runtime.engine import uneven_stages
 from nemo_minitron.runtime.layout import Layout, check_fits, layout_of
 
 LLAMA = Architecture(
@@ -48,7 +48,7 @@ def test_layout_problems(trainer, model, expected):
 @pytest.mark.parametrize("stages", [2, 3, 4])
 @pytest.mark.parametrize("layers", range(4, 12))
 def test_uneven_stages_hold_all_layers(layers, stages):
-    sizes = _uneven_stages(layers, stages)
+    sizes = uneven_stages(layers, stages)
     first = sizes.get("num_layers_in_first_pipeline_stage")
     last = sizes.get("num_layers_in_last_pipeline_stage")
     given = [size for size in (first, last) if size is not None]

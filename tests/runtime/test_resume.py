@@ -43,6 +43,16 @@ def finetuning(tiny, student, output) -> c.FinetuneConfig:
     return c.FinetuneConfig(**tiny.training(output, STEPS, restore_from_path=str(student)))
 
 
+def instructing(tiny, student, output) -> c.FinetuneConfig:
+    """LoRA with dropout on rows of instructions; the file lies beside the output."""
+    rows = output.parent / "rows.jsonl"
+    pairs = [{"input": f"Where is {n}?", "output": f"{n} lies on river {n % 3}."} for n in range(30)]
+    rows.write_text("\n".join(map(json.dumps, pairs)))
+    training = tiny.training(output, STEPS, restore_from_path=str(student))
+    training["model"].data = c.ModelDataConfig(instructions=str(rows), seq_length=64, num_workers=0)
+    return c.FinetuneConfig(**training, peft=c.PeftConfig(scheme="lora", dim=4, alpha=8, dropout=0.2))
+
+
 def same(one, other) -> bool:
     first, second = read_weights(one), read_weights(other)
     return first.keys() == second.keys() and all(torch.equal(second[name], value) for name, value in first.items())
@@ -62,6 +72,7 @@ def run_jobs(folder: Path, jobs: list[dict]) -> list[dict]:
 STAGES = {
     "distill": (distillation, "nemo_minitron.distillation.stage:distill", "nemo_minitron.config:DistillConfig"),
     "finetune": (finetuning, "nemo_minitron.finetuning.stage:finetune", "nemo_minitron.config:FinetuneConfig"),
+    "instruct": (instructing, "nemo_minitron.finetuning.stage:finetune", "nemo_minitron.config:FinetuneConfig"),
 }
 
 

@@ -1,0 +1,220 @@
+"""Conversations as tokens with a mask: which of them are learnt.
+
+A conversation becomes segments, text that is learnt (answers) or not (prompts); each segment is tokenised on its own,
+as the prompt will be when the model is asked. A sample of s tokens holds tokens t_0 .. t_{s-1}, labels t_1 .. t_s, and
+a mask that is 1 where the label belongs to what is learnt.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from nemo_minitron.config import InstructConfig
+from nemo_minitron.data.instructions import TEXT, Instructions, Turn
+from nemo_minitron.errors import DataError
+
+#: Samples are padded to a multiple of this, as far as the sequence length allows.
+MULTIPLE = 64
+ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
+PAIRED = ", paired with an input that provides further context"
+
+
+class Segment(NamedTuple):
+    """A piece of text, and whether its tokens are learnt."""
+
+    text: str
+    learnt: bool
+
+
+class Sample(NamedTuple):
+    """Token ids, and for each whether it is learnt. Until a row is fitted, `learnt` marks its answers."""
+
+    ids: list[int]
+    learnt: list[bool]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Samples:
+    """Samples of a run.
+
+    Attributes:
+        template: the template that was used.
+        counts: rows, and what became of those that were too long, by split.
+        files: files that were read, for the manifest.
+    """
+
+    train: list[Sample]
+    validation: list[Sample]
+    template: str
+    counts: dict[str, dict[str, int]]
+    files: dict[str, str]
+
+    def longest(self) -> int:
+        """Labels of the longest sample."""
+        return max(len(sample.ids) for sample in (*self.train, *self.validation)) - 1
+
+
+def make_samples(data: Instructions, config: InstructConfig, tokenizer: Any, seq_length: int) -> Samples:
+    """Tokenises every conversation.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        seq_length: labels a sample may have.
+
+    Raises:
+        DataError: nothing is left of a split, or the tokenizer has no template that was asked for.
+    """
+    template = chosen_template(config.template, tokenizer, data.alpaca)
+    found, counts = {}, {}
+    for split, rows in (("train", data.train), ("validation", data.validation)):
+        counts[split] = dict.fromkeys(("rows", "truncated", "split", "dropped"), 0) | {"rows": len(rows)}
+        found[split] = []
+        for row, sample in zip(rows, tokenised(rows, template, tokenizer)):
+            kept = _fitted(row, sample, config.too_long, seq_length, tokenizer, counts[split])
+            found[split] += kept if config.answers_only else [Sample(one.ids, [True] * len(one.ids)) for one in kept]
+        if not found[split]:
+            raise DataError(
+                f"all {len(rows)} rows of the {split} split are longer than {seq_length} tokens or have nothing to "
+                "learn; give a longer model.data.seq_length"
+            )
+    return Samples(**found, template=template, counts=counts, files=data.files)
+
+
+def chosen_template(name: str, tokenizer: Any, alpaca: bool) -> str:
+    """The template that `name` stands for with this tokenizer and data."""
+    has_chat = bool(getattr(tokenizer, "chat_template", None))
+    if name == "chat" and not has_chat:
+        raise DataError("instruct.template=chat: the tokenizer has no chat template; give plain or alpaca")
+    if name != "auto":
+        return name
+    return "chat" if has_chat else "alpaca" if alpaca else "plain"
+
+
+def segments(turns: list[Turn], template: str, end: str, tokenizer: Any = None) -> list[Segment]:
+    """The text of a conversation in order, prompts and answers apart.
+
+    Args:
+        end: the text of the end-of-sequence token, which ends each answer; a chat template has marks of its own.
+        tokenizer: with template=chat.
+    """
+    if turns[0].role == TEXT:
+        return [Segment(turn.text + end, True) for turn in turns]
+    if template == "chat":
+        return _chat(turns, tokenizer)
+    show = _alpaca_prompt if template == "alpaca" else _plain_prompt
+    found = []
+    for number, turn in enumerate(turns):
+        answer = turn.role == "assistant"
+        found.append(Segment(turn.text + end, True) if answer else Segment(show(turn, first=number == 0), False))
+    return found
+
+
+def _plain_prompt(turn: Turn, *, first: bool) -> str:
+    return "".join(f"{part}\n" for part in (turn.text, turn.context) if part)
+
+
+def _alpaca_prompt(turn: Turn, *, first: bool) -> str:
+    if turn.role == "system":
+        return f"{turn.text}\n\n"
+    head = ALPACA.format(PAIRED if turn.context else "") + "\n\n" if first else ""
+    context = f"### Input:\n{turn.context}\n\n" if turn.context else ""
+    return f"{head}### Instruction:\n{turn.text}\n\n{context}### Response:\n"
+
+
+def _chat(turns: list[Turn], tokenizer: Any) -> list[Segment]:
+    """What the tokenizer's template makes of the conversation, cut before and after each answer."""
+    from jinja2.exceptions import TemplateError
+
+    messages = [
+        {"role": turn.role, "content": f"{turn.text}\n\n{turn.context}" if turn.context else turn.text}
+        for turn in turns
+    ]
+
+    def shown(count: int, prompt: bool) -> str:
+        try:
+            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        except TemplateError as error:
+            begin = messages[0]["content"][:60]
+            raise DataError(
+                f"the tokenizer's chat template refuses the conversation that begins with {begin!r}: {error}"
+            ) from None
+
+    found, before = [], ""
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked, answered = shown(number, True), shown(number + 1, False)
+        if not (asked.startswith(before) and answered.startswith(asked)):
+            raise DataError(
+                "the tokenizer's chat template shows earlier turns otherwise once later ones follow, so that answers "
+                "cannot be told apart; give instruct.template=plain or alpaca"
+            )
+        found += [Segment(asked[len(before) :], False), Segment(answered[len(asked) :], True)]
+        before = answered
+    return found
+
+
+def tokenised(rows: list[list[Turn]], template: str, tokenizer: Any) -> Iterable[Sample]:
+    """Each conversation's tokens in one piece, begun as the tokenizer begins a text, its answers marked."""
+    begin = [] if template == "chat" else _begin(tokenizer)
+    parts = [segments(row, template, tokenizer.eos_token, tokenizer) for row in rows]
+    flat = [segment.text for row in parts for segment in row]
+    encoded = iter(tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+    for row in parts:
+        ids, learnt = list(begin), [False] * len(begin)
+        for segment in row:
+            piece = next(encoded)
+            ids += piece
+            learnt += [segment.learnt] * len(piece)
+        yield Sample(ids, learnt)
+
+
+def _begin(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer puts before a text: its beginning-of-sequence token, or none."""
+    alone, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    first = tokenizer.bos_token_id
+    return [first] if first is not None and whole[:1] == [first] and alone[:1] != [first] else []
+
+
+def _fitted(
+    row: list[Turn], sample: Sample, too_long: str, length: int, tokenizer: Any, counts: dict[str, int]
+) -> list[Sample]:
+    """The sample as it is, its end, its pieces, or nothing; counts which."""
+    if len(sample.ids) <= length + 1:
+        kept = [sample]
+    elif too_long == "drop":
+        kept = []
+    elif row[0].role == TEXT:
+        starts = range(0, len(sample.ids) - 1, length)
+        kept = [Sample(*(part[start : start + length + 1] for part in sample)) for start in starts]
+        counts["split"] += 1
+    else:
+        kept = _end_of(sample, length, tokenizer)
+        counts["truncated"] += bool(kept)
+    kept = [one for one in kept if any(one.learnt[1:])]
+    counts["dropped"] += not kept
+    return kept
+
+
+def _end_of(sample: Sample, length: int, tokenizer: Any) -> list[Sample]:
+    """The end of the sample, behind its beginning-of-sequence token; nothing where the last answer would be cut."""
+    keep = 1 if sample.ids[0] == tokenizer.bos_token_id else 0
+    start = len(sample.ids) - (length + 1 - keep)
+    if all(sample.learnt[start:]):
+        return []
+    return [Sample(*(part[:keep] + part[start:] for part in sample))]
+
+
+def padded_length(samples: Samples, seq_length: int) -> int:
+    """Tokens a sample, once padded: as few as hold the longest, in multiples of 64, at most `seq_length`."""
+    return min(seq_length, -(-samples.longest() // MULTIPLE) * MULTIPLE)
+
+
+def check_vocabulary(samples: Samples, vocab_size: int) -> None:
+    """Raises DataError where a token has no row in the embedding."""
+    highest = max(max(sample.ids) for sample in (*samples.train, *samples.validation))
+    if highest >= vocab_size:
+        raise DataError(
+            f"the instructions hold the token {highest}, but the model's embedding has {vocab_size} rows: the "
+            "tokenizer is another, larger one; give the model's own, model.tokenizer=DIR"
+        )

@@ -1,0 +1,127 @@
+"""ModelOpt at work: a Hugging Face model in memory, calibrated, and written in the layout that is asked for."""
+
+import contextlib
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.checkpoints import HF, Checkpoint
+from nemo_minitron.checkpoints.convert import progress
+from nemo_minitron.checkpoints.families import FAMILIES
+from nemo_minitron.checkpoints.huggingface import CONFIG, GENERATION
+from nemo_minitron.checkpoints.tensors import Cast
+from nemo_minitron.checkpoints.write import write_checkpoint
+from nemo_minitron.config import QuantizeConfig
+from nemo_minitron.deployment.formats import DECODERS, MODELOPT
+from nemo_minitron.errors import EngineError
+
+DTYPE = "bfloat16"
+PLAIN, TOKENIZER, LOG = ".plain", "tokenizer", "logs/modelopt.log"
+
+
+def write_plain(source: Checkpoint, folder: Path) -> None:
+    """Writes the model as a Hugging Face directory in bf16, tensor by tensor: what ModelOpt starts from."""
+    tensors = {
+        name: tensor if tensor.dtype == DTYPE else Cast(tensor, DTYPE) for name, tensor in source.tensors.items()
+    }
+    with progress(tensors, f"{source.format} -> bf16") as watched:
+        write_checkpoint(folder, HF, source.architecture, watched, source.tokenizer_files, source.generation)
+
+
+@contextlib.contextmanager
+def chatter_to(log: Path) -> Iterator[None]:
+    """Sends what ModelOpt and transformers print and warn of in the body to a file."""
+    import transformers
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    level = transformers.logging.get_verbosity()
+    with log.open("a", encoding="utf-8") as file:
+        handlers, root = [logging.StreamHandler(file)], logging.getLogger()
+        saved, root.handlers = root.handlers, handlers
+        logging.captureWarnings(True)
+        transformers.logging.set_verbosity_error()
+        try:
+            with contextlib.redirect_stdout(file), warnings.catch_warnings():
+                warnings.simplefilter("default")
+                yield
+        finally:
+            transformers.logging.set_verbosity(level)
+            logging.captureWarnings(False)
+            root.handlers = saved
+
+
+def device_of(config: QuantizeConfig) -> str:
+    """`cuda` or `cpu`; raises EngineError where a GPU is asked for and there is none."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if config.accelerator == "gpu" and not there:
+        raise EngineError("accelerator = gpu: torch sees no GPU here; give accelerator=cpu, or leave it")
+    return "cuda" if there and config.accelerator != "cpu" else "cpu"
+
+
+def load(folder: Path, family: str, device: str) -> Any:
+    """transformers' model of a plain directory, in bf16, ready for inference."""
+    import torch
+    import transformers
+
+    kind = getattr(transformers, FAMILIES[family].architecture)
+    model = kind.from_pretrained(
+        str(folder), torch_dtype=getattr(torch, DTYPE), use_safetensors=True, local_files_only=True
+    )
+    # Settings of generation are copied as they are; transformers would refuse to save some that it reads.
+    model.generation_config = transformers.GenerationConfig()
+    return model.to(device).eval()
+
+
+def calibrate(model: Any, sequences: Any, config: QuantizeConfig) -> None:
+    """Runs ModelOpt's algorithm of the format over the sequences [n, s]; changes the model in place."""
+    import modelopt.torch.quantization as mtq
+    import torch
+    from tqdm import tqdm
+
+    batches = sequences.split(config.batch_size)
+
+    def run(model: Any) -> None:
+        with torch.no_grad():
+            for batch in tqdm(batches, desc="calibrate", unit="batch", disable=None, leave=False):
+                model(batch.to(model.device), use_cache=False)
+
+    mtq.quantize(model, getattr(mtq, MODELOPT[config.qformat]), run)
+
+
+def export(model: Any, source: Checkpoint, plain: Path, folder: Path, config: QuantizeConfig) -> None:
+    """Writes the quantised model into `folder`, with what a server needs beside the weights."""
+    import torch
+    from modelopt.torch.export import export_hf_checkpoint, export_tensorrt_llm_checkpoint
+
+    tokenizer = source.tokenizer_files
+    with torch.inference_mode():
+        if config.export == "hf":
+            export_hf_checkpoint(model, dtype=getattr(torch, DTYPE), export_dir=folder)
+            _complete_config(folder / CONFIG)
+            shutil.copyfile(plain / GENERATION, folder / GENERATION)
+            if tokenizer is not None:
+                tokenizer.copy_to(folder)
+        else:
+            export_tensorrt_llm_checkpoint(
+                model,
+                DECODERS[source.architecture.family],
+                getattr(torch, DTYPE),
+                folder,
+                inference_tensor_parallel=config.tp_size,
+                inference_pipeline_parallel=config.pp_size,
+            )
+            if tokenizer is not None:
+                tokenizer.copy_to(folder / TOKENIZER)
+
+
+def _complete_config(path: Path) -> None:
+    """States the dtype under the older name too: servers with transformers before 4.56 know no other."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.setdefault("torch_dtype", DTYPE)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

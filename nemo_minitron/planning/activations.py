@@ -1,0 +1,99 @@
+"""Activations: what a layer keeps for its backward pass, and what it needs for a moment.
+
+Legend: t tokens of a micro batch, s sequence, h hidden, f FFN, n heads, g query groups, d head size, v vocabulary rows.
+All in bytes of one rank; matrices' inputs and outputs are shared by the tensor-parallel ranks where Megatron shares
+them. Without dropout, as the engine sets it, no masks are kept.
+"""
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.planning.run import FUSED_GATE, Run
+
+FP32 = 4
+
+
+def kept_by_layer(a: Architecture, run: Run) -> int:
+    """What one transformer layer keeps of a micro batch."""
+    return (_norm(a, run) * 2 + _attention(a, run) + _ffn(a, run)) * run.tokens + _rotations(a, run)
+
+
+def kept_at_the_end(a: Architecture, run: Run) -> int:
+    """What the final norm keeps of a micro batch; its output is the output layer's input."""
+    return _norm(a, run) * run.tokens
+
+
+def _norm(a: Architecture, run: Run) -> float:
+    """A token's input and output of a norm, and its statistics.
+
+    torch's RMSNorm, in the local spec, works in float32 on a copy and keeps what it normalised before the gain too.
+    """
+    e, h = run.bytes, a.hidden_size
+    if run.local_spec and a.normalization == "RMSNorm":
+        return 2 * FP32 * h + FP32 + e * h
+    statistics = 1 if a.normalization == "RMSNorm" else 2
+    share = run.layout.tensor_parallel if run.layout.sequence_parallel else 1
+    return (2 * e * h + (e if run.local_spec else FP32) * statistics) / share
+
+
+def _attention(a: Architecture, run: Run) -> float:
+    """A token's queries, keys and values, its scores without flash attention, and the input of linear_proj.
+
+    The local spec repeats keys and values for each head of a query group; where there is nothing to repeat, the values
+    are a view that keeps the whole output of linear_qkv, as they do with Transformer Engine.
+    """
+    e, d, n, g = run.bytes, a.kv_channels, a.num_attention_heads, a.num_query_groups
+    if run.local_spec:
+        values = n * d if n != g else a.qkv_rows()
+        kept = e * (n * d + n * d + values + n * run.seq_length + n * d)
+    else:
+        kept = e * (n * d + g * d + a.qkv_rows() + n * d) + FP32 * n
+    return kept / run.layout.tensor_parallel
+
+
+def _ffn(a: Architecture, run: Run) -> float:
+    """A token's output of linear_fc1, what the activation keeps, and the input of linear_fc2."""
+    widths = 2  # the activation's input or output, and its product
+    if a.gated_linear_unit:
+        widths = 5 if run.local_spec or a.family not in FUSED_GATE else 3
+    return run.bytes * widths * a.ffn_hidden_size / run.layout.tensor_parallel
+
+
+def _rotations(a: Architecture, run: Run) -> int:
+    """Cosines and sines [s, r] of queries and of keys, which each layer works out anew unless they are fused."""
+    if not run.local_spec:
+        return 0
+    return 4 * run.bytes * run.seq_length * int(a.kv_channels * a.rotary_percent)
+
+
+def forward_work(a: Architecture, run: Run) -> float:
+    """What one layer needs beside its input while it runs without a backward pass to come."""
+    e, n, d = run.bytes, a.num_attention_heads, a.kv_channels
+    stream, tensor = 2 * a.hidden_size, run.layout.tensor_parallel
+    scores = 2 * n * run.seq_length if run.local_spec else 0
+    heads = 3 * n * d + a.num_query_groups * d  # queries and keys rotated, keys and values repeated
+    attention = stream + (a.qkv_rows() + heads + scores) / tensor
+    gated = 5 if run.local_spec or a.family not in FUSED_GATE else 3
+    ffn = stream + (gated if a.gated_linear_unit else 2) * a.ffn_hidden_size / tensor
+    return e * max(attention, ffn) * run.tokens
+
+
+def backward_work(a: Architecture, run: Run) -> float:
+    """What the backward pass of one layer's attention needs beyond what is kept, its FFN's being gone by then; or that
+    of its FFN, whichever leaves more."""
+    e, tensor = run.bytes, run.layout.tensor_parallel
+    scores = 2 * a.num_attention_heads * run.seq_length if run.local_spec else 0
+    attention = (scores + 4 * a.num_attention_heads * a.kv_channels) / tensor * e - _ffn(a, run)
+    gate = 5 if a.gated_linear_unit else 2
+    ffn = gate * a.ffn_hidden_size / tensor * e
+    fc1_gradient = a.ffn_hidden_size * (2 if a.gated_linear_unit else 1) // tensor * a.hidden_size * e
+    return max(attention * run.tokens, ffn * run.tokens + fc1_gradient)
+
+
+def global_buffer(a: Architecture, run: Run) -> int:
+    """Megatron's global buffer, which stays once it was asked for.
+
+    It takes raw attention scores, without flash attention: nothing is ever written to that, so that on a CPU it has no
+    pages. With sequence parallel it takes a matrix's whole input, gathered.
+    """
+    if run.local_spec and run.layout.cuda:
+        return run.bytes * a.num_attention_heads * run.seq_length * run.tokens // run.layout.tensor_parallel
+    return run.bytes * a.hidden_size * run.tokens if run.layout.sequence_parallel else 0

@@ -1,0 +1,42 @@
+"""Sizes of published models, by name: what a plan can be made for without a checkpoint."""
+
+from nemo_minitron.architecture import Architecture, RopeScaling
+
+_LLAMA31 = {
+    "family": "llama", "num_attention_heads": 32, "num_query_groups": 8, "kv_channels": 128, "vocab_size": 128256,
+    "seq_length": 8192, "rotary_base": 500000.0, "rope_scaling": RopeScaling(),
+}  # fmt: skip
+_NEMOTRON = {
+    "family": "nemotron", "num_query_groups": 8, "kv_channels": 128, "vocab_size": 256000, "seq_length": 4096,
+    "normalization": "LayerNorm", "layernorm_zero_centered_gamma": True, "activation": "squared_relu",
+    "gated_linear_unit": False, "rotary_percent": 0.5,
+}  # fmt: skip
+_MISTRAL_NEMO = {
+    "family": "mistral", "num_attention_heads": 32, "num_query_groups": 8, "kv_channels": 128, "vocab_size": 131072,
+    "seq_length": 8192, "rotary_base": 1000000.0,
+}  # fmt: skip
+
+#: arXiv 2407.14679 (Nemotron-4, Minitron), arXiv 2408.11796 (the others), and Meta's model card (Llama 3.1 70B).
+KNOWN: dict[str, Architecture] = {
+    "llama31_8b": Architecture(num_layers=32, hidden_size=4096, ffn_hidden_size=14336, **_LLAMA31),
+    "llama31_70b": Architecture(
+        num_layers=80, hidden_size=8192, ffn_hidden_size=28672, **{**_LLAMA31, "num_attention_heads": 64}
+    ),
+    "llama31_minitron_4b_width": Architecture(num_layers=32, hidden_size=3072, ffn_hidden_size=9216, **_LLAMA31),
+    "llama31_minitron_4b_depth": Architecture(num_layers=16, hidden_size=4096, ffn_hidden_size=14336, **_LLAMA31),
+    "nemotron4_15b": Architecture(
+        num_layers=32, hidden_size=6144, ffn_hidden_size=24576, num_attention_heads=48, **_NEMOTRON
+    ),
+    "minitron_8b": Architecture(
+        num_layers=32, hidden_size=4096, ffn_hidden_size=16384, num_attention_heads=48, **_NEMOTRON
+    ),
+    "minitron_4b": Architecture(
+        num_layers=32, hidden_size=3072, ffn_hidden_size=9216, num_attention_heads=24, **_NEMOTRON
+    ),
+    "mistral_nemo_12b": Architecture(num_layers=40, hidden_size=5120, ffn_hidden_size=14336, **_MISTRAL_NEMO),
+    "mn_minitron_8b": Architecture(num_layers=40, hidden_size=4096, ffn_hidden_size=11520, **_MISTRAL_NEMO),
+    "tiny": Architecture(
+        num_layers=6, hidden_size=192, ffn_hidden_size=576, num_attention_heads=6, num_query_groups=2, kv_channels=32,
+        vocab_size=1536, seq_length=128,
+    ),
+}  # fmt: skip
