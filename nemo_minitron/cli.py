@@ -44,6 +44,7 @@ class Command:
         positionals: setting and name in the usage line of each argument that may be given without `key=`; a last name
             that ends in `...` takes all further ones as a list.
         options: options that stand for settings.
+        launched: whether `--launch` takes it to torchrun's ranks or to Slurm, and `--dry-run` shows what would be done.
         afterwards: command to run next, with `{output}` for where the result lies.
     """
 
@@ -51,18 +52,38 @@ class Command:
     summary: str
     positionals: tuple[tuple[str, str], ...] = ()
     options: tuple[Option, ...] = ()
+    launched: bool = False
     afterwards: str = ""
 
+    @property
+    def flags(self) -> tuple[Option, ...]:
+        """All options of the command's own, those of launching included."""
+        if not self.launched:
+            return self.options
+        own = [option.flag for option in self.options]
+        return (*self.options, *(option for option in LAUNCHING if option.flag not in own))
+
+
+#: Options of every command that can be launched. They stand for no setting.
+LAUNCHING = (
+    Option("--dry-run", "", "print what would be done, and touch nothing"),
+    Option("--launch", "", "run as ranks of torchrun, or as a Slurm job (slurm.*), by NeMo-Run", "torchrun|slurm"),
+)
 
 COMMANDS = {
     "data": Command("nemo_minitron.data.stage:prepare", "tokenise a corpus into Megatron's indexed format"),
-    "finetune": Command("nemo_minitron.finetuning.stage:finetune", "correct the teacher on the data, or train a model"),
-    "prune": Command("nemo_minitron.flow:prune", "cut layers (depth) or sizes (width) out of a model"),
-    "distill": Command("nemo_minitron.distillation.stage:distill", "train a pruned student on its teacher's logits"),
+    "finetune": Command(
+        "nemo_minitron.finetuning.stage:finetune", "correct the teacher on the data, or train a model", launched=True
+    ),
+    "prune": Command("nemo_minitron.flow:prune", "cut layers (depth) or sizes (width) out of a model", launched=True),
+    "distill": Command(
+        "nemo_minitron.distillation.stage:distill", "train a pruned student on its teacher's logits", launched=True
+    ),
     "flow": Command(
         "nemo_minitron.flow:run_flow",
         "all of it in order, from data to a table of results",
         options=(Option("--dry-run", "dry_run", "print the resolved plan and touch nothing"),),
+        launched=True,
     ),
     "convert": Command(
         "nemo_minitron.checkpoints.convert:convert",
@@ -95,6 +116,24 @@ COMMANDS = {
         "nemo_minitron.deployment.stage:quantize",
         "a checkpoint in FP8, INT4 or INT8, as TensorRT-LLM, vLLM or SGLang load it",
         positionals=(("source", "CKPT"),),
+    ),
+    "evaluate": Command(
+        "nemo_minitron.evaluation.harness:evaluate",
+        "what checkpoints know: perplexity, facts, published tasks",
+        positionals=(("models", "MODEL..."),),
+        options=(Option("--json", "json", "print JSON"),),
+    ),
+    "generate": Command(
+        "nemo_minitron.evaluation.generate:generate",
+        "text from a checkpoint of any format",
+        positionals=(("model", "MODEL"), ("prompt", "PROMPT")),
+        options=(Option("--json", "json", "print JSON"),),
+    ),
+    "benchmark": Command(
+        "nemo_minitron.evaluation.speed:benchmark",
+        "size, speed and memory of checkpoints, as ratios to the first",
+        positionals=(("models", "MODEL..."),),
+        options=(Option("--json", "json", "print JSON"),),
     ),
 }
 
@@ -129,22 +168,24 @@ def run(name: str, arguments: Sequence[str]) -> int:
     """Runs the command `name`; whatever goes wrong becomes one message and an exit code."""
     options = _parser(name).parse_intermixed_args(arguments)
     try:
-        options.overrides = [*_settings(name, options.overrides), *_chosen(name, options)]
+        options.given = _settings(name, options.overrides)
+        options.overrides = [*options.given, *_chosen(name, options)]
         if options.help:
             say(_command_help(name, options))
-        else:
-            _execute(name, options)
+            return 0
+        return _execute(name, options)
     except KeyboardInterrupt:
         say("interrupted", sys.stderr)
         return INTERRUPTED
     except MinitronError as error:
+        _tell_parent(error)
         _report(str(error), options.debug)
         return error.exit_code
     except Exception as error:
+        _tell_parent(error)
         what = f"internal error: {type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
         _report(what if options.debug else f"{what} (run again with --debug)", options.debug)
         return INTERNAL_ERROR
-    return 0
 
 
 def overview() -> str:
@@ -174,8 +215,11 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("--config-name")
     parser.add_argument("--debug", action="store_true")
     parser.add_argument("--help", "-h", action="store_true")
-    for option in COMMANDS[name].options:
-        parser.add_argument(option.flag, action="store" if option.value else "store_true", dest=option.flag)
+    for option in COMMANDS[name].flags:
+        kind = {"action": "store" if option.value else "store_true"}
+        if option.flag == "--launch":
+            kind["choices"] = option.value.split("|")
+        parser.add_argument(option.flag, dest=option.flag, **kind)
     # torch.distributed.launch hands it to every script; the environment says the same.
     parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
     return parser
@@ -183,7 +227,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
 def _usage(name: str) -> str:
     command = COMMANDS[name]
-    own = [shown for _, shown in command.positionals] + [f"[{option.shown}]" for option in command.options]
+    own = [shown for _, shown in command.positionals] + [f"[{option.shown}]" for option in command.flags]
     return " ".join(["minitron", name, *own, "[key=value ...] [--config-name NAME] [--debug] [--help]"])
 
 
@@ -217,7 +261,7 @@ def _chosen(name: str, options: argparse.Namespace) -> list[str]:
     ]
 
 
-def _execute(name: str, options: argparse.Namespace) -> None:
+def _execute(name: str, options: argparse.Namespace) -> int:
     import logging
 
     from nemo_minitron.compose import compose
@@ -225,9 +269,43 @@ def _execute(name: str, options: argparse.Namespace) -> None:
     # What the engines say while they are imported; a stage sends the rest to its own log.
     logging.getLogger("megatron").addHandler(logging.NullHandler())
     config = compose(name, options.overrides, options.config_name, note=lambda message: say(message, sys.stderr))
+    if COMMANDS[name].launched:
+        dry_run = getattr(options, "--dry-run") or getattr(config, "dry_run", False)
+        if getattr(options, "--launch"):
+            return _launch(name, config, options, dry_run)
+        if dry_run and not hasattr(config, "dry_run"):
+            from nemo_minitron.dry_run import describe_stage
+
+            say(describe_stage(name, config))
+            return 0
     manifest = _function(COMMANDS[name].function)(config)
     if manifest is not None:
         say(_summary(name, config, manifest))
+    return 0
+
+
+def _launch(name: str, config: Any, options: argparse.Namespace, dry_run: bool) -> int:
+    """Hands the command, as it was given, to torchrun or Slurm."""
+    from nemo_minitron.compose import read_launch
+    from nemo_minitron.launching import launch
+
+    slurm = read_launch(name, options.overrides, options.config_name).slurm
+    names = [text.lstrip("+~").partition("=")[0] for text in options.given]
+    arguments = [
+        text for setting, text in zip(names, options.given) if setting != "dry_run" and not setting.startswith("slurm.")
+    ]
+    if options.config_name:
+        file = os.path.expanduser(options.config_name)
+        arguments += ["--config-name", os.path.abspath(file) if os.path.isfile(file) else options.config_name]
+    arguments += ["--debug"] if options.debug else []
+    return launch(name, config, slurm, arguments, getattr(options, "--launch"), dry_run)
+
+
+def _tell_parent(error: Exception) -> None:
+    """Tells the process that started this rank with which exit code it ends; torchrun would not."""
+    from nemo_minitron.runtime.launch import tell_parent
+
+    tell_parent(error)
 
 
 def _function(reference: str) -> Callable[[Any], Any]:
@@ -278,12 +356,24 @@ def _command_help(name: str, options: argparse.Namespace) -> str:
             "options:",
             f"  --config-name NAME  a file of conf/ or the path of a .yaml file, instead of conf/{name}.yaml",
             "  --debug             show the traceback of an error",
-            *(f"  {option.shown:<20}{option.meaning}" for option in COMMANDS[name].options),
+            *(f"  {option.shown:<19} {option.meaning}" for option in COMMANDS[name].flags),
             *(["\npresets:", *groups] if groups else []),
             "\nsettings, as they stand with the arguments given:",
             *settings,
+            *_slurm_help(name, options),
         ]
     )
+
+
+def _slurm_help(name: str, options: argparse.Namespace) -> list[str]:
+    if not COMMANDS[name].launched:
+        return []
+    from nemo_minitron.compose import leaf_values, read_launch, setting_docs
+
+    slurm = read_launch(name, options.overrides, options.config_name).slurm
+    docs = setting_docs(type(slurm))
+    settings = [f"  slurm.{key}={_shown(value)}\n      {docs[key]}" for key, value in leaf_values(slurm).items()]
+    return ["\nwith --launch slurm:", *settings]
 
 
 def _shown(value: Any) -> str:

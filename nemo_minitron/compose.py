@@ -20,7 +20,7 @@ from typing import Any
 
 import nemo_minitron
 from nemo_minitron import config as schemas
-from nemo_minitron.config import Config, validated
+from nemo_minitron.config import Config, LaunchConfig, validated
 from nemo_minitron.errors import ConfigError
 
 SCHEMAS: dict[str, type[Config]] = {
@@ -34,7 +34,13 @@ SCHEMAS: dict[str, type[Config]] = {
     "download": schemas.DownloadConfig,
     "plan": schemas.PlanConfig,
     "quantize": schemas.QuantizeConfig,
+    "evaluate": schemas.EvaluateConfig,
+    "generate": schemas.GenerateConfig,
+    "benchmark": schemas.BenchmarkConfig,
 }
+
+#: Commands that `--launch` takes; their files and overrides may hold hardware.* and slurm.* (LaunchConfig) too.
+LAUNCHED = ("finetune", "prune", "distill", "flow")
 
 #: Commands that take the overrides of NeMo 24.07's scripts; the two tables below are for them.
 NEMO_COMMANDS = ("finetune", "prune", "distill")
@@ -121,18 +127,79 @@ def read(
     note: Callable[[str], None] = lambda message: None,
 ) -> Any:
     """As compose, but without a look at the values."""
-    schema, source = SCHEMAS[command], f"minitron {command}"
-    choices, settings = _split(overrides, schema, source)
-    composed = _compose_files(config_name or command, choices, Path(config_dir or conf_dir()).resolve(), source)
-    merge = _Merge(schema, nemo_names=command in NEMO_COMMANDS)
-    merge.set_all(composed)
-    for key, text in settings:
-        merge.override(key, text)
-    if merge.problems:
-        raise ConfigError(merge.problems, source)
+    source = f"minitron {command}"
+    merge, beside = _merged(command, overrides, config_name, config_dir, source)
+    if merge.problems or beside.problems:
+        raise ConfigError([*merge.problems, *beside.problems], source)
     if merge.unused:
         note(f"note: settings of NeMo 24.07 without effect here: {', '.join(merge.unused)}")
     return merge.result(source)
+
+
+def read_launch(
+    command: str,
+    overrides: Sequence[str] = (),
+    config_name: str | None = None,
+    config_dir: str | Path | None = None,
+) -> LaunchConfig:
+    """Where `command` shall run: what `read` leaves out of the same files and overrides; values are not looked at."""
+    source = f"minitron {command}"
+    merge, beside = _merged(command, overrides, config_name, config_dir, source)
+    if merge.problems or beside.problems:
+        raise ConfigError([*merge.problems, *beside.problems], source)
+    return beside.result(source)
+
+
+def _merged(
+    command: str, overrides: Sequence[str], config_name: str | None, config_dir: str | Path | None, source: str
+) -> tuple["_Merge", "_Merge"]:
+    """The command's own settings, and what stands beside them."""
+    schema = SCHEMAS[command]
+    outside = _beside(command)
+    choices, settings = _split(overrides, schema, outside, source)
+    composed = _compose_files(config_name or command, choices, Path(config_dir or conf_dir()).resolve(), source)
+    merge, beside = _Merge(schema, nemo_names=command in NEMO_COMMANDS), _Merge(LaunchConfig, nemo_names=False)
+    if "slurm" not in outside and "slurm" not in typing.get_type_hints(schema):
+        composed.pop("slurm", None)  # of a preset of hardware, for commands that start no ranks
+    for name in outside:
+        value = composed.pop(name, None)
+        beside.set_all({name: value} if value is not None else {})
+    for key, text in settings:
+        if key.partition(".")[0] in outside:
+            beside.override(key, text)
+    merge.set_all(_with_hardware(composed, beside.given))
+    for key, text in settings:
+        if key.partition(".")[0] not in outside:
+            merge.override(key, text)
+    return merge, beside
+
+
+def _beside(command: str) -> list[str]:
+    """The groups of LaunchConfig that `command` takes and its own configuration does not have."""
+    own = typing.get_type_hints(SCHEMAS[command])
+    return [name for name in typing.get_type_hints(LaunchConfig) if command in LAUNCHED and name not in own]
+
+
+def _with_hardware(composed: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`composed` with what its values take from the hardware preset, `${oc.select:hardware.NAME,OTHERWISE}`, put in."""
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.create({**composed, "hardware": {}})
+    for key, value in given.items():
+        OmegaConf.update(tree, key, value)
+
+    def resolved(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        found = {}
+        for name, value in values.items():
+            key = f"{prefix}{name}"
+            if isinstance(value, dict):
+                value = resolved(value, f"{key}.")
+            elif isinstance(value, str) and "${oc.select:hardware." in value:
+                value = OmegaConf.select(tree, key)
+            found[name] = value
+        return found
+
+    return resolved(composed)
 
 
 def conf_dir() -> Path:
@@ -203,11 +270,14 @@ def describe_type(annotation: Any) -> str:
     return " or ".join(map(describe_type, arguments))
 
 
-def _split(overrides: Sequence[str], schema: type[Config], source: str) -> tuple[list[str], list[tuple[str, Any]]]:
+def _split(
+    overrides: Sequence[str], schema: type[Config], outside: list[str], source: str
+) -> tuple[list[str], list[tuple[str, Any]]]:
     """Chosen presets, and (key, text) of every other override; text None: back to the default."""
     groups = [
         name for name, annotation in typing.get_type_hints(schema).items() if dataclasses.is_dataclass(annotation)
     ]
+    groups += outside
     choices, settings, problems = [], [], []
     for override in overrides:
         key, equals, text = (part.strip() for part in override.partition("="))
@@ -285,6 +355,7 @@ class _Merge:
         self.renamed = NEMO_RENAMED if nemo_names else {}
         self.ignored = [name for names in NEMO_UNUSED.values() for name in names.split()] if nemo_names else []
         self.values = OmegaConf.structured(schema)
+        self.given: dict[str, Any] = {}
         self.problems: list[str] = []
         self.unused: list[str] = []
 
@@ -340,12 +411,14 @@ class _Merge:
                 if OmegaConf.select(self.values, mapping) is None:
                     OmegaConf.update(self.values, mapping, {}, merge=False)
             OmegaConf.update(self.values, key, value)
+            self.given[key] = value
         except OmegaConfBaseException:
             self.problems.append(f"{key} = {value!r} is not {describe_type(self.types[field])}")
 
     def _reset(self, key: str) -> None:
         from omegaconf import OmegaConf
 
+        self.given.pop(key, None)
         if key in self.types:
             default = OmegaConf.select(OmegaConf.structured(self.schema), key)
             OmegaConf.update(self.values, key, default, merge=False)

@@ -29,7 +29,7 @@ from nemo_minitron.recipes import (
     training_fields,
 )
 
-REPORT = "report.json"
+REPORT, FACTS = "report.json", "evaluate facts"
 
 
 class Step(NamedTuple):
@@ -40,12 +40,18 @@ class Step(NamedTuple):
     run: Callable[[], Manifest]
 
 
-def prune(config: c.PruneConfig) -> Manifest:
-    """`minitron prune`: checks everything, runs the teacher where the cut needs it, then cuts."""
+def prune(config: c.PruneConfig) -> Manifest | None:
+    """`minitron prune`: checks everything, runs the teacher where the cut needs it, then cuts.
+
+    As one rank of several, started by torchrun or the like, only rank 0 cuts.
+    """
     from nemo_minitron.pruning import stage
+    from nemo_minitron.runtime.launch import rank
 
     stage.check(config)
     folders = score_and_scan(config)
+    if rank() > 0:
+        return None
     return stage.prune(config, *folders)
 
 
@@ -115,7 +121,7 @@ def plan_steps(config: c.FlowConfig, teacher: Architecture) -> list[Step]:
         steps += student_steps(config, run, name)
     if config.instruct.data:
         steps += [instruct_step(config, run, name) for name in config.prune.students]
-    return steps
+    return steps + facts_steps(config, run)
 
 
 def data_steps(config: c.FlowConfig, run: Path) -> list[Step]:
@@ -223,8 +229,34 @@ def evaluate_step(config: c.FlowConfig, name: str, checkpoint: Path) -> Step:
     fields = training_fields(config, config.distill, run / "data", output)
     fields["model"].restore_from_path = str(checkpoint)
     fields["trainer"].max_steps = fields["trainer"].val_check_interval = 1
-    evaluation = c.EvaluateConfig(**fields, limit_batches=config.limit_test_batches)
+    evaluation = c.LossConfig(**fields, limit_batches=config.limit_test_batches)
     return Step(f"evaluate {name}", output, lambda: evaluate_loss(c.validated(evaluation)))
+
+
+def facts_steps(config: c.FlowConfig, run: Path) -> list[Step]:
+    """Where the text is the embedded corpus: which of its facts each model knows, the corrected teacher first."""
+    if config.data.source != "embedded" or not config.facts:
+        return []
+    from nemo_minitron.evaluation.harness import measure
+
+    before, corrected = teachers(config, run)
+    kinds = ("pruned", "distilled", "control") if config.distill.control else ("pruned", "distilled")
+    students = [(f"{name} {kind}", run / f"{name}-{kind}") for name in config.prune.students for kind in kinds]
+    models = [corrected, before, *students]
+    output = run / "evaluations" / "facts"
+    evaluation = c.EvaluateConfig(
+        models=[str(folder) for _, folder in models],
+        names=[name for name, _ in models],
+        tasks=["facts"],
+        corpus=str(run / "data"),
+        device={"auto": "auto", "gpu": "cuda", "cpu": "cpu"}[config.hardware.accelerator],
+        tokenizer=str(run / "data" / "tokenizer"),
+        limit=config.facts,
+        seed=config.seed,
+        output=str(output),
+        overwrite=config.overwrite,
+    )
+    return [Step(FACTS, output, lambda: measure(c.validated(evaluation))[1])]
 
 
 def summarize(config: c.FlowConfig, manifests: dict[str, Manifest]) -> dict[str, Any]:
@@ -251,6 +283,7 @@ def summarize(config: c.FlowConfig, manifests: dict[str, Manifest]) -> dict[str,
         for name, manifest in manifests.items()
     ]
     data = manifests["data"].metrics
+    facts = {"facts": manifests[FACTS].metrics} if FACTS in manifests else {}
     return {
         "table": rows,
         "verdicts": verdicts(rows),
@@ -260,6 +293,7 @@ def summarize(config: c.FlowConfig, manifests: dict[str, Manifest]) -> dict[str,
             for name in config.prune.students
             if f"instruct {name}" in manifests
         },
+        **facts,
         "stages": stages,
         "data": data,
         "config": dataclasses.asdict(config),
@@ -284,6 +318,10 @@ def show(config: c.FlowConfig, report: dict[str, Any]) -> None:
         losses = ", ".join(f"{entry['lm_loss']:.4f} (step {entry['step']})" for entry in validation)
         print(f"{name} instructed: loss of the answers in validation {losses}")
     print()
+    if "facts" in report:
+        from nemo_minitron.evaluation.results import render_facts
+
+        print("\n".join([*render_facts(report["facts"]), ""]))
     print(render_stages(report["stages"]))
     print()
     print(f"report: {Path(config.output_dir) / REPORT}")

@@ -79,3 +79,36 @@ def tiny(tmp_path_factory) -> Tiny:
     fields = shared.training(shared.teacher, steps=40, init="random", architecture=ARCHITECTURE)
     finetune(c.FinetuneConfig(**fields))
     return shared
+
+
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints with random weights and a tokenizer: families, shapes, formats."""
+    import torch
+
+    import models
+    from nemo_minitron.checkpoints.convert import convert
+    from nemo_minitron.data.embedded import documents
+    from nemo_minitron.data.tokenizer import train_bpe
+    from nemo_minitron.flow import prune
+
+    root = tmp_path_factory.mktemp("small")
+    train_bpe(documents("encyclopedic", "train", 20_000, 1234), 259, root / "tokenizer")
+    found = {"tokenizer": root / "tokenizer"}
+    for name in ("llama2", "nemotron", "minitron-width"):
+        found[name] = models.save(name, torch.float32, root / name)
+        train_bpe(documents("encyclopedic", "train", 20_000, 1234), 259, found[name])
+    for form, name in (("nemo2", "llama-nemo2"), ("nemo1", "nemotron.nemo")):
+        source = found[name.partition("-")[0].removesuffix(".nemo").replace("llama", "llama2")]
+        found[form] = root / name
+        convert(c.ConvertConfig(source=str(source), output=str(found[form]), to=form, verify="none"))
+    found["depth"] = root / "depth"
+    cut = c.PruneConfig(
+        trainer=c.TrainerConfig(accelerator="cpu"),
+        model=c.PruneModelConfig(restore_from_path=str(found["llama2"])),
+        prune=c.PruneTargets(method="minitron", drop_layers=[2], num_layers_divisor=1),
+        export=c.ExportConfig(save_path=str(found["depth"])),
+        to="hf",
+    )
+    prune(c.validated(cut))
+    return found

@@ -26,6 +26,9 @@ REQUIRED = {
     "download": ["source=hf://acme/llama"],
     "plan": ["model=llama31_8b"],
     "quantize": ["source=/student", "output=/out", "data.source=/data"],
+    "evaluate": ["models=[/model]"],
+    "generate": ["model=/model", "prompt=To be"],
+    "benchmark": ["models=[/model]"],
 }
 
 FINETUNE_OF_THE_TUTORIAL = """
@@ -185,7 +188,7 @@ def test_a_file_of_the_user_builds_on_conf(tmp_path):
     assert len(problems("flow", config_name=str(file))) == 2
     file.write_text("seed: [7\n")
     assert str(file) in problems("flow", config_name=str(file))[0]
-    assert "convert, data, distill, download, finetune, flow" in problems("flow", config_name="nowhere")[0]
+    assert "convert, data, distill, download, evaluate, finetune, flow" in problems("flow", config_name="nowhere")[0]
 
 
 @pytest.mark.parametrize(

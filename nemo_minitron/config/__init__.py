@@ -17,6 +17,7 @@ from nemo_minitron.config.base import (
 from nemo_minitron.config.checkpoints import HF_SOURCE, NGC_SOURCE, ConvertConfig, DownloadConfig, InspectConfig
 from nemo_minitron.config.data import DataConfig
 from nemo_minitron.config.deployment import CalibrationDataConfig, QuantizeConfig
+from nemo_minitron.config.evaluation import BenchmarkConfig, EvaluateConfig, GenerateConfig, InferenceSettings
 from nemo_minitron.config.flow import (
     DistillRecipeConfig,
     FlowConfig,
@@ -28,15 +29,16 @@ from nemo_minitron.config.flow import (
     RecipeConfig,
 )
 from nemo_minitron.config.instructions import InstructConfig, PeftConfig
+from nemo_minitron.config.launching import LaunchConfig, SlurmConfig
 from nemo_minitron.config.planning import PLAN_STAGES, PlanConfig, PlanStudentConfig
 from nemo_minitron.config.pruning import ExportConfig, InferenceConfig, PruneConfig, PruneModelConfig, PruneTargets
 from nemo_minitron.config.training import (
     DistillConfig,
-    EvaluateConfig,
     ExpManagerConfig,
     FinetuneConfig,
     HiddenLossConfig,
     KDConfig,
+    LossConfig,
     ModelConfig,
     ModelDataConfig,
     OptimConfig,
@@ -49,6 +51,7 @@ from nemo_minitron.config.training import (
 
 __all__ = [
     "CalibrationDataConfig",
+    "BenchmarkConfig",
     "Config",
     "ConvertConfig",
     "DataConfig",
@@ -64,14 +67,18 @@ __all__ = [
     "FlowDataConfig",
     "FlowModelConfig",
     "FlowPruneConfig",
+    "GenerateConfig",
     "HF_SOURCE",
     "HardwareConfig",
     "HiddenLossConfig",
     "InferenceConfig",
+    "InferenceSettings",
     "InspectConfig",
     "InstructConfig",
     "InstructRecipeConfig",
     "KDConfig",
+    "LaunchConfig",
+    "LossConfig",
     "ModelConfig",
     "ModelDataConfig",
     "NGC_SOURCE",
@@ -86,6 +93,7 @@ __all__ = [
     "QuantizeConfig",
     "RecipeConfig",
     "SchedConfig",
+    "SlurmConfig",
     "StageConfig",
     "TrainerConfig",
     "all_problems",

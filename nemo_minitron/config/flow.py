@@ -211,6 +211,8 @@ class FlowConfig(Config):
     """Print the resolved plan and touch nothing."""
     limit_test_batches: int = 32
     """Global batches of each evaluation in the table."""
+    facts: int = 400
+    """Questions about the embedded corpus' facts that every model is asked at the end; 0: none."""
     model: FlowModelConfig = field(default_factory=FlowModelConfig)
     data: FlowDataConfig = field(default_factory=FlowDataConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
@@ -221,4 +223,4 @@ class FlowConfig(Config):
     instruct: InstructRecipeConfig = field(default_factory=InstructRecipeConfig)
 
     def problems(self) -> list[str]:
-        return at_least(1, limit_test_batches=self.limit_test_batches)
+        return at_least(1, limit_test_batches=self.limit_test_batches) + at_least(0, facts=self.facts)

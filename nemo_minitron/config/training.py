@@ -375,7 +375,7 @@ class DistillConfig(StageConfig):
 
 
 @dataclasses.dataclass(kw_only=True)
-class EvaluateConfig(StageConfig):
+class LossConfig(StageConfig):
     """Token loss and perplexity of a checkpoint."""
 
     splits: list[str] = field(default_factory=lambda: ["validation", "test"])

@@ -8,14 +8,14 @@ from typing import Any
 
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
-from nemo_minitron.config import EvaluateConfig
+from nemo_minitron.config import LossConfig
 from nemo_minitron.data.module import paths
 from nemo_minitron.jobs import Job
 from nemo_minitron.runtime.inputs import LOG, NOT_THE_RESULT, Inputs, training_inputs
 from nemo_minitron.runtime.launch import run_stage
 
 
-def evaluate_loss(config: EvaluateConfig) -> Manifest:
+def evaluate_loss(config: LossConfig) -> Manifest:
     """Loss on `config.splits`, consecutive windows from the start of each, every token predicted once.
 
     The manifest's metrics hold, for each split, the mean negative log-likelihood in nats a token, its exponential
@@ -45,7 +45,7 @@ def evaluate_loss(config: EvaluateConfig) -> Manifest:
     )
 
 
-def _work(partial: Path, config: EvaluateConfig, checkpoint: Checkpoint, inputs: Inputs) -> dict[str, Any]:
+def _work(partial: Path, config: LossConfig, checkpoint: Checkpoint, inputs: Inputs) -> dict[str, Any]:
     from nemo_minitron.data.samples import consecutive_sequences
     from nemo_minitron.runtime.engine import engine
     from nemo_minitron.runtime.ranks import load_model, parallel_ranks

@@ -75,7 +75,6 @@ def _work(
         found, moments = collect(model, sequences, config.inference.batch_size, config.prune.statistics)
         _write(partial, found, moments, teacher.content, samples)
         seconds = time.perf_counter() - started
-    scores = ImportanceScores.load(partial)
     notes = [note for note in [singular(teacher.architecture, samples["tokens"])] if note and config.prune.statistics]
     for note in notes if rank() == 0 else []:
         print(f"score: {note}", file=sys.stderr)
@@ -83,7 +82,7 @@ def _work(
         "metrics": {
             "samples": len(samples["starts"]),
             "tokens": samples["tokens"],
-            "block_influence": [round(float(value), 6) for value in scores.block_influence],
+            "block_influence": [round(float(value), 6) for value in found["block_influence"]],
         },
         "timings": {"calibration_seconds": seconds},
         "details": {

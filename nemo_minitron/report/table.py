@@ -87,7 +87,7 @@ def render_table(rows: list[dict[str, Any]]) -> str:
                 "" if closed is None else f"{closed:.0%}",
             )
         )
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def render_stages(stages: list[dict[str, Any]]) -> str:
@@ -97,7 +97,7 @@ def render_stages(stages: list[dict[str, Any]]) -> str:
         (entry["stage"], f"{entry['seconds']:.1f}", f"{entry['peak_memory_bytes'] / 2**20:.0f} MiB") for entry in stages
     ]
     lines.append(("total", f"{sum(entry['seconds'] for entry in stages):.1f}", ""))
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
@@ -116,7 +116,8 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def _aligned(lines: list[tuple[str, ...]]) -> str:
+def aligned(lines: list[tuple[str, ...]]) -> str:
+    """Lines of cells as text: a heading, a rule, the first column to the left and the others to the right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rendered = []
     for line in lines:

@@ -5,6 +5,7 @@ the result, and an error of a worker comes back as the same error here. Started 
 set), a process is a worker itself.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -29,6 +30,8 @@ from nemo_minitron.runtime.preemption import STOP_FILE, passed_on
 Work = Callable[[Path], dict[str, Any]]
 ERROR_FILE = "NEMO_MINITRON_ERROR_FILE"
 WAIT_SECONDS = 600
+#: Exit code for errors that are no MinitronError (EX_SOFTWARE of sysexits.h).
+INTERNAL_ERROR = 70
 
 
 def under_launcher() -> bool:
@@ -78,6 +81,7 @@ def _as_worker(job: Job, work: Work, resumable: bool) -> Manifest:
     partial = _wait_for_partial(job)
     with disk_has_room(job.output):
         result = work(partial)
+    _wait_for_result(job)
     return Manifest(
         stage=job.stage, key=job.key(), inputs={}, config=job.config, seed=job.seed, metrics=result["metrics"]
     )
@@ -96,6 +100,16 @@ def _wait_for_partial(job: Job) -> Path:
     raise EngineError(f"rank 0 did not start {job.partial} within {WAIT_SECONDS} s; is it on a shared file system?")
 
 
+def _wait_for_result(job: Job) -> None:
+    """Until rank 0 has put the partial folder in the output's place, so that what follows can read it.
+
+    Where rank 0 fails, torchrun ends this rank, too.
+    """
+    deadline = time.monotonic() + WAIT_SECONDS
+    while job.partial.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def _torchrun(stage: str, config: Config, ranks: int) -> None:
     with tempfile.TemporaryDirectory(prefix="minitron-") as folder:
         config_file, error_file = Path(folder) / "config.json", Path(folder) / "error.json"
@@ -103,7 +117,7 @@ def _torchrun(stage: str, config: Config, ranks: int) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={ranks}"]
         command += [f"--master-port={free_port()}", "-m", "nemo_minitron.runtime.launch"]
         command += [stage, f"{type(config).__module__}:{type(config).__name__}", str(config_file)]
-        stop_file = Path(folder) / "stop"
+        stop_file = Path(os.environ.get(STOP_FILE) or Path(folder) / "stop")
         environment = {**os.environ, ERROR_FILE: str(error_file), STOP_FILE: str(stop_file)}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
         with passed_on(stop_file):
@@ -154,20 +168,22 @@ def worker(stage: str, config_class: str, config_file: str) -> int:
     try:
         _load(stage)(config)
     except MinitronError as error:
-        _tell_parent(type(error).__name__, str(error))
+        tell_parent(error)
         return error.exit_code
     except Exception as error:
         where = traceback.format_exc(limit=-3)
-        _tell_parent("EngineError", f"rank {rank()} of {stage} failed: {type(error).__name__}: {error}\n{where}")
+        tell_parent(EngineError(f"rank {rank()} of {stage} failed: {type(error).__name__}: {error}\n{where}"))
         raise
     return 0
 
 
-def _tell_parent(kind: str, message: str) -> None:
-    """Leaves the error of the first rank that fails where the parent looks for it."""
+def tell_parent(error: Exception) -> None:
+    """Leaves the error of the first rank that fails where the process that started the ranks looks for it."""
     target = os.environ.get(ERROR_FILE)
     if target and not os.path.exists(target):
-        write_json(target, {"kind": kind, "message": message})
+        code = getattr(error, "exit_code", INTERNAL_ERROR)
+        with contextlib.suppress(OSError):  # a full disk is what the error may be about
+            write_json(target, {"kind": type(error).__name__, "message": str(error), "exit_code": code})
 
 
 if __name__ == "__main__":

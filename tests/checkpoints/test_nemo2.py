@@ -99,7 +99,7 @@ def test_a_round_trip_is_bit_exact_and_keeps_the_architecture(family, tmp_path):
 def test_a_nemotron_computes_what_transformers_does_before_and_after_a_cut(tiny, tmp_path):
     """LayerNorm with zero-centred gamma, squared ReLU, partial rotary: checkpoint, scores and cut."""
     from nemo_minitron import flow
-    from nemo_minitron.config import EvaluateConfig, FinetuneConfig
+    from nemo_minitron.config import FinetuneConfig, LossConfig
     from nemo_minitron.data.samples import consecutive_sequences
     from nemo_minitron.evaluation.loss import evaluate_loss
     from nemo_minitron.finetuning.stage import finetune
@@ -110,7 +110,7 @@ def test_a_nemotron_computes_what_transformers_does_before_and_after_a_cut(tiny,
     sequences = consecutive_sequences([str(tiny.data / "test")], 64, 8)
     for name in ("teacher", "student"):
         fields = tiny.training(tmp_path / f"{name}-loss", restore_from_path=str(tmp_path / name))
-        measured = evaluate_loss(EvaluateConfig(**fields, limit_batches=1, splits=["test"])).metrics["test"]["loss"]
+        measured = evaluate_loss(LossConfig(**fields, limit_batches=1, splits=["test"])).metrics["test"]["loss"]
         model = nemotron(tmp_path / name, open_checkpoint(tmp_path / name).architecture).double()
         with torch.no_grad():
             logits = model(sequences[:, :-1]).logits
@@ -140,12 +140,12 @@ def test_plain_nemo_loads_a_pruned_student_and_computes_what_transformers_does(t
 
 
 def test_the_loss_is_that_of_transformers(tiny, tmp_path):
-    from nemo_minitron.config import EvaluateConfig
+    from nemo_minitron.config import LossConfig
     from nemo_minitron.data.samples import consecutive_sequences
     from nemo_minitron.evaluation.loss import evaluate_loss
 
     fields = tiny.training(tmp_path / "evaluation", restore_from_path=str(tiny.teacher))
-    measured = evaluate_loss(EvaluateConfig(**fields, limit_batches=2, splits=["test"])).metrics["test"]
+    measured = evaluate_loss(LossConfig(**fields, limit_batches=2, splits=["test"])).metrics["test"]
     sequences = consecutive_sequences([str(tiny.data / "test")], 64, 16)
     model = llama(tiny.teacher, open_checkpoint(tiny.teacher).architecture).double()
     with torch.no_grad():

@@ -34,7 +34,7 @@ def test_the_loss_is_the_same_from_every_format(tiny, teachers, tmp_path):
     losses = set()
     for form, path in teachers.items():
         fields = tiny.training(tmp_path / form, restore_from_path=str(path))
-        losses.add(evaluate_loss(c.EvaluateConfig(**fields, limit_batches=1, splits=["test"])).metrics["test"]["loss"])
+        losses.add(evaluate_loss(c.LossConfig(**fields, limit_batches=1, splits=["test"])).metrics["test"]["loss"])
     assert len(losses) == 1
 
 

@@ -18,7 +18,7 @@ SMALL = [
     "model.architecture.num_attention_heads=4", "model.architecture.num_query_groups=2",
     "model.architecture.kv_channels=16", "model.architecture.seq_length=32",
     "prune.num_samples=8", "prune.students.depth.num_layers=2", "prune.students.width.hidden_size=32",
-    "prune.students.width.ffn_hidden_size=64", "limit_test_batches=1",
+    "prune.students.width.ffn_hidden_size=64", "limit_test_batches=1", "facts=20",
     *(f"{stage}.{key}" for stage in ("pretrain", "finetune", "distill")
       for key in ("max_steps=2", "val_check_interval=1", "limit_val_batches=1", "warmup_steps=1")),
 ]  # fmt: skip
@@ -77,6 +77,15 @@ def test_the_report_holds_every_model_and_stage(run):
     assert all(stage["seconds"] > 0 and stage["peak_memory_bytes"] > 1e6 for stage in report["stages"])
     assert {name for name in STAGES if not (run / name / "manifest.json").is_file()} == set()
     assert len(report["verdicts"]) == 2
+
+
+def test_every_model_is_asked_what_the_text_states(run):
+    """The corrected teacher is what the others are compared with; the figures are those of the evaluation's folder."""
+    facts = json.loads((run / "report.json").read_text())["facts"]
+    assert facts == json.loads((run / "evaluations" / "facts" / "results.json").read_text())
+    rows = [row["model"] for row in json.loads((run / "report.json").read_text())["table"]]
+    assert facts["reference"] == "teacher corrected" and sorted(facts["facts"]["kept"]) == sorted(rows)
+    assert facts["facts"]["questions"] == 20 and facts["facts"]["chance"] == 0.25
 
 
 def test_parameters_in_the_table_are_those_on_disk(run):

@@ -1,0 +1,161 @@
+"""A checkpoint of any format as a transformers model, straight from its tensors: no copy on disk."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.checkpoints import HF, Checkpoint, open_checkpoint
+from nemo_minitron.checkpoints.families import FAMILIES, write_config
+from nemo_minitron.checkpoints.huggingface import export_tensors
+from nemo_minitron.config import InferenceSettings
+from nemo_minitron.errors import CheckpointError, EngineError
+
+DTYPES = {"32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model that is ready to run, in evaluation mode.
+
+    Attributes:
+        model: transformers' model.
+        tokenizer: its tokenizer, or None where none was asked for.
+        checkpoint: where it came from.
+    """
+
+    model: Any
+    tokenizer: Any
+    checkpoint: Checkpoint
+
+
+def open_all(paths: list[str], settings: InferenceSettings, *, tokenizers: bool = True) -> list[Checkpoint]:
+    """Opens checkpoints, and checks what can be checked before any is loaded.
+
+    Raises:
+        CheckpointError: one is missing or damaged, has no tokenizer, or transformers has no class for it.
+        EngineError: the device is not there.
+    """
+    found = [open_checkpoint(path) for path in paths]
+    for path, checkpoint in zip(paths, found):
+        if checkpoint.format != HF:
+            write_config(checkpoint.architecture, checkpoint.dtype)
+        if tokenizers and settings.tokenizer is None and checkpoint.tokenizer_files is None:
+            raise CheckpointError(f"the checkpoint {path} has no tokenizer: give one, tokenizer=DIR")
+    resolve_device(settings.device)
+    return found
+
+
+def resolve_device(name: str) -> str:
+    """The device that `name` stands for on this machine; raises EngineError where it is not there."""
+    if name == "cpu":
+        return name
+    import torch
+
+    if name == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    wanted = "cuda:0" if name in ("auto", "cuda") else name
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(wanted.removeprefix("cuda:")) >= count:
+        raise EngineError(f"device={name}: this machine has {count} GPUs that torch can use; device=cpu runs here")
+    return wanted
+
+
+def load(checkpoint: Checkpoint, settings: InferenceSettings, *, tokenizer: bool = True) -> Loaded:
+    """Loads a checkpoint for inference.
+
+    Args:
+        tokenizer: load its tokenizer as well.
+
+    Raises:
+        CheckpointError: its weights do not fit its sizes, or it has no tokenizer.
+        DataError: the tokenizer cannot be loaded.
+    """
+    device = resolve_device(settings.device)
+    found = load_tokenizer_of(checkpoint, settings) if tokenizer else None
+    with quiet_transformers():
+        model = _model(checkpoint, _dtype(checkpoint, settings, device))
+    return Loaded(model=model.to(device).eval(), tokenizer=found, checkpoint=checkpoint)
+
+
+def load_tokenizer_of(checkpoint: Checkpoint, settings: InferenceSettings) -> Any:
+    """The tokenizer that the settings name, or else the checkpoint's own."""
+    from nemo_minitron.data.tokenizer import load_tokenizer
+
+    name = settings.tokenizer or checkpoint.tokenizer
+    if name is None:
+        raise CheckpointError(f"the checkpoint {checkpoint.path} has no tokenizer: give one, tokenizer=DIR")
+    return load_tokenizer(name)
+
+
+def _dtype(checkpoint: Checkpoint, settings: InferenceSettings, device: str) -> Any:
+    import torch
+
+    if settings.dtype != "auto":
+        return getattr(torch, DTYPES[str(settings.dtype)])
+    return torch.float32 if device == "cpu" else getattr(torch, checkpoint.dtype)
+
+
+def _model(checkpoint: Checkpoint, dtype: Any) -> Any:
+    import transformers
+
+    kind = getattr(transformers, FAMILIES[checkpoint.architecture.family].architecture)
+    if checkpoint.format == HF:
+        return kind.from_pretrained(
+            str(checkpoint.path), torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    described = write_config(checkpoint.architecture, checkpoint.dtype)
+    state = {
+        name: tensor.read() for name, tensor in export_tensors(checkpoint.tensors, checkpoint.architecture).items()
+    }
+    config = kind.config_class(**described)
+    model, report = kind.from_pretrained(
+        None, config=config, state_dict=state, torch_dtype=dtype, output_loading_info=True
+    )
+    problems = [f"{what.replace('_', ' ')}: {', '.join(sorted(map(str, report[what])))}" for what in report
+                if report[what] and what != "error_msgs"]  # fmt: skip
+    if problems:
+        raise CheckpointError(f"{checkpoint.path} does not fit transformers' {kind.__name__}: {'; '.join(problems)}")
+    if checkpoint.generation:
+        # Without what transformers notes of itself there (`_from_model_config`): it would look for more of that.
+        said = {name: value for name, value in checkpoint.generation.items() if not name.startswith("_")}
+        model.generation_config = transformers.GenerationConfig(**said)
+    return model
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """In the body, transformers, datasets and lm-evaluation-harness say nothing below an error, and draw no bars."""
+    import logging
+
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    others = [logging.getLogger(name) for name in ("lm_eval", "datasets", "rouge_score", "absl")]
+    levels = [logger.level for logger in others]
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for logger in others:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+        for logger, before in zip(others, levels):
+            logger.setLevel(before)
+
+
+def display_names(paths: list[str], names: list[str]) -> list[str]:
+    """What tables call checkpoints: `names`, or as much of the end of each path as tells them apart."""
+    if names:
+        return list(names)
+    parts = [Path(path).absolute().parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        found = ["/".join(part[-count:]) for part in parts]
+        if len(set(found)) == len(found):
+            return found
+    return list(paths)

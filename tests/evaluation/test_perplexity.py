@@ -1,0 +1,93 @@
+"""Perplexities against the models' own logits, in float64."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_minitron.cli import main
+from nemo_minitron.evaluation.perplexity import ratio
+
+LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Documents with known boundaries; one is longer than the models' context, and its windows are all alike."""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = ["The quay of Sivland is closed .", "Nobody knew the way ; the boats came late .\nThey left .", "x " * 120]
+    (folder / "train.jsonl").write_text(json.dumps({"text": "unused"}) + "\n")
+    (folder / "validation.jsonl").write_text(json.dumps({"text": "unused as well"}) + "\n")
+    (folder / "test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder, texts
+
+
+def losses(folder, texts) -> list[float]:
+    """Negative log-likelihood of each text; windows of the model's length that share one token, the last one full."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float64).eval()
+    found = []
+    for text in texts:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        padded, total, end = [tokenizer.bos_token_id, *tokens], 0.0, 0
+        while end < len(tokens):
+            last = min(end + LENGTH, len(tokens))
+            first = max(0, last - LENGTH)
+            with torch.no_grad():
+                logits = model(torch.tensor([padded[first:last]])).logits[0].double()
+            scores = logits.log_softmax(-1).gather(1, torch.tensor(tokens[first:last])[:, None])[:, 0]
+            total -= float(scores[end - first :].sum())
+            end = last
+        found.append(total)
+    return found
+
+
+@pytest.mark.parametrize(("given", "same_as"), [("nemo2", "llama2"), ("nemotron", "nemotron"), ("depth", "depth")])
+def test_perplexities_are_those_of_the_logits(small_models, corpus, capsys, given, same_as):
+    folder, texts = corpus
+    arguments = [str(small_models[given]), "tasks=perplexity", f"corpus={folder}", "--json"]
+    assert main(["evaluate", *arguments]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    found = {name: entry["value"] for name, entry in next(iter(results.values()))["perplexity"].items()}
+    loss = sum(losses(small_models[same_as], texts))
+    tokenizer = AutoTokenizer.from_pretrained(small_models[same_as])
+    # A trailing blank starts a last, empty word for lm-evaluation-harness.
+    words = sum(text.count(" ") + text.count("\n") + 1 for text in texts)
+    size = sum(len(text.encode()) for text in texts)
+    tokens = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+    assert found["word_perplexity"] == pytest.approx(math.exp(loss / words), rel=1e-3)
+    assert found["byte_perplexity"] == pytest.approx(math.exp(loss / size), rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(loss / size / math.log(2), rel=1e-5)
+    assert found["token_loss"] == pytest.approx(loss / tokens, rel=1e-5)
+    assert found["token_perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
+
+
+def test_the_standard_error_is_that_of_a_bootstrap_over_documents():
+    rng = random.Random(3)
+    counts = [rng.randint(50, 400) for _ in range(300)]
+    sums = [count * rng.gauss(3.0, 0.4) + rng.gauss(0, 20) for count in counts]
+    mean, error = ratio(sums, counts)
+    assert mean == pytest.approx(sum(sums) / sum(counts))
+    drawn = []
+    for _ in range(2000):
+        chosen = rng.choices(range(300), k=300)
+        drawn.append(sum(sums[i] for i in chosen) / sum(counts[i] for i in chosen))
+    middle = sum(drawn) / len(drawn)
+    spread = math.sqrt(sum((value - middle) ** 2 for value in drawn) / len(drawn))
+    assert error == pytest.approx(spread, rel=0.1)
+    assert ratio([3.0], [2]) == (1.5, None)
+
+
+def test_the_corpus_of_a_data_folder_is_the_one_it_was_made_from(small_models, corpus, tmp_path, capsys):
+    folder, texts = corpus
+    made = tmp_path / "made"
+    assert main(["data", f"output={made}", f"source={folder}", f"tokenizer={small_models['tokenizer']}"]) == 0
+    capsys.readouterr()
+    found = []
+    for place in (folder, made):
+        assert main(["evaluate", str(small_models["llama2"]), f"corpus={place}", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["results"])
+    assert found[0] == found[1]
