@@ -135,6 +135,11 @@ COMMANDS = {
         positionals=(("models", "MODEL..."),),
         options=(Option("--json", "json", "print JSON"),),
     ),
+    "report": Command(
+        "nemo_minitron.reporting:report",
+        "a page with pictures of what a run did, or of several beside each other",
+        positionals=(("runs", "RUN..."),),
+    ),
 }
 
 #: What is a setting and no path: name=value, +name=value, ~name.

@@ -37,6 +37,7 @@ SCHEMAS: dict[str, type[Config]] = {
     "evaluate": schemas.EvaluateConfig,
     "generate": schemas.GenerateConfig,
     "benchmark": schemas.BenchmarkConfig,
+    "report": schemas.ReportConfig,
 }
 
 #: Commands that `--launch` takes; their files and overrides may hold hardware.* and slurm.* (LaunchConfig) too.

@@ -16,6 +16,7 @@ from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Manifest, versions, write_json
 from nemo_minitron.dry_run import describe
+from nemo_minitron.errors import MinitronError
 from nemo_minitron.recipes import (
     check_instructions,
     check_students,
@@ -28,8 +29,10 @@ from nemo_minitron.recipes import (
     teachers,
     training_fields,
 )
+from nemo_minitron.report.collect import PAGE, REPORT, collect
+from nemo_minitron.reporting import write_run
 
-REPORT, FACTS = "report.json", "evaluate facts"
+FACTS = "evaluate facts"
 
 
 class Step(NamedTuple):
@@ -85,6 +88,7 @@ def run_flow(config: c.FlowConfig) -> Manifest | None:
     for number, step in enumerate(steps, 1):
         manifests[step.name] = run_step(step, f"[{number}/{len(steps)}]")
     show(config, finish(config, manifests))
+    draw(Path(config.output_dir))
     return None
 
 
@@ -94,7 +98,8 @@ def finish(config: c.FlowConfig, manifests: dict[str, Manifest]) -> dict[str, An
     Args:
         manifests: step's name -> manifest, of all steps.
     """
-    report = summarize(config, manifests)
+    folders = {step.name: step.output for step in plan_steps(config, teacher_architecture(config))}
+    report = summarize(config, manifests, folders)
     write_json(Path(config.output_dir) / REPORT, report)
     return report
 
@@ -259,8 +264,9 @@ def facts_steps(config: c.FlowConfig, run: Path) -> list[Step]:
     return [Step(FACTS, output, lambda: measure(c.validated(evaluation))[1])]
 
 
-def summarize(config: c.FlowConfig, manifests: dict[str, Manifest]) -> dict[str, Any]:
+def summarize(config: c.FlowConfig, manifests: dict[str, Manifest], folders: dict[str, Path]) -> dict[str, Any]:
     """report.json: the table, each stage's time and memory, and how all of it was made."""
+    from nemo_minitron.report.summary import environment
     from nemo_minitron.report.table import add_gaps, cut_of, row, verdicts
 
     def measured(name: str) -> dict[str, Any]:
@@ -277,6 +283,7 @@ def summarize(config: c.FlowConfig, manifests: dict[str, Manifest]) -> dict[str,
     stages = [
         {
             "stage": name,
+            "folder": folders[name].relative_to(config.output_dir).as_posix(),
             "seconds": manifest.timings.get("total_seconds", 0.0),
             "peak_memory_bytes": manifest.peak_memory_bytes,
         }
@@ -298,6 +305,7 @@ def summarize(config: c.FlowConfig, manifests: dict[str, Manifest]) -> dict[str,
         "data": data,
         "config": dataclasses.asdict(config),
         "versions": versions(),
+        "environment": environment(),
         "seed": config.seed,
     }
 
@@ -325,3 +333,13 @@ def show(config: c.FlowConfig, report: dict[str, Any]) -> None:
     print(render_stages(report["stages"]))
     print()
     print(f"report: {Path(config.output_dir) / REPORT}")
+
+
+def draw(run: Path) -> None:
+    """Writes the page of a run and prints where it is; without what draws it, says so: the run itself is done."""
+    try:
+        write_run(collect(run), run / PAGE)
+    except MinitronError as error:
+        print(f"no page: {error}; then `minitron report {run}`", file=sys.stderr)
+    else:
+        print(f"page: {run / PAGE}")

@@ -183,7 +183,7 @@ class Job:
                 shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
         reset_peak_memory()
-        write_json(marker, {"stage": self.stage, "key": self.key()})
+        write_json(marker, {"stage": self.stage, "key": self.key(), "config": self.config})
         return self.partial
 
     def discard(self) -> None:

@@ -145,6 +145,7 @@ def test_options_stand_anywhere_between_overrides(stage):
         (["inspect", "m"], {"source": "m", "json": False, "values": False}),
         (["inspect", "--values", "m", "--json"], {"source": "m", "json": True, "values": True}),
         (["download", "hf://acme/llama@v1"], {"source": "hf://acme/llama@v1", "output": None}),
+        (["report", "run a", "b,c", "output=x.html"], {"runs": ["run a", "b,c"], "output": "x.html"}),
         (["download", "ngc://acme/llama:1.0", "here"], {"source": "ngc://acme/llama:1.0", "output": "here"}),
         (["flow", "--dry-run"], {"dry_run": True}),
     ],

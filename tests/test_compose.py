@@ -29,6 +29,7 @@ REQUIRED = {
     "evaluate": ["models=[/model]"],
     "generate": ["model=/model", "prompt=To be"],
     "benchmark": ["models=[/model]"],
+    "report": ["runs=[run]"],
 }
 
 FINETUNE_OF_THE_TUTORIAL = """

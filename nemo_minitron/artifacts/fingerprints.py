@@ -11,8 +11,8 @@ from nemo_minitron.archive import last_member
 from nemo_minitron.artifacts.manifest import MANIFEST, MANIFEST_LIMIT, PARTIAL_KEY, Manifest
 
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
-#: Files of a stage folder that differ between equal runs (times, logs) and so stay out of its fingerprint.
-VOLATILE = (MANIFEST, PARTIAL_KEY, "logs", "tensorboard", "checkpoints")
+#: Files of a stage folder that differ between equal runs (times, logs, reports) and so stay out of its fingerprint.
+VOLATILE = (MANIFEST, PARTIAL_KEY, "logs", "tensorboard", "checkpoints", "report.json", "report.html")
 
 
 def fingerprint(path: str | os.PathLike) -> str:

@@ -32,6 +32,7 @@ from nemo_minitron.config.instructions import InstructConfig, PeftConfig
 from nemo_minitron.config.launching import LaunchConfig, SlurmConfig
 from nemo_minitron.config.planning import PLAN_STAGES, PlanConfig, PlanStudentConfig
 from nemo_minitron.config.pruning import ExportConfig, InferenceConfig, PruneConfig, PruneModelConfig, PruneTargets
+from nemo_minitron.config.report import ReportConfig
 from nemo_minitron.config.training import (
     DistillConfig,
     ExpManagerConfig,
@@ -92,6 +93,7 @@ __all__ = [
     "PruneTargets",
     "QuantizeConfig",
     "RecipeConfig",
+    "ReportConfig",
     "SchedConfig",
     "SlurmConfig",
     "StageConfig",

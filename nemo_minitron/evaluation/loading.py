@@ -37,7 +37,7 @@ def open_all(paths: list[str], settings: InferenceSettings, *, tokenizers: bool 
         CheckpointError: one is missing or damaged, has no tokenizer, or transformers has no class for it.
         EngineError: the device is not there.
     """
-    found = [open_checkpoint(path) for path in paths]
+    found = [open_checkpoint(path, quantized=True) for path in paths]
     for path, checkpoint in zip(paths, found):
         if checkpoint.format != HF:
             write_config(checkpoint.architecture, checkpoint.dtype)

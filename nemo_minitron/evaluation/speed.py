@@ -212,7 +212,7 @@ class Runner:
         self.config = config
         device = resolve_device(config.device)
         self.cuda = device != "cpu"
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, quantized=True)
         _rehearse(checkpoint.architecture.family, device)
         self.before = 0 if self.cuda else _resident_bytes()
         self.model = load(checkpoint, config, tokenizer=False).model

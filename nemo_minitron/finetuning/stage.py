@@ -44,7 +44,7 @@ def finetune(config: FinetuneConfig) -> Manifest:
     job = Job(
         stage="finetune",
         output=Path(config.output),
-        config=settings_of(config),
+        config=dataclasses.asdict(config),
         inputs=inputs_of_job | inputs.files(),
         seed=config.seed,
         overwrite=config.overwrite,
@@ -58,16 +58,6 @@ def finetune(config: FinetuneConfig) -> Manifest:
         trainer=config.trainer,
         resumable=True,
     )
-
-
-def settings_of(config: FinetuneConfig) -> dict[str, Any]:
-    """The settings that a run is known by: those of instructions and adapters only where there are any."""
-    settings = dataclasses.asdict(config)
-    if not config.model.data.instructions:
-        del settings["instruct"]
-    if config.peft.scheme == "none":
-        del settings["peft"]
-    return settings
 
 
 def random_architecture(config: FinetuneConfig) -> Architecture:

@@ -56,14 +56,17 @@ def render_cuts(cuts: dict[str, dict[str, Any]]) -> list[str]:
 def add_gaps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Adds to each line its share of the teacher's parameters and, after pruning, how much of the gap it closed.
 
-    gap closed = (pruned - this) / (pruned - teacher), of test losses; the teacher is the corrected one.
+    gap closed = (pruned - this) / (pruned - teacher), of test losses; the teacher is the corrected one. What lacks one
+    of them gets None.
     """
-    teacher = next(entry for entry in rows if entry["kind"] == "corrected")
+    teacher = next((entry for entry in rows if entry["kind"] == "corrected"), None)
     pruned = {entry["student"]: entry for entry in rows if entry["kind"] == "pruned"}
     for entry in rows:
+        entry["share_of_teacher"] = entry["gap_closed"] = None
+        if teacher is None:
+            continue
         entry["share_of_teacher"] = entry["parameters"] / teacher["parameters"]
-        entry["gap_closed"] = None
-        if entry["kind"] in ("distilled", "control"):
+        if entry["kind"] in ("distilled", "control") and entry["student"] in pruned:
             before = pruned[entry["student"]]["test"]["loss"]
             gap = before - teacher["test"]["loss"]
             entry["gap_closed"] = (before - entry["test"]["loss"]) / gap if gap else None
@@ -79,7 +82,7 @@ def render_table(rows: list[dict[str, Any]]) -> str:
             (
                 entry["model"],
                 human(entry["parameters"]),
-                f"{entry['share_of_teacher']:.0%}",
+                "" if entry["share_of_teacher"] is None else f"{entry['share_of_teacher']:.0%}",
                 f"{entry['validation']['loss']:.4f}",
                 f"{entry['validation']['perplexity']:.2f}",
                 f"{entry['test']['loss']:.4f}",

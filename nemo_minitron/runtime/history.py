@@ -22,6 +22,8 @@ from nemo_minitron.runtime.preemption import StopRequest
 
 #: Lightning's number of batches between validations for none of them.
 NEVER = float("inf")
+#: TensorBoard's file is this far behind at most.
+FLUSH_SECONDS = 5
 
 
 class History(pl.Callback):
@@ -57,7 +59,9 @@ class History(pl.Callback):
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(self.partial / TENSORBOARD), purge_step=trainer.global_step or None)
+        self.writer = SummaryWriter(
+            str(self.partial / TENSORBOARD), purge_step=trainer.global_step or None, flush_secs=FLUSH_SECONDS
+        )
         self.bar = tqdm(
             total=trainer.max_steps,
             initial=trainer.global_step,

@@ -1,6 +1,8 @@
 """The whole flow through the command line, at the smallest size."""
 
+import dataclasses
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,6 +12,8 @@ import pytest
 from hf import read_weights
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.cli import main
+from nemo_minitron.compose import compose
+from nemo_minitron.report.collect import log_files, stage_name
 
 SMALL = [
     "data.words=20000", "data.pretrain_words=20000", "data.vocab_size=400", "data.workers=1",
@@ -86,6 +90,32 @@ def test_every_model_is_asked_what_the_text_states(run):
     rows = [row["model"] for row in json.loads((run / "report.json").read_text())["table"]]
     assert facts["reference"] == "teacher corrected" and sorted(facts["facts"]["kept"]) == sorted(rows)
     assert facts["facts"]["questions"] == 20 and facts["facts"]["chance"] == 0.25
+
+
+def test_the_report_repeats_the_run_and_shows_it(run, capsys):
+    """Every command composes to what the manifest says was run; the page is there, names and numbers are the flow's."""
+    report = json.loads((run / "report.json").read_text())
+    recorded = {stage["stage"]: stage["config"] for stage in report["stages"]} | {"the whole run": report["config"]}
+    assert {"the whole run", "data", "teacher correction", "importance", "prune width", "distil depth"} <= set(
+        report["commands"]
+    )
+    for name, command in report["commands"].items():
+        program, subcommand, *overrides = shlex.split(command)
+        config = recorded[name].get("command", recorded[name])
+        assert program == "minitron"
+        assert json.loads(json.dumps(dataclasses.asdict(compose(subcommand, overrides)))) == config
+    for stage in report["stages"]:
+        assert stage["stage"] == stage_name(stage["folder"], stage["kind"]) or stage["kind"] == "scan"
+    assert {"shapes", "kept", "cost", "block-influence", "losses-depth-distilled"} <= {
+        picture["name"] for picture in report["pictures"]
+    }
+    assert report["missing"] == [] and report["environment"]["processors"] > 0
+    page = (run / "report.html").read_text()
+    assert all(f"{row['test']['loss']:.4f}" in page for row in report["table"])
+    assert set(log_files(run)) >= {"teacher", "scores", "depth-distilled", "evaluations/teacher"}
+    before = (run / "report.html").read_bytes()
+    assert main(["report", str(run)]) == 0
+    assert (run / "report.html").read_bytes() == before
 
 
 def test_parameters_in_the_table_are_those_on_disk(run):

@@ -1,0 +1,415 @@
+"""Reads a run into one plain dict: its stages' manifests, histories, scores, scans, cuts and table.
+
+A run is a flow's output folder, any folder with stages in it, or one stage's own folder or archive. What a half-done
+run does not have yet is said under ``missing``; what is damaged is said there too, and left out. Files are data:
+nothing in them is trusted to have the right kind or to be finite.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts import MANIFEST, PARTIAL_KEY, DepthScan, ImportanceScores, Manifest
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.report.table import add_gaps, cut_of, row, verdicts
+
+REPORT, PAGE = "report.json", "report.html"
+LOG, TENSORBOARD = Path("logs") / "engine.log", "tensorboard"
+EVALUATIONS = "evaluations"
+#: Bytes of a JSON file that are read; larger ones are none of ours.
+JSON_LIMIT = 256 << 20
+
+#: Folder in a flow's output -> what the flow calls the stage.
+STAGE_NAMES = {
+    "data-broad": "data (broad)",
+    "data": "data",
+    "teacher-pretrained": "pretrain teacher",
+    "teacher": "teacher correction",
+    "scores": "importance",
+}
+STAGE_ORDER = ("data", "finetune", "score", "scan", "prune", "distill", "evaluate")
+STUDENT_VERBS = {"pruned": "prune", "distilled": "distil", "control": "retrain (LM loss alone)"}
+
+
+def collect(path: str | os.PathLike) -> dict[str, Any]:
+    """Everything that a report shows of the run at `path`.
+
+    Returns:
+        ``run``, ``name``; ``flow``: whether it is a flow's output; ``report``: the flow's own report.json;
+        ``stages``: a dict a finished stage; ``unfinished``: one a stage that is running or was stopped;
+        ``histories``: stage -> losses; ``importance``; ``scans``; ``cuts``; ``shapes``; ``table``; ``verdicts``;
+        ``missing``: sentences.
+
+    Raises:
+        MinitronError: there is nothing, or nothing of a run, at `path`.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise MinitronError(f"{place}: no such run; name a flow's output_dir or a stage's folder")
+    missing: list[str] = []
+    found = list(_manifests(place, missing))
+    unfinished = unfinished_stages(place)
+    if not found and not unfinished:
+        why = "; ".join(missing) or f"there is no {MANIFEST} in it and no stage below it"
+        raise MinitronError(f"{place} is not a run: {why}. Name a flow's output_dir or a stage's folder")
+    single = len(found) == 1 and found[0][0] in ("", place.name) and not unfinished
+    report = {} if single else read_report(place / REPORT)
+    flow = not single and _is_flow(report, found, unfinished)
+    stages = [_stage(place, folder, manifest, report) for folder, manifest in found]
+    order = [entry.get("folder") for entry in report.get("stages", ()) if isinstance(entry, dict)]
+    stages.sort(key=lambda stage: (stage["created"], _order(stage, order), stage["folder"]))
+    run: dict[str, Any] = {
+        "run": str(place),
+        "name": place.resolve().name or str(place),
+        "flow": flow,
+        "report": report,
+        "stages": stages,
+        "unfinished": unfinished,
+        "missing": missing,
+    }
+    manifests = {
+        stage["folder"]: manifest for stage in stages for folder, manifest in found if folder == stage["folder"]
+    }
+    run["histories"] = _histories(stages, manifests)
+    run["scans"] = _scans(place, manifests, missing)
+    run["importance"] = _importance(place, manifests, missing)
+    run |= _cuts(manifests, missing)
+    run["table"] = _table(manifests, missing) if flow else []
+    run["verdicts"] = verdicts(run["table"])
+    if flow:
+        missing += _missing(manifests, unfinished)
+    return run
+
+
+def log_files(run: str | os.PathLike) -> dict[str, Path]:
+    """Where NeMo's, Megatron's and ModelOpt's messages went: stage -> log file, of finished and of running stages."""
+    place = Path(run)
+    folders = {"": place} | {
+        str(path.relative_to(place)): path for path in [*place.glob("*"), *place.glob(f"{EVALUATIONS}/*")]
+    }
+    found = {}
+    for name, folder in folders.items():
+        for log in (folder / LOG, folder.with_name(f"{folder.name}.logs") / LOG):
+            if log.is_file():
+                found[_without_dots(name) or place.name] = log
+    return dict(sorted(found.items(), key=lambda entry: entry[1].stat().st_mtime_ns))
+
+
+def log_file(stage: str | os.PathLike) -> Path | None:
+    """The log file of one stage's output, while it runs too; None where it has none."""
+    place = Path(stage)
+    folders = (place, place.with_name(f".{place.name}.partial"), place.with_name(f"{place.name}.logs"))
+    return next((folder / LOG for folder in folders if (folder / LOG).is_file()), None)
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The JSON report at `path`, or nothing where there is none that is a report."""
+    value = read_json(path)
+    return value if isinstance(value, dict) and isinstance(value.get("stages"), list) else {}
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file; None where there is none."""
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def stage_name(folder: str, stage: str) -> str:
+    """What a flow calls the stage whose result lies in `folder`."""
+    head, _, last = folder.rpartition("/")
+    if head == EVALUATIONS:
+        return f"evaluate {_model_name(last)[0]}"
+    if folder in STAGE_NAMES:
+        return STAGE_NAMES[folder]
+    student, _, kind = folder.rpartition("-")
+    if student and kind in STUDENT_VERBS:
+        return f"{STUDENT_VERBS[kind]} {student}"
+    if stage == "scan":
+        return f"scan blocks ({folder.partition('.depth-')[2] or folder})"
+    return f"{stage} ({folder})" if folder else stage
+
+
+def _model_name(folder: str) -> tuple[str, str | None, str]:
+    """Name, student and kind of the model that an evaluation's folder is named after."""
+    if folder == "teacher":
+        return "teacher", None, "teacher"
+    if folder == "teacher-corrected":
+        return "teacher corrected", None, "corrected"
+    student, _, kind = folder.rpartition("-")
+    return (f"{student} {kind}", student, kind) if student else (folder, None, "")
+
+
+def _manifests(place: Path, missing: list[str]) -> Iterator[tuple[str, Manifest]]:
+    """Folder relative to the run ('' for itself) and manifest of every finished stage."""
+    if place.is_file() or (place / MANIFEST).is_file():
+        candidates = [place]
+    else:
+        candidates = [path.parent for pattern in ("*", "*/*") for path in place.glob(f"{pattern}/{MANIFEST}")]
+        candidates += place.glob("*.nemo")
+        candidates = [path for path in candidates if not any(p.startswith(".") for p in path.relative_to(place).parts)]
+    for path in sorted(candidates):
+        try:
+            manifest = Manifest.read(path)
+            _check(manifest)
+        except (MinitronError, TypeError) as error:
+            missing.append(str(error) if isinstance(error, MinitronError) else f"{path / MANIFEST}: {error}")
+            continue
+        yield ("" if path == place else path.relative_to(place).as_posix()), manifest
+
+
+def _check(manifest: Manifest) -> None:
+    for name in ("stage", "key", "created"):
+        if not isinstance(getattr(manifest, name), str):
+            raise TypeError(f"{name} is not text")
+    if number(manifest.peak_memory_bytes) is None:
+        raise TypeError("peak_memory_bytes is not a number")
+
+
+def number(value: Any) -> float | None:
+    """`value` where it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def unfinished_stages(place: Path) -> list[dict[str, Any]]:
+    """Stages that are running or were stopped: what their hidden folders say."""
+    return list(_unfinished(place))
+
+
+def finished_stages(place: Path) -> list[tuple[str, Manifest]]:
+    """Folder ('' for `place` itself) and manifest of each finished stage; damaged ones are left out."""
+    return list(_manifests(place, []))
+
+
+def _unfinished(place: Path) -> Iterator[dict[str, Any]]:
+    beside = [place.with_name(f".{place.name}.partial") / PARTIAL_KEY]
+    for marker in [*place.glob(f".*.partial/{PARTIAL_KEY}"), *place.glob(f"{EVALUATIONS}/.*.partial/{PARTIAL_KEY}"),
+                   *(path for path in beside if path.is_file())]:  # fmt: skip
+        told = read_json(marker)
+        told = told if isinstance(told, dict) else {}
+        inside = place in marker.parents
+        folder = _without_dots(marker.parent.relative_to(place).as_posix()) if inside else place.name
+        stage = str(told.get("stage", "?"))
+        yield {
+            "stage": stage_name(folder, stage),
+            "kind": stage,
+            "folder": folder,
+            "partial": str(marker.parent),
+            "config": told.get("config") if isinstance(told.get("config"), dict) else {},
+        }
+
+
+def _without_dots(name: str) -> str:
+    """`evaluations/.NAME.partial` -> `evaluations/NAME`."""
+    head, _, last = name.rpartition("/")
+    if last.startswith(".") and last.endswith(".partial"):
+        last = last[1 : -len(".partial")]
+    return f"{head}/{last}" if head else last
+
+
+def _is_flow(report: dict[str, Any], found: list[tuple[str, Manifest]], unfinished: list[dict[str, Any]]) -> bool:
+    folders = {folder for folder, _ in found} | {stage["folder"] for stage in unfinished}
+    return bool(report.get("table")) or ("data" in folders and bool(folders & {"teacher", "teacher-pretrained"}))
+
+
+def _order(stage: Mapping[str, Any], told: list[Any]) -> int:
+    """Where a stage stands among those that ended in the same second."""
+    if stage["folder"] in told:
+        return told.index(stage["folder"])
+    return STAGE_ORDER.index(stage["kind"]) if stage["kind"] in STAGE_ORDER else len(STAGE_ORDER)
+
+
+def _stage(place: Path, folder: str, manifest: Manifest, report: dict[str, Any]) -> dict[str, Any]:
+    """What the report says of one stage."""
+    told = [entry for entry in report.get("stages", ()) if isinstance(entry, dict) and entry.get("folder") == folder]
+    name = told[0].get("stage") if told and folder else None
+    log = log_file(place / folder)
+    return {
+        "stage": name if isinstance(name, str) else stage_name(folder, manifest.stage),
+        "seconds": number(manifest.timings.get("total_seconds")) or 0.0,
+        "peak_memory_bytes": manifest.peak_memory_bytes,
+        "kind": manifest.stage,
+        "folder": folder,
+        "created": manifest.created,
+        "seed": manifest.seed,
+        "timings": manifest.timings,
+        "metrics": {key: value for key, value in manifest.metrics.items() if key not in ("train", "validation")
+                    or not isinstance(value, list)},
+        "inputs": manifest.inputs,
+        "config": manifest.config,
+        "versions": manifest.versions,
+        "log": None if log is None else os.path.relpath(log, place if place.is_dir() else place.parent),
+    }  # fmt: skip
+
+
+def _histories(stages: list[dict[str, Any]], manifests: Mapping[str, Manifest]) -> dict[str, dict[str, Any]]:
+    """Folder -> losses of every stage that trained."""
+    found = {}
+    for stage in stages:
+        metrics = manifests[stage["folder"]].metrics
+        history = {split: lines_of(metrics.get(split)) for split in ("train", "validation")}
+        if history["train"] or history["validation"]:
+            step = number(metrics.get("result_step"))
+            found[stage["folder"]] = {"stage": stage["stage"], **history, "result_step": step}
+    return found
+
+
+def lines_of(value: Any) -> list[dict[str, float]]:
+    """Lines of a history: a step and finite numbers in each."""
+    lines = value if isinstance(value, list) else []
+    clean = [{key: entry for key, entry in line.items() if number(entry) is not None} for line in lines
+             if isinstance(line, dict)]  # fmt: skip
+    return [line for line in clean if "step" in line]
+
+
+def _importance(place: Path, manifests: Mapping[str, Manifest], missing: list[str]) -> dict[str, Any] | None:
+    """Importance as the cut sees it: square roots of the sums over samples; numpy arrays."""
+    folder = next((folder for folder, manifest in manifests.items() if manifest.stage == "score"), None)
+    if folder is None:
+        return None
+    path = place / folder / ImportanceScores.FILE
+    details = manifests[folder].details
+    try:
+        sums = _read_scores(path)
+    except (MinitronError, OSError, ValueError, ArithmeticError) as error:
+        missing.append(f"{path} cannot be read: {error}")
+        return None
+    architecture = details.get("architecture")
+    heads = architecture.get("num_attention_heads") if isinstance(architecture, dict) else None
+    found = {name: sums[name] ** 0.5 for name in ("hidden", "ffn")}
+    if isinstance(heads, int) and heads > 0 and sums["heads"].shape[1] % heads == 0:
+        found["heads"] = sums["heads"].reshape(len(sums["heads"]), heads, -1).sum(axis=2) ** 0.5
+    samples = details.get("samples") if isinstance(details.get("samples"), dict) else {}
+    return found | {
+        "folder": folder,
+        "block_influence": [float(value) for value in sums["block_influence"]],
+        "samples": manifests[folder].metrics.get("samples"),
+        "tokens": manifests[folder].metrics.get("tokens"),
+        "seq_length": samples.get("seq_length"),
+    }
+
+
+def _read_scores(path: Path) -> dict[str, Any]:
+    """The scores without the moments, as float64; torch is not needed for that."""
+    import numpy
+    from safetensors import SafetensorError, safe_open
+
+    found = {}
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            for name in ImportanceScores.names():
+                found[name] = numpy.asarray(file.get_tensor(name), dtype=numpy.float64)
+    except SafetensorError as error:
+        raise MinitronError(str(error)) from None
+    for name, value in found.items():
+        if value.ndim != (1 if name == "block_influence" else 2) or not value.size:
+            raise MinitronError(f"{name} has the shape {value.shape}")
+        if not numpy.isfinite(value).all() or (name != "block_influence" and (value < 0).any()):
+            raise MinitronError(f"{name} holds values that are not finite, or sums below zero")
+    return found
+
+
+def _scans(place: Path, manifests: Mapping[str, Manifest], missing: list[str]) -> list[dict[str, Any]]:
+    """Scans of blocks, from their manifests."""
+    found = []
+    for folder, manifest in manifests.items():
+        if manifest.stage != "scan":
+            continue
+        blocks, report = manifest.details.get("blocks"), manifest.details.get("report")
+        drop = manifest.metrics.get("dropped_layers")
+        if not (_are_blocks(blocks) and isinstance(drop, list) and isinstance(report, dict)) or (
+            number(report.get("teacher_loss")) is None
+        ):
+            missing.append(f"{place / folder / MANIFEST} holds no scan of blocks ({DepthScan.FILE} may)")
+            continue
+        layers = [layer for layer in drop if isinstance(layer, int)]
+        found.append({"folder": folder, "blocks": blocks, "drop_layers": layers, **report})
+    return found
+
+
+def _are_blocks(blocks: Any) -> bool:
+    return isinstance(blocks, list) and all(
+        isinstance(block, dict) and all(number(block.get(key)) is not None for key in ("first", "last", "loss"))
+        for block in blocks
+    )
+
+
+def _cuts(manifests: Mapping[str, Manifest], missing: list[str]) -> dict[str, Any]:
+    """``cuts``: student -> how; ``shapes``: student -> teacher's and student's Architecture, layers dropped."""
+    cuts, shapes = {}, {}
+    for folder, manifest in manifests.items():
+        if manifest.stage != "prune":
+            continue
+        name = folder.removesuffix("-pruned") or "student"
+        try:
+            cut = cut_of(manifest)
+            plan = manifest.details["plan"]
+            layers = [int(layer) for layer in cut["dropped_layers"]]
+            models = {side: Architecture.from_settings(dict(plan[side]), folder) for side in ("teacher", "student")}
+            if not all(isinstance(cut[part], dict) for part in ("width", "compensation", "depth")):
+                raise TypeError
+        except (KeyError, TypeError, ValueError, MinitronError):
+            missing.append(f"{folder or MANIFEST}: its manifest does not say what was cut")
+            continue
+        cuts[name], shapes[name] = cut, {**models, "drop_layers": layers}
+    return {"cuts": cuts, "shapes": shapes}
+
+
+def _table(manifests: Mapping[str, Manifest], missing: list[str]) -> list[dict[str, Any]]:
+    """The rows that there are evaluations for, in the order of the flow's table."""
+    rows = []
+    for folder, manifest in manifests.items():
+        head, _, last = folder.rpartition("/")
+        name, student, kind = _model_name(last)
+        if head != EVALUATIONS or kind not in ("teacher", "corrected", "pruned", "distilled", "control"):
+            continue
+        if _is_evaluation(manifest.metrics):
+            rows.append(row(name, manifest.metrics, student=student, kind=kind))
+        else:
+            missing.append(f"{folder}: its manifest holds no losses")
+    kinds = ("teacher", "corrected", "pruned", "distilled", "control")
+    students = list(dict.fromkeys(entry["student"] for entry in rows if entry["student"]))
+    rows.sort(key=lambda entry: (students.index(entry["student"]) if entry["student"] else -1,
+                                 kinds.index(entry["kind"])))  # fmt: skip
+    return add_gaps(rows)
+
+
+def _is_evaluation(metrics: Mapping[str, Any]) -> bool:
+    losses = [metrics.get("validation"), metrics.get("test")]
+    return bool(number(metrics.get("parameters"))) and all(
+        isinstance(loss, dict) and number(loss.get("loss")) is not None and number(loss.get("perplexity")) is not None
+        for loss in losses
+    )
+
+
+def _missing(manifests: Mapping[str, Manifest], unfinished: list[dict[str, Any]]) -> list[str]:
+    """What a flow of these students would still have."""
+    here = set(manifests)
+    started = {stage["folder"]: stage for stage in unfinished}
+    students = list(
+        dict.fromkeys(
+            folder.rpartition("-")[0]
+            for folder in [*manifests, *started]
+            if "/" not in folder and folder.endswith(("-pruned", "-distilled"))
+        )
+    )
+    expected = ["data", "teacher", f"{EVALUATIONS}/teacher", f"{EVALUATIONS}/teacher-corrected"]
+    for name in students:
+        expected += [f"{name}-pruned", f"{EVALUATIONS}/{name}-pruned", f"{name}-distilled",
+                     f"{EVALUATIONS}/{name}-distilled"]  # fmt: skip
+    found = [f"{stage['stage']} has not ended (it works in {stage['partial']})" for stage in unfinished]
+    found += [f"{stage_name(folder, '')} is not done: {folder} is missing" for folder in expected
+              if folder not in here and folder not in started]  # fmt: skip
+    return found if students else [*found, "no student is there yet"]

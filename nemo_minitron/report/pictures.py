@@ -1,0 +1,318 @@
+"""Which pictures a run has data for, with title, caption and a description in words."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from nemo_minitron.architecture import human
+from nemo_minitron.report import figures, importance
+from nemo_minitron.report.shapes import shapes
+from nemo_minitron.report.style import DARK, LIGHT, Theme, svg
+
+IMPORTANCE_NOTE = "L2 over calibration samples of the mean magnitude over the sequence (arXiv 2407.14679, section 2.2)."
+
+
+class Picture(NamedTuple):
+    """A picture that can be drawn.
+
+    Attributes:
+        name: a word for files and anchors, the same for the same picture of every run.
+        section: which part of the page it stands in: result, importance, training, cost.
+        title, caption: for people.
+        alt: what is on it, in words and numbers.
+        draw: theme=... -> matplotlib Figure.
+        wide: whether it needs the whole width of a page.
+    """
+
+    name: str
+    section: str
+    title: str
+    caption: str
+    alt: str
+    draw: Callable[..., Any]
+    wide: bool = False
+
+
+def pictures_of(run: Mapping[str, Any]) -> list[Picture]:
+    """The pictures of a run as `collect` read it, in the order of the page."""
+    return [*_results(run), *_importance(run), *_trainings(run), *_costs(run)]
+
+
+def _results(run: Mapping[str, Any]) -> list[Picture]:
+    found = []
+    if run["shapes"]:
+        models = shape_models(run)
+        alt = "; ".join(f"{name}: {human(model.parameters())} parameters, {model.num_layers} layers, hidden size "
+                        f"{model.hidden_size}, FFN {model.ffn_hidden_size}" for name, model, _ in models)  # fmt: skip
+        found.append(
+            Picture(
+                "shapes",
+                "result",
+                "Teacher and students, to scale",
+                "Boxes of embedding, layers and output. A box is as wide as the hidden size, its area is its share of "
+                "the parameters; dashed lines show where the teacher's layers are.",
+                alt,
+                lambda theme: shapes(models, theme=theme),
+            )  # fmt: skip
+        )
+    rows = run["table"]
+    if len(rows) > 1:
+        found.append(
+            Picture(
+                "loss-parameters",
+                "result",
+                "Loss against parameters",
+                "Lower and further left is better. Arrows lead from a pruned student to what distillation made of it. "
+                "A teacher far worse than all others before its correction is drawn at the upper edge.",
+                _losses_in_words(rows),
+                lambda theme: figures.loss_against_parameters({run["name"]: rows}, theme=theme),
+            )  # fmt: skip
+        )
+    if any(row["kind"] == "corrected" for row in rows) and any(row["student"] for row in rows):
+        found.append(
+            Picture(
+                "kept",
+                "result",
+                "What was kept, and what it cost",
+                "Gap closed = (pruned - this) / (pruned - corrected teacher), of test losses.",
+                _losses_in_words(rows),
+                lambda theme: figures.kept(rows, theme=theme),
+                wide=True,
+            )  # fmt: skip
+        )
+    return found
+
+
+def _losses_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(
+        f"{row['model']}: {human(row['parameters'])} parameters, test loss {row['test']['loss']:.4f} nats a token"
+        for row in rows
+    )
+
+
+def shape_models(run: Mapping[str, Any]) -> list[tuple[str, Any, list[int]]]:
+    """Name, architecture and dropped layers of the teacher and of each student cut from it."""
+    entries = run["shapes"]
+    teacher = next(iter(entries.values()))["teacher"]
+    students = [(name, entry["student"], entry["drop_layers"]) for name, entry in entries.items()
+                if entry["teacher"] == teacher]  # fmt: skip
+    return [("teacher", teacher, []), *students]
+
+
+def _importance(run: Mapping[str, Any]) -> list[Picture]:
+    found = []
+    scores = run["importance"]
+    if scores is not None:
+        dropped = {name: entry["drop_layers"] for name, entry in run["shapes"].items() if entry["drop_layers"]}
+        influence = scores["block_influence"]
+        least = min(range(len(influence)), key=influence.__getitem__) + 1
+        gone = "; ".join(f"{name} drops {importance.layer_text(layers)}" for name, layers in dropped.items())
+        found.append(
+            Picture(
+                "block-influence",
+                "importance",
+                "Block influence by layer",
+                "How much a layer turns the residual stream: 1 - cos(its input, its output), summed over the batches "
+                "of the calibration. Hatched layers were dropped.",
+                f"{len(influence)} layers, layer {least} has the least influence, {influence[least - 1]:.4g}. {gone}",
+                lambda theme: importance.block_influence(influence, dropped, theme=theme),
+            )  # fmt: skip
+        )
+    for number, scan in enumerate(run["scans"]):
+        if len(scan["blocks"]) > 1:
+            best = min(scan["blocks"], key=lambda block: block["loss"])
+            found.append(
+                Picture(
+                    f"block-losses-{number + 1}" if number else "block-losses",
+                    "importance",
+                    "Loss without each block of layers",
+                    "LM loss of the teacher on calibration text with each contiguous block of layers left out.",
+                    f"without layers {best['first']} to {best['last']} the loss is least, {best['loss']:.4f} nats a "
+                    f"token; the teacher has {scan['teacher_loss']:.4f}",
+                    lambda theme, scan=scan: importance.block_losses(scan, theme=theme),
+                )  # fmt: skip
+            )
+    return found + (_widths(run, scores) if scores is not None else [])
+
+
+def _widths(run: Mapping[str, Any], scores: Mapping[str, Any]) -> list[Picture]:
+    """Sorted curves and heat maps of hidden channels, FFN neurons and heads."""
+    total = scores["hidden"].sum(axis=0, keepdims=True)
+
+    def kept(size: str) -> dict[str, int]:
+        return {name: getattr(entry["student"], size) for name, entry in run["shapes"].items()
+                if getattr(entry["student"], size) != getattr(entry["teacher"], size)}  # fmt: skip
+
+    rotated = any(cut["compensation"].get("hidden") for cut in run["cuts"].values())
+    note = " The compensated cut keeps as many directions, rotated, not these channels." if rotated else ""
+    hidden, ffn = kept("hidden_size"), kept("ffn_hidden_size")
+    found = [
+        Picture("hidden-curve", "importance", "Hidden channels by importance",
+                f"{IMPORTANCE_NOTE} Summed over all norms.{note}", _curve_in_words(total, "hidden channels"),
+                lambda theme: importance.sorted_curves(total, "hidden channels", hidden, of_layers=False, theme=theme)),
+        Picture("hidden-map", "importance", "Hidden channels, layer by layer",
+                "Two norms a layer: before attention and before the FFN. Bright columns matter in all layers.",
+                _curve_in_words(scores["hidden"], "hidden channels of all norms"),
+                lambda theme: importance.heat_map(scores["hidden"], "Importance of hidden channels",
+                                                  "hidden channel (number)", "layer (number, two norms each)",
+                                                  per_layer=2, theme=theme)),
+        Picture("ffn-curve", "importance", "FFN neurons by importance", f"{IMPORTANCE_NOTE} A line a layer.",
+                _curve_in_words(scores["ffn"], "FFN neurons"),
+                lambda theme: importance.sorted_curves(scores["ffn"], "FFN neurons", ffn, theme=theme)),
+        Picture("ffn-map", "importance", "FFN neurons, layer by layer", "Neurons in the order of the checkpoint.",
+                _curve_in_words(scores["ffn"], "FFN neurons"),
+                lambda theme: importance.heat_map(scores["ffn"], "Importance of FFN neurons", "FFN neuron (number)",
+                                                  theme=theme)),
+    ]  # fmt: skip
+    if "heads" in scores:
+        found.append(
+            Picture(
+                "heads-map",
+                "importance",
+                "Attention heads, layer by layer",
+                f"{IMPORTANCE_NOTE} L2 over a head's channels.",
+                _curve_in_words(scores["heads"], "attention heads"),
+                lambda theme: importance.heat_map(
+                    scores["heads"], "Importance of attention heads", "attention head (number)", theme=theme
+                ),
+            )  # fmt: skip
+        )
+    return found
+
+
+def _curve_in_words(values: Any, what: str) -> str:
+    low, high, mean = values.min(), values.max(), values.mean()
+    return f"importance of {values.shape[1]} {what}: from {low:.3g} to {high:.3g}, mean {mean:.3g}"
+
+
+def _trainings(run: Mapping[str, Any]) -> list[Picture]:
+    found = []
+    for student in [*run["shapes"], *_students(run)]:
+        series = {kind: run["histories"].get(f"{student}-{kind}") for kind in ("distilled", "control")}
+        series = {kind: history for kind, history in series.items() if history}
+        name = f"student-{slug(student)}"
+        if len(series) > 1 and name not in [picture.name for picture in found]:
+            found.append(
+                Picture(
+                    name,
+                    "training",
+                    f"{student}: distilled and retrained",
+                    "Both start from the same pruned weights and see the same batches; one has the teacher's logits, "
+                    "the other the text alone.",
+                    "; ".join(history_in_words(figures.short(kind), history) for kind, history in series.items()),
+                    lambda theme, series=series, student=student: figures.student_losses(
+                        series, f"{student}: distilled and retrained", theme=theme
+                    ),
+                )  # fmt: skip
+            )
+    for folder, history in run["histories"].items():
+        title = history["stage"]
+        found.append(
+            Picture(
+                f"losses-{slug(folder) or 'stage'}",
+                "training",
+                f"Losses: {title}",
+                "Means over the tokens of a batch; marks are validations.",
+                history_in_words(title, history),
+                lambda theme, history=history, title=title: figures.losses(history, title, theme=theme),
+            )  # fmt: skip
+        )
+    return found
+
+
+def _students(run: Mapping[str, Any]) -> list[str]:
+    return [folder.removesuffix("-distilled") for folder in run["histories"] if folder.endswith("-distilled")]
+
+
+def history_in_words(title: str, history: Mapping[str, Any]) -> str:
+    """First and last losses of a training."""
+    parts = []
+    for split in ("train", "validation"):
+        lines = history[split]
+        for name in figures.loss_names({split: lines}):
+            known = [line for line in lines if name in line]
+            first, last = known[0], known[-1]
+            parts.append(
+                f"{split} {figures.LOSSES.get(name, name)} from {first[name]:.4f} at step {first['step']} to "
+                f"{last[name]:.4f} at step {last['step']}"
+            )
+    return f"{title}: " + ", ".join(parts)
+
+
+def _costs(run: Mapping[str, Any]) -> list[Picture]:
+    stages = run["stages"]
+    if not stages:
+        return []
+    total = sum(stage["seconds"] for stage in stages)
+    longest = max(stages, key=lambda stage: stage["seconds"])
+    return [
+        Picture(
+            "cost",
+            "cost",
+            "Time and memory of each stage",
+            "Memory is the process's peak resident memory; on a GPU the peak allocated there.",
+            f"{len(stages)} stages took {total:.1f} s; the longest, {longest['stage']}, {longest['seconds']:.1f} s",
+            lambda theme: figures.cost(stages, theme=theme),
+            wide=True,
+        )  # fmt: skip
+    ]
+
+
+def comparison_pictures(runs: Mapping[str, Mapping[str, Any]]) -> list[Picture]:
+    """The pictures of several runs beside each other.
+
+    Args:
+        runs: a name of its own for each run -> the run.
+    """
+    found = []
+    tables = {name: run["table"] for name, run in runs.items() if run["table"]}
+    if tables:
+        words = ". ".join(f"{name}: {_losses_in_words(rows)}" for name, rows in tables.items())
+        found.append(
+            Picture(
+                "loss-parameters",
+                "result",
+                "Loss against parameters",
+                "A colour a run, a mark a kind of model.",
+                words,
+                lambda theme: figures.loss_against_parameters(tables, theme=theme),
+            )  # fmt: skip
+        )
+    folders = dict.fromkeys(folder for run in runs.values() for folder in run["histories"])
+    for folder in folders:
+        series = {name: run["histories"][folder] for name, run in runs.items() if folder in run["histories"]}
+        if len(series) > 1:
+            title = next(iter(series.values()))["stage"]
+            found.append(
+                Picture(
+                    f"losses-{slug(folder) or 'stage'}",
+                    "training",
+                    f"LM loss: {title}",
+                    "Validation; thin lines: training.",
+                    "; ".join(history_in_words(name, history) for name, history in series.items()),
+                    lambda theme, series=series, title=title: figures.student_losses(series, title, theme=theme),
+                )  # fmt: skip
+            )
+    return found
+
+
+def slug(name: str) -> str:
+    """A name as a word of letters, digits and dashes."""
+    return "-".join(
+        "".join(letter if letter.isascii() and letter.isalnum() else " " for letter in name).split()
+    ).lower()
+
+
+def drawn(
+    pictures: Sequence[Picture], missing: list[str], themes: Sequence[Theme] = (LIGHT, DARK)
+) -> list[dict[str, Any]]:
+    """The pictures as SVG in each theme; one whose data cannot be drawn is said in `missing` and left out."""
+    found = []
+    for picture in pictures:
+        try:
+            images = {theme.name: svg(picture.draw(theme=theme)) for theme in themes}
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            missing.append(f"the picture {picture.title!r} cannot be drawn: {type(error).__name__}: {error}")
+            continue
+        words = {name: getattr(picture, name) for name in ("name", "section", "title", "caption", "alt", "wide")}
+        found.append({**words, "svg": images})
+    return found
