@@ -29,8 +29,9 @@ from nemo_minitron.recipes import (
     teachers,
     training_fields,
 )
-from nemo_minitron.report.collect import PAGE, REPORT, collect
-from nemo_minitron.reporting import write_run
+from nemo_minitron.report.collect import collect
+from nemo_minitron.report.stages import PAGE, REPORT
+from nemo_minitron.reporting import check_free, write_run
 
 FACTS = "evaluate facts"
 
@@ -338,6 +339,7 @@ def show(config: c.FlowConfig, report: dict[str, Any]) -> None:
 def draw(run: Path) -> None:
     """Writes the page of a run and prints where it is; without what draws it, says so: the run itself is done."""
     try:
+        check_free(run / PAGE, overwrite=False)
         write_run(collect(run), run / PAGE)
     except MinitronError as error:
         print(f"no page: {error}; then `minitron report {run}`", file=sys.stderr)

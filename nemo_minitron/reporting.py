@@ -13,7 +13,8 @@ from nemo_minitron.artifacts import json_text
 from nemo_minitron.errors import ConfigError, EngineError, OutputExistsError
 from nemo_minitron.jobs import disk_has_room
 from nemo_minitron.repeat import repeat
-from nemo_minitron.report.collect import PAGE, collect, read_json
+from nemo_minitron.report.collect import collect
+from nemo_minitron.report.stages import PAGE, read_json
 
 COMPARISON = "compare.html"
 

@@ -71,14 +71,17 @@ class Tutorial:
             f"evaluate {student} control",
         )
 
-    def report(self) -> dict[str, Any]:
-        """Lesson 5: the table of all models and what each stage cost; written to report.json too."""
-        return flow.finish(self.config, self.run("*"))
-
-    def facts(self) -> dict[str, Manifest]:
-        """Lesson 6: what share of what the teacher knew each model still knows."""
+    def report(self) -> None:
+        """Lesson 5: the table of all models and what each stage cost; written to report.json and report.html too."""
         self.needs("width-distilled", "04_b_distilling_width_pruned_student")
-        return self.run("facts*")
+        report = flow.finish(self.config, self.run("*"))
+        flow.show(self.config, report)
+        flow.draw(self.folder)
+
+    @property
+    def tasks(self) -> str:
+        """What `minitron evaluate` can ask these models: facts where the text is the embedded corpus."""
+        return "[perplexity,facts]" if self.config.data.source == "embedded" else "perplexity"
 
     def picture(self, name: str) -> Any:
         """A picture of the run as far as it has come, by its name in the report; for a notebook to show.
@@ -133,13 +136,23 @@ class Tutorial:
 
     def run(self, *patterns: str) -> dict[str, Manifest]:
         """Runs the steps of the flow whose names match, in the flow's order; step's name -> manifest."""
+        from nemo_minitron.report.collect import log_file
+        from nemo_minitron.report.live import watching
+
         check_teacher(self.config)
-        steps = [
+        chosen = [
             step
             for step in flow.plan_steps(self.config, self.teacher)
             if any(fnmatch.fnmatchcase(step.name, pattern) for pattern in patterns)
         ]
-        return {step.name: flow.run_step(step, f"[{i}/{len(steps)}]") for i, step in enumerate(steps, 1)}
+        found = {}
+        with watching(self.folder):
+            for step in chosen:
+                found[step.name] = step.run()
+        logs = [log for log in map(log_file, (step.output for step in chosen)) if log is not None]
+        if logs:
+            print(f"what NeMo, Megatron and ModelOpt said: {', '.join(map(str, logs))}")
+        return found
 
     def manifest(self, name: str) -> Manifest:
         """The manifest of a stage that is done, by its folder's name (``teacher``, ``depth-pruned``)."""

@@ -101,7 +101,7 @@ def _model(checkpoint: Checkpoint, dtype: Any) -> Any:
     import transformers
 
     kind = getattr(transformers, FAMILIES[checkpoint.architecture.family].architecture)
-    if checkpoint.format == HF:
+    if checkpoint.format == HF and not checkpoint.quantization:  # transformers does not read ModelOpt's formats
         return kind.from_pretrained(
             str(checkpoint.path), torch_dtype=dtype, use_safetensors=True, local_files_only=True
         )

@@ -8,7 +8,7 @@ is therefore the same for a command in another process, on many ranks, and for a
 
     live.run_command(["flow", "output_dir=runs/tiny"], run="runs/tiny")
 
-What NeMo, Megatron and ModelOpt say goes to a file of each stage: `nemo_minitron.report.collect.log_files`.
+What NeMo, Megatron and ModelOpt say goes to a file of each stage: `nemo_minitron.report.stages.log_files`.
 """
 
 import base64
@@ -29,9 +29,10 @@ from typing import Any
 
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.report.collect import TENSORBOARD, finished_stages, lines_of, number, unfinished_stages
+from nemo_minitron.report.collect import lines_of
 from nemo_minitron.report.figures import LOSSES, loss_names, losses
 from nemo_minitron.report.page import duration
+from nemo_minitron.report.stages import TENSORBOARD, finished_stages, number, stage_name, unfinished_stages
 from nemo_minitron.report.style import svg
 
 TAIL = 20
@@ -124,8 +125,6 @@ class Watch:
         return list(self.ended.values()), working
 
     def _ended(self, folder: str, manifest: Manifest) -> Work:
-        from nemo_minitron.report.collect import stage_name
-
         history = {split: lines_of(manifest.metrics.get(split)) for split in ("train", "validation")}
         steps = number(manifest.metrics.get("steps"))
         return Work(

@@ -205,21 +205,38 @@ def build_trainer(layout: Layout, *, callbacks: list | None = None, **arguments:
         replace_progress_bar=False,
     )
     precision = nl.MegatronMixedPrecision(precision="bf16-mixed") if layout.bf16 else None
-    return nl.Trainer(
-        accelerator="gpu" if layout.cuda else "cpu",
-        devices=layout.devices,
-        num_nodes=layout.num_nodes,
-        strategy=strategy,
-        plugins=precision,
-        callbacks=callbacks or [],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=arguments.pop("num_sanity_val_steps", 0),
-        **arguments,
-    )
+    with _in_notebooks_too():
+        return nl.Trainer(
+            accelerator="gpu" if layout.cuda else "cpu",
+            devices=layout.devices,
+            num_nodes=layout.num_nodes,
+            strategy=strategy,
+            plugins=precision,
+            callbacks=callbacks or [],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=arguments.pop("num_sanity_val_steps", 0),
+            **arguments,
+        )
+
+
+@contextlib.contextmanager
+def _in_notebooks_too() -> Iterator[None]:
+    """Lightning refuses, in an interactive interpreter, strategies that start further processes of the same script.
+
+    Here all ranks are there before a trainer is made, and it starts none.
+    """
+    from lightning.pytorch.trainer.connectors import accelerator_connector
+
+    interactive = accelerator_connector._IS_INTERACTIVE
+    accelerator_connector._IS_INTERACTIVE = False
+    try:
+        yield
+    finally:
+        accelerator_connector._IS_INTERACTIVE = interactive
 
 
 def _dtype(layout: Layout) -> Any:

@@ -13,7 +13,7 @@ from hf import read_weights
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.cli import main
 from nemo_minitron.compose import compose
-from nemo_minitron.report.collect import log_files, stage_name
+from nemo_minitron.report.stages import log_files, stage_name
 
 SMALL = [
     "data.words=20000", "data.pretrain_words=20000", "data.vocab_size=400", "data.workers=1",

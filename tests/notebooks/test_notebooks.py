@@ -21,6 +21,8 @@ SHORTER = [
     *(f"{stage}.{key}" for stage in ("pretrain", "finetune", "distill")
       for key in ("max_steps=4", "val_check_interval=2", "limit_val_batches=1", "warmup_steps=1")),
 ]  # fmt: skip
+#: A notebook may not live on names of the one before it.
+EMPTIED = "for name in [name for name in globals() if not name.startswith('_')]: del globals()[name]"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def executed(tmp_path_factory):
             runner.kc = client
             runner.execute(reset_kc=False)
             found[name] = notebook
-            client.execute_interactive("%reset -f", silent=True, output_hook=lambda message: None)
+            client.execute_interactive(EMPTIED, silent=True, output_hook=lambda message: None)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

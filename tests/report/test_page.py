@@ -12,8 +12,9 @@ import made_runs
 from nemo_minitron import cli
 from nemo_minitron.artifacts import Manifest, fingerprint
 from nemo_minitron.flow import draw
-from nemo_minitron.report.collect import collect, log_file, log_files
+from nemo_minitron.report.collect import collect
 from nemo_minitron.report.pictures import pictures_of
+from nemo_minitron.report.stages import log_file, log_files
 
 HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(1)>\"'&$\\frac{\x00\ud800"
 
@@ -258,6 +259,10 @@ def test_without_matplotlib_a_report_says_what_to_install_and_a_flow_is_done_all
     draw(small)
     assert f"then `minitron report {small}`" in capsys.readouterr().err
     assert not list(small.glob("report.*"))
+    monkeypatch.undo()
+    (small / "report.html").write_text("my notes")
+    draw(small)
+    assert "is no report" in capsys.readouterr().err and (small / "report.html").read_text() == "my notes"
 
 
 def test_arguments_are_checked(small, tmp_path, capsys):
