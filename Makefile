@@ -1,4 +1,4 @@
-# demo: the whole flow on a tiny model; test, check: what .ci/run runs; lab: notebooks; clean: removes what this made.
+# demo: the whole flow on a tiny model; test, check: what .ci/run runs; lab: notebooks in Jupyter lab; clean: removes what this made.
 # Each makes .venv first where it is missing or older than requirements.txt.
 
 FITS := import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
@@ -21,6 +21,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/python -m nemo_minitron.compose
+	$(BIN)/python notebooks/check.py
 
 lab: $(BIN)/jupyter-lab
 	$(BIN)/jupyter-lab notebooks
@@ -38,4 +39,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(BIN)/jupyter-lab: | $(READY)
-	$(BIN)/python -m pip install --constraint requirements.txt jupyterlab
+	$(BIN)/python -m pip install -r requirements.txt jupyterlab==4.6.6

@@ -22,6 +22,9 @@ PRESETS = {
 #: Environment variable with further settings of the flow, `key=value` separated by blanks.
 OVERRIDES = "NEMO_MINITRON_OVERRIDES"
 
+#: More log files than these are not named one by one.
+MANY = 5
+
 
 class Tutorial:
     """A run of the flow in a folder of its own, lesson by lesson.
@@ -149,9 +152,11 @@ class Tutorial:
         with watching(self.folder):
             for step in chosen:
                 found[step.name] = step.run()
-        logs = [log for log in map(log_file, (step.output for step in chosen)) if log is not None]
+        logs = [str(log) for log in map(log_file, (step.output for step in chosen)) if log is not None]
+        if len(logs) > MANY:
+            logs = [f"{self.folder}/STAGE/logs/engine.log"]
         if logs:
-            print(f"what NeMo, Megatron and ModelOpt said: {', '.join(map(str, logs))}")
+            print(f"what NeMo, Megatron and ModelOpt said: {', '.join(logs)}")
         return found
 
     def manifest(self, name: str) -> Manifest:
@@ -202,4 +207,14 @@ def start(preset: str, folder: str | None = None) -> Tutorial:
         preset: `tiny`, a model of three million parameters on a CPU, or `llama31_8b`, Llama 3.1 8B on 8 GPUs of 80 GB.
         folder: where results go; none: runs/PRESET.
     """
+    _say_less()
     return Tutorial(preset, folder)
+
+
+def _say_less() -> None:
+    """What the engines say while they are imported, which a stage does while it works, stays out of the notebook."""
+    import logging
+    import warnings
+
+    logging.getLogger("megatron").addHandler(logging.NullHandler())
+    warnings.filterwarnings("ignore", module=r"(megatron|tqdm|nemo|lightning|modelopt)\b")
