@@ -24,7 +24,7 @@ check: $(READY)
 	$(BIN)/python notebooks/check.py
 
 lab: $(BIN)/jupyter-lab
-	$(BIN)/jupyter-lab notebooks
+	$(BIN)/jupyter-lab --allow-root notebooks $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

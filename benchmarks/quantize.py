@@ -53,7 +53,7 @@ def main() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             made = quantize(c.QuantizeConfig(source=str(model), output=str(output), qformat=qformat, data=source))
         fields = training(folder / f"{qformat}-loss", data, 1, restore_from_path=str(output))
-        loss = evaluate_loss(c.EvaluateConfig(**fields, splits=["test"], limit_batches=32)).metrics["test"]["loss"]
+        loss = evaluate_loss(c.LossConfig(**fields, splits=["test"], limit_batches=32)).metrics["test"]["loss"]
         size = made.metrics["weight_bytes"]
         base = base or size
         print(

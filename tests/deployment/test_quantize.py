@@ -389,7 +389,7 @@ def test_the_flows_own_data_and_checkpoints_go_in(tiny, tmp_path):
     losses = []
     for path in (tiny.teacher, tmp_path / "out"):
         fields = tiny.training(tmp_path / f"loss-{path.name}", restore_from_path=str(path))
-        measured = evaluate_loss(c.EvaluateConfig(**fields, splits=["test"], limit_batches=4))
+        measured = evaluate_loss(c.LossConfig(**fields, splits=["test"], limit_batches=4))
         losses.append(measured.metrics["test"]["loss"])
     assert 0 < abs(losses[1] - losses[0]) < 0.05
     config.qformat = "int8_sq"
