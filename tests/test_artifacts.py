@@ -441,7 +441,8 @@ def test_a_lock_file_that_was_removed_by_its_holder_is_not_trusted(tmp_path, mon
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Runs a job as one of two ranks that a launcher started."""
+    """Runs a job as one of two ranks that a launcher started; one inside the other, so that none can wait for long."""
+    monkeypatch.setattr("nemo_minitron.runtime.launch.WAIT_SECONDS", 1)
 
     def run(rank: int, job: Job, work, resumable: bool = True):
         monkeypatch.setenv("WORLD_SIZE", "2")
