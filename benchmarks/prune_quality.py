@@ -24,6 +24,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from students import (
+    load,
+    loss_of,
+    made_up_scores,
+    new_model,
+    parameters_of,
+    prepared,
+    prune_config,
+    save,
+    test_windows,
+    train,
+)
+
 TEACHER = {
     "family": "llama", "num_layers": 6, "hidden_size": 192, "ffn_hidden_size": 512, "num_attention_heads": 8,
     "num_query_groups": 4, "kv_channels": 24, "seq_length": 128,
@@ -38,7 +51,6 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 METHODS = ("random", "magnitude", "minitron", "minitron block", "compensated", "compensated block")
 GRID = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 16, "num_layers_divisor": 1}
-VOCABULARY, LENGTH = 1024, 128
 
 
 @dataclasses.dataclass
@@ -51,140 +63,6 @@ class Recipe:
     test_windows: int = 256
 
 
-def windows(prefix: Path, count: int, generator: Any) -> Any:
-    """Random training windows [count, LENGTH + 1]."""
-    import numpy
-    import torch
-
-    from nemo_minitron.data.samples import token_stream
-
-    stream = token_stream(str(prefix))
-    starts = torch.randint(0, len(stream) - LENGTH, (count,), generator=generator)
-    return torch.stack([torch.from_numpy(stream[start : start + LENGTH + 1].astype(numpy.int64)) for start in starts])
-
-
-def loss_of(model: Any, tokens: Any) -> float:
-    """Mean loss a token on windows [n, LENGTH + 1], nats."""
-    import torch
-
-    total = 0.0
-    with torch.no_grad():
-        for part in tokens.split(32):
-            logits = model(part[:, :-1]).logits
-            total += float(
-                torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
-            )
-    return total / (len(tokens) * LENGTH)
-
-
-def train(model: Any, steps: int, lr: float, batch: int, prefix: Path, seed: int, teacher: Any = None) -> None:
-    """AdamW with a cosine and clipping; on the text, or by forward KL on a teacher's logits."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=max(1, steps // 20))
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - steps // 20), eta_min=lr / 20)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, decay], [max(1, steps // 20)])
-    model.train()
-    for _ in range(steps):
-        tokens = windows(prefix, batch, generator)
-        logits = model(tokens[:, :-1]).logits.flatten(0, 1)
-        if teacher is None:
-            loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
-        else:
-            with torch.no_grad():
-                target = teacher(tokens[:, :-1]).logits.flatten(0, 1).log_softmax(-1)
-            own = logits.log_softmax(-1)
-            loss = torch.nn.functional.kl_div(own, target, log_target=True, reduction="batchmean")
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    model.eval()
-
-
-def make_teacher(folder: Path, data: Path, recipe: Recipe, seed: int) -> None:
-    """A teacher from random weights, saved as a Hugging Face directory."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    t = TEACHER
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=t["hidden_size"], intermediate_size=t["ffn_hidden_size"],
-            num_hidden_layers=t["num_layers"], num_attention_heads=t["num_attention_heads"],
-            num_key_value_heads=t["num_query_groups"], head_dim=t["kv_channels"], max_position_embeddings=LENGTH,
-            tie_word_embeddings=False,
-        )
-    )  # fmt: skip
-    train(model, recipe.teacher_steps, 2e-3, 16, data / "train", seed)
-    model.save_pretrained(folder)
-
-
-def load(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-def prune_config(run: Path, recipe: Recipe, seed: int, output: Path, **targets: Any) -> Any:
-    """Settings of `minitron prune` for this run's teacher."""
-    from nemo_minitron import config as c
-
-    return c.validated(
-        c.PruneConfig(
-            seed=seed,
-            to="hf",
-            trainer=c.TrainerConfig(accelerator="cpu"),
-            model=c.PruneModelConfig(
-                restore_from_path=str(run / "teacher"),
-                data=c.ModelDataConfig(data_prefix=str(run.parent / "data"), seq_length=LENGTH),
-            ),
-            inference=c.InferenceConfig(batch_size=16),
-            prune=c.PruneTargets(**GRID, num_samples=recipe.samples, num_block_samples=recipe.samples, **targets),
-            export=c.ExportConfig(save_path=str(output)),
-        )
-    )
-
-
-def made_up_scores(folder: Path, teacher: Path, method: str, seed: int) -> None:
-    """Scores at random, or by the norms of weights: of a channel's rows and columns, of a layer's matrices."""
-    import torch
-
-    from nemo_minitron.artifacts import ImportanceScores
-    from nemo_minitron.checkpoints import open_checkpoint
-
-    checkpoint = open_checkpoint(teacher)
-    a, generator = checkpoint.architecture, torch.Generator().manual_seed(seed)
-    folder.mkdir()
-    if method == "random":
-        shapes = {
-            "hidden": (2 * a.num_layers, a.hidden_size), "ffn": (a.num_layers, a.ffn_hidden_size),
-            "heads": (a.num_layers, a.num_attention_heads * a.kv_channels), "block_influence": (a.num_layers,),
-        }  # fmt: skip
-        scores = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
-    else:
-        inside = [
-            {name: checkpoint.tensors[f"decoder.layers.{layer}.{name}.weight"].read() for name in (
-                "self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")}
-            for layer in range(a.num_layers)
-        ]  # fmt: skip
-        qkv, proj, fc1, fc2 = zip(*(matrices.values() for matrices in inside))
-        reads = [matrix.pow(2).sum(0) for pair in zip(qkv, fc1) for matrix in pair]
-        writes = [matrix.pow(2).sum(1) for pair in zip(proj, fc2) for matrix in pair]
-        gates = [matrix.view(2, a.ffn_hidden_size, -1).pow(2).sum((0, 2)) for matrix in fc1]
-        scores = {
-            "hidden": torch.stack([(sum(reads) + sum(writes)).clone()] * (2 * a.num_layers)),
-            "ffn": torch.stack([gate + matrix.pow(2).sum(0) for gate, matrix in zip(gates, fc2)]),
-            "heads": torch.stack([matrix.pow(2).sum(0) for matrix in proj]),
-            "block_influence": torch.stack([sum(m.pow(2).sum() for m in matrices.values()) for matrices in inside]),
-        }
-    ImportanceScores(**scores).save(folder)
-
-
 def cut(run: Path, recipe: Recipe, seed: int, shape: str, method: str) -> Path:
     """A student, by the package's stages."""
     from nemo_minitron.flow import score_and_scan
@@ -193,7 +71,7 @@ def cut(run: Path, recipe: Recipe, seed: int, shape: str, method: str) -> Path:
     output = run / f"{shape}-{method}".replace(" ", "-").replace("%", "")
     own = method in ("random", "magnitude")
     config = prune_config(
-        run, recipe, seed, output, **SHAPES[shape],
+        run / "teacher", run.parent / "data", output, recipe.samples, seed, **GRID, **SHAPES[shape],
         method="compensated" if method.startswith("compensated") else "minitron",
         depth_by="block_loss" if method.endswith(" block") else "block_influence",
         scores_path=str(run / ("scores" if not own else f"scores-{method}")),
@@ -209,14 +87,12 @@ def cut(run: Path, recipe: Recipe, seed: int, shape: str, method: str) -> Path:
 
 def run_seed(folder: Path, recipe: Recipe, seed: int, shapes: list[str]) -> list[dict[str, Any]]:
     """All students of one teacher."""
-    import torch
-
-    from nemo_minitron.data.samples import consecutive_sequences
-
     data, run = folder / "data", folder / f"seed-{seed}"
-    test = consecutive_sequences([str(data / "test")], LENGTH, recipe.test_windows)
-    make_teacher(run / "teacher", data, recipe, seed)
-    teacher = load(run / "teacher")
+    test = test_windows(data, recipe.test_windows)
+    teacher = new_model(TEACHER, seed)
+    train(teacher, recipe.teacher_steps, 2e-3, 16, data / "train", seed)
+    run.mkdir()
+    save(teacher, run / "teacher")
     base = loss_of(teacher, test)
     print(f"seed {seed}: teacher {base:.4f}", flush=True)
     rows = []
@@ -225,14 +101,13 @@ def run_seed(folder: Path, recipe: Recipe, seed: int, shapes: list[str]) -> list
             if method.endswith(" block") and "num_layers" not in SHAPES[shape]:
                 continue
             student = load(cut(run, recipe, seed, shape, method))
-            torch.manual_seed(seed)
-            parameters = sum(parameter.numel() for parameter in student.parameters())
+            parameters = parameters_of(student)
             just_cut = loss_of(student, test)
             train(student, recipe.steps, 5e-4, 8, data / "train", seed + 1000, teacher)
             rows.append(
                 {
                     "seed": seed, "shape": shape, "method": method, "parameters": parameters, "teacher_loss": base,
-                    "share": parameters / sum(parameter.numel() for parameter in teacher.parameters()),
+                    "share": parameters / parameters_of(teacher),
                     "just_cut": just_cut, "distilled": loss_of(student, test),
                 }
             )  # fmt: skip
@@ -295,10 +170,7 @@ def main() -> None:
     folder = Path(options.folder)
     if folder.exists():
         sys.exit(f"{folder} exists; give another --folder")
-    from nemo_minitron.config import DataConfig
-    from nemo_minitron.data.stage import prepare
-
-    prepare(DataConfig(output=str(folder / "data"), source=options.source, vocab_size=VOCABULARY))
+    prepared(folder / "data", options.source)
     started, rows = time.perf_counter(), []
     for seed in options.seeds:
         rows += run_seed(folder, recipe, seed, options.shapes)
