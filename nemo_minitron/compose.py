@@ -129,9 +129,7 @@ def read(
 ) -> Any:
     """As compose, but without a look at the values."""
     source = f"minitron {command}"
-    merge, beside = _merged(command, overrides, config_name, config_dir, source)
-    if merge.problems or beside.problems:
-        raise ConfigError([*merge.problems, *beside.problems], source)
+    merge, _ = _merged(command, overrides, config_name, config_dir, source)
     if merge.unused:
         note(f"note: settings of NeMo 24.07 without effect here: {', '.join(merge.unused)}")
     return merge.result(source)
@@ -145,22 +143,19 @@ def read_launch(
 ) -> LaunchConfig:
     """Where `command` shall run: what `read` leaves out of the same files and overrides; values are not looked at."""
     source = f"minitron {command}"
-    merge, beside = _merged(command, overrides, config_name, config_dir, source)
-    if merge.problems or beside.problems:
-        raise ConfigError([*merge.problems, *beside.problems], source)
-    return beside.result(source)
+    return _merged(command, overrides, config_name, config_dir, source)[1].result(source)
 
 
 def _merged(
     command: str, overrides: Sequence[str], config_name: str | None, config_dir: str | Path | None, source: str
 ) -> tuple["_Merge", "_Merge"]:
-    """The command's own settings, and what stands beside them."""
+    """The command's own settings, and what stands beside them; raises ConfigError with what is wrong with both."""
     schema = SCHEMAS[command]
     outside = _beside(command)
     choices, settings = _split(overrides, schema, outside, source)
     composed = _compose_files(config_name or command, choices, Path(config_dir or conf_dir()).resolve(), source)
     merge, beside = _Merge(schema, nemo_names=command in NEMO_COMMANDS), _Merge(LaunchConfig, nemo_names=False)
-    if "slurm" not in outside and "slurm" not in typing.get_type_hints(schema):
+    if "slurm" not in outside:
         composed.pop("slurm", None)  # of a preset of hardware, for commands that start no ranks
     for name in outside:
         value = composed.pop(name, None)
@@ -172,6 +167,8 @@ def _merged(
     for key, text in settings:
         if key.partition(".")[0] not in outside:
             merge.override(key, text)
+    if merge.problems or beside.problems:
+        raise ConfigError([*merge.problems, *beside.problems], source)
     return merge, beside
 
 

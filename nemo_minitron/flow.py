@@ -88,19 +88,19 @@ def run_flow(config: c.FlowConfig) -> Manifest | None:
     steps = plan_steps(config, teacher)
     for number, step in enumerate(steps, 1):
         manifests[step.name] = run_step(step, f"[{number}/{len(steps)}]")
-    show(config, finish(config, manifests))
+    show(config, finish(config, steps, manifests))
     draw(Path(config.output_dir))
     return None
 
 
-def finish(config: c.FlowConfig, manifests: dict[str, Manifest]) -> dict[str, Any]:
+def finish(config: c.FlowConfig, steps: list[Step], manifests: dict[str, Manifest]) -> dict[str, Any]:
     """Writes report.json; returns what is in it.
 
     Args:
+        steps: all steps of the flow.
         manifests: step's name -> manifest, of all steps.
     """
-    folders = {step.name: step.output for step in plan_steps(config, teacher_architecture(config))}
-    report = summarize(config, manifests, folders)
+    report = summarize(config, manifests, {step.name: step.output for step in steps})
     write_json(Path(config.output_dir) / REPORT, report)
     return report
 

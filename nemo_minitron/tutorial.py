@@ -77,7 +77,8 @@ class Tutorial:
     def report(self) -> None:
         """Lesson 5: the table of all models and what each stage cost; written to report.json and report.html too."""
         self.needs("width-distilled", "04_b_distilling_width_pruned_student")
-        report = flow.finish(self.config, self.run("*"))
+        steps = self.steps("*")
+        report = flow.finish(self.config, steps, self.run("*"))
         flow.show(self.config, report)
         flow.draw(self.folder)
 
@@ -139,15 +140,11 @@ class Tutorial:
 
     def run(self, *patterns: str) -> dict[str, Manifest]:
         """Runs the steps of the flow whose names match, in the flow's order; step's name -> manifest."""
-        from nemo_minitron.report.collect import log_file
         from nemo_minitron.report.live import watching
+        from nemo_minitron.report.stages import log_file
 
         check_teacher(self.config)
-        chosen = [
-            step
-            for step in flow.plan_steps(self.config, self.teacher)
-            if any(fnmatch.fnmatchcase(step.name, pattern) for pattern in patterns)
-        ]
+        chosen = self.steps(*patterns)
         found = {}
         with watching(self.folder):
             for step in chosen:
@@ -158,6 +155,11 @@ class Tutorial:
         if logs:
             print(f"what NeMo, Megatron and ModelOpt said: {', '.join(logs)}")
         return found
+
+    def steps(self, *patterns: str) -> list[flow.Step]:
+        """The steps of the flow whose names match, in its order."""
+        every = flow.plan_steps(self.config, self.teacher)
+        return [step for step in every if any(fnmatch.fnmatchcase(step.name, pattern) for pattern in patterns)]
 
     def manifest(self, name: str) -> Manifest:
         """The manifest of a stage that is done, by its folder's name (``teacher``, ``depth-pruned``)."""

@@ -236,3 +236,9 @@ def test_nemo_run_offers_the_commands():
     done = python(str(nemo), "minitron", "data", "wrods=3", "--debug")
     assert done.returncode == 2
     assert "wrods is not a setting; did you mean words?" in done.stderr
+
+
+def test_what_can_be_launched_is_what_may_hold_settings_of_launching():
+    from nemo_minitron.compose import LAUNCHED
+
+    assert {name for name, command in cli.COMMANDS.items() if command.launched} == set(LAUNCHED)

@@ -9,7 +9,7 @@ from typing import Any
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.config import HiddenLossConfig
 from nemo_minitron.distillation.intermediate import match_layers, outer_pairs
-from nemo_minitron.distillation.output_layer import KD_LOSS
+from nemo_minitron.distillation.output_layer import KD_LOSS, taken
 from nemo_minitron.runtime.losses import TOTAL
 
 PROJECTION_SEED = 20240719
@@ -77,13 +77,8 @@ def _module(layer: int) -> str:
 
 def hidden_losses(model: Any, names: Sequence[str]) -> dict[str, Any]:
     """Name -> loss a token [b, s] of each pair, from the states that ModelOpt's hooks kept in this forward pass."""
-    found = {}
     criteria = list(model._layers_to_loss.items())[-len(names) :] if names else []
-    for name, ((own, other), loss) in zip(names, criteria):
-        states = own._intermediate_output, other._intermediate_output
-        own._intermediate_output = other._intermediate_output = None
-        found[name] = loss(*states)
-    return found
+    return {name: loss(taken(own), taken(other)) for name, ((own, other), loss) in zip(names, criteria)}
 
 
 def with_hidden(

@@ -45,9 +45,7 @@ def logits_loss(kd: KDConfig) -> Any:
 def logits_losses(model: Any) -> Any:
     """The distillation loss a token [b, s] of a model that is not fused, by ModelOpt's criterion."""
     (own, other), loss = next(iter(model._layers_to_loss.items()))
-    states = own._intermediate_output, other._intermediate_output
-    own._intermediate_output = other._intermediate_output = None
-    return loss(*states)
+    return loss(taken(own), taken(other))
 
 
 def fuse(model: Any) -> None:
@@ -73,7 +71,7 @@ def fused_losses(model: Any, batch: dict[str, Any], kd: KDConfig) -> dict[str, A
     from nemo_minitron.distillation.fused import fused_divergence
 
     labels, mask = batch["labels"].t(), batch["loss_mask"].float().t()  # [s, b]
-    hidden, target = (_given(one.output_layer) for one in (model, model.teacher_model))  # [s, b, h], [s, b, g]
+    hidden, target = (taken(one.output_layer)[0] for one in (model, model.teacher_model))  # [s, b, h], [s, b, g]
     factor = kd.temperature**2 if kd.times_t_squared else 1.0
     found = fused_divergence(
         hidden.flatten(0, 1),
@@ -92,10 +90,10 @@ def fused_losses(model: Any, batch: dict[str, Any], kd: KDConfig) -> dict[str, A
     return {name: value.view(mask.shape).t() for name, value in shown.items()} | {TOTAL: found.total}
 
 
-def _given(layer: Any) -> Any:
-    """What the output layer was given in this forward pass; ModelOpt's hooks keep it."""
+def taken(layer: Any) -> Any:
+    """What a layer gave in this forward pass, which ModelOpt's hooks kept, and keep no more."""
     found, layer._intermediate_output = layer._intermediate_output, None
-    return found[0]
+    return found
 
 
 def _output_weight(model: Any) -> Any:

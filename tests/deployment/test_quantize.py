@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 
+from models import LLAMA31
 from nemo_minitron import config as c
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints import huggingface, open_checkpoint
@@ -20,10 +21,6 @@ from nemo_minitron.errors import CheckpointError, ConfigError, DataError, Engine
 SIZES = {
     "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 321, "max_position_embeddings": 64,
-}  # fmt: skip
-LLAMA31 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
 }  # fmt: skip
 #: Name -> (transformers' name before Config, changes to SIZES); pruned in width: the head size is not hidden / heads.
 MODELS = {
