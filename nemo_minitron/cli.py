@@ -205,9 +205,14 @@ def overview() -> str:
 
 
 def say(message: str, stream: Any = None) -> None:
-    """Prints on rank 0 only."""
-    if _rank() == 0:
-        print(message, file=stream or sys.stdout, flush=True)
+    """Prints on rank 0 only; a reader that has left (`| head`) ends nothing but the printing."""
+    if _rank() != 0:
+        return
+    stream = stream or sys.stdout
+    try:
+        print(message, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _rank() -> int:

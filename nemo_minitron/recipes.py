@@ -6,6 +6,7 @@ from typing import Any
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture, padded_vocab_size
 from nemo_minitron.errors import CheckpointError, ConfigError
+from nemo_minitron.known import stated_fields
 from nemo_minitron.pruning.plan import plan_cut, target_problems
 
 
@@ -109,7 +110,7 @@ def teacher_architecture(config: c.FlowConfig) -> Architecture:
         from nemo_minitron.checkpoints import open_checkpoint
 
         return open_checkpoint(path, "teacher").architecture
-    fields = dict(config.model.architecture)
+    fields = stated_fields(config.model.architecture, "flow")
     if fields.get("vocab_size") is None:
         fields["vocab_size"] = padded_vocab_size(config.data.vocab_size)
     return Architecture.from_settings(fields, "flow")

@@ -242,3 +242,10 @@ def test_what_can_be_launched_is_what_may_hold_settings_of_launching():
     from nemo_minitron.compose import LAUNCHED
 
     assert {name for name, command in cli.COMMANDS.items() if command.launched} == set(LAUNCHED)
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    command = f"{sys.executable} -m nemo_minitron --help | true; echo ${{PIPESTATUS[0]}}"
+    for _ in range(3):
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == ("0\n", "")

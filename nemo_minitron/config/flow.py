@@ -22,7 +22,8 @@ class FlowModelConfig(Config):
     download: str | None = None
     """Where the teacher comes from when restore_from_path does not exist yet: shown in messages."""
     architecture: dict[str, Any] = field(default_factory=dict)
-    """Fields of nemo_minitron.architecture.Architecture; a checkpoint's own sizes win."""
+    """Fields of nemo_minitron.architecture.Architecture, or `known`, a known model, and what differs from it; a
+    checkpoint's own sizes win."""
     seq_length: int = 128
     """Tokens a sample, in every stage."""
 

@@ -45,7 +45,7 @@ class PlanConfig(Config):
     model: str | None = None
     """The teacher: a checkpoint (its sizes alone are read), or the name of a known model (llama31_8b...)."""
     architecture: dict[str, Any] | None = None
-    """Instead of model: fields of nemo_minitron.architecture.Architecture."""
+    """Instead of model: fields of nemo_minitron.architecture.Architecture, or `known` and what differs from it."""
     student: PlanStudentConfig = field(default_factory=PlanStudentConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     stage: str = "all"

@@ -126,7 +126,8 @@ class ModelConfig(Config):
     init: str = "checkpoint"
     """`checkpoint`, or `random`: start from random weights of `architecture`."""
     architecture: dict[str, Any] | None = None
-    """With init=random: fields of nemo_minitron.architecture.Architecture; vocab_size null: from the tokenizer."""
+    """With init=random: fields of nemo_minitron.architecture.Architecture, or `known`, a known model (minitron_8b), and
+    what differs from it; vocab_size null: from the tokenizer."""
     tokenizer: str | None = None
     """Directory with the tokenizer; none: the checkpoint's, or else the data folder's."""
     nemo_path: str | None = None

@@ -11,6 +11,7 @@ from nemo_minitron.config import FinetuneConfig
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.finetuning.adapter import ADAPTER, keep_adapter
 from nemo_minitron.jobs import Job
+from nemo_minitron.known import stated_fields
 from nemo_minitron.runtime.inputs import (
     CHECKPOINTS,
     LOG,
@@ -62,7 +63,7 @@ def finetune(config: FinetuneConfig) -> Manifest:
 
 def random_architecture(config: FinetuneConfig) -> Architecture:
     """The sizes given in model.architecture, the vocabulary from the tokenizer where it is null."""
-    fields = dict(config.model.architecture)
+    fields = stated_fields(config.model.architecture, "configuration")
     if fields.get("vocab_size") is None:
         name = config.model.tokenizer or data_tokenizer(config)
         if name is None:

@@ -8,9 +8,9 @@ from nemo_minitron.architecture import Architecture, PruningGrid
 from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.config import PlanConfig, all_problems
 from nemo_minitron.errors import ConfigError, EngineError
+from nemo_minitron.known import known_model, stated_fields
 from nemo_minitron.planning import table
 from nemo_minitron.planning.flops import forward_flops, stage_flops
-from nemo_minitron.planning.known import KNOWN
 from nemo_minitron.planning.layouts import (
     Candidate,
     Models,
@@ -85,7 +85,7 @@ def work_out(config: PlanConfig) -> dict[str, Any]:
 def resolve_models(config: PlanConfig) -> Models:
     """Teacher and student; raises ConfigError where they make no pair."""
     if config.architecture is not None:
-        teacher = Architecture.from_settings(config.architecture, SOURCE)
+        teacher = Architecture.from_settings(stated_fields(config.architecture, SOURCE), SOURCE)
     else:
         teacher = find(config.model, "model")
     if not config.has_student:
@@ -110,11 +110,7 @@ def find(name: str, setting: str) -> Architecture:
     """The sizes of the checkpoint at `name`, or of the known model of that name."""
     if Path(name).exists():
         return open_checkpoint(name, setting).architecture
-    if name not in KNOWN:
-        raise ConfigError(
-            f"{setting} = {name} is no checkpoint, and no known model: {', '.join(sorted(KNOWN))}", SOURCE
-        )
-    return KNOWN[name]
+    return known_model(name, f"{setting} = {name} is no checkpoint, and no known model", SOURCE)
 
 
 def resolve_run(config: PlanConfig, models: Models) -> Run:

@@ -12,7 +12,7 @@ import torch
 from models import save
 from nemo_minitron import cli
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.planning.known import KNOWN
+from nemo_minitron.known import KNOWN
 from nemo_minitron.planning.memory import stage_memory
 from nemo_minitron.planning.run import Run
 from nemo_minitron.runtime.layout import Layout

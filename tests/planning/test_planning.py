@@ -6,10 +6,10 @@ import itertools
 import pytest
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.known import KNOWN
 from nemo_minitron.planning import loss
 from nemo_minitron.planning.activations import kept_at_the_end, kept_by_layer
 from nemo_minitron.planning.flops import forward_flops, moment_flops, stage_flops, training_flops
-from nemo_minitron.planning.known import KNOWN
 from nemo_minitron.planning.layouts import Models, candidates
 from nemo_minitron.planning.memory import all_ranks, moment_bytes, optimizer_bytes, stage_memory
 from nemo_minitron.planning.run import Run, largest_parameter, rank_parameters, stage_layers

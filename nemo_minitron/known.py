@@ -1,6 +1,9 @@
-"""Sizes of published models, by name: what a plan can be made for without a checkpoint."""
+"""Sizes of published models, by name: for a plan without a checkpoint, and for models from random weights."""
+
+from typing import Any
 
 from nemo_minitron.architecture import Architecture, RopeScaling
+from nemo_minitron.errors import ConfigError
 
 _LLAMA31 = {
     "family": "llama", "num_attention_heads": 32, "num_query_groups": 8, "kv_channels": 128, "vocab_size": 128256,
@@ -40,3 +43,36 @@ KNOWN: dict[str, Architecture] = {
         vocab_size=1536, seq_length=128,
     ),
 }  # fmt: skip
+
+
+def known_model(name: str, problem: str, source: str) -> Architecture:
+    """The sizes of the known model `name`.
+
+    Args:
+        problem: what to say before the names, where it is not one of them.
+        source: what was being read, for the message.
+
+    Raises:
+        ConfigError: `name` is not known.
+    """
+    if name not in KNOWN:
+        raise ConfigError(f"{problem}: {', '.join(sorted(KNOWN))}", source)
+    return KNOWN[name]
+
+
+def stated_fields(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    """The fields of Architecture that the setting model.architecture states.
+
+    Args:
+        settings: the fields, or `known`, a known model's name, and the fields that are to differ from it.
+        source: what was being read, for the message.
+
+    Raises:
+        ConfigError: the model is not known.
+    """
+    fields = dict(settings)
+    if "known" not in fields:
+        return fields
+    name = fields.pop("known")
+    model = known_model(name, f"model.architecture.known = {name} is none of the known models", source)
+    return model.to_dict() | fields

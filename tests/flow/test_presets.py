@@ -1,0 +1,89 @@
+"""The presets of published models: what they say, and random weights of their sizes with one layer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_minitron import config as c
+from nemo_minitron import flow
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.compose import compose, conf_dir
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.finetuning.stage import finetune, random_architecture
+from nemo_minitron.known import KNOWN, stated_fields
+from nemo_minitron.recipes import student_architecture, teacher_architecture
+
+MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
+#: What NVIDIA's nvidia/Minitron-4B-Base says in config.json, but for the layers and the vocabulary.
+MINITRON_4B = {
+    "model_type": "nemotron", "hidden_size": 3072, "intermediate_size": 9216, "num_attention_heads": 24,
+    "num_key_value_heads": 8, "head_dim": 128, "hidden_act": "relu2", "norm_eps": 1e-05, "partial_rotary_factor": 0.5,
+    "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False, "attention_bias": False,
+    "mlp_bias": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_flow_can_be_planned_for_every_model_preset(name):
+    config = compose("flow", [f"model={name}"])
+    teacher = teacher_architecture(config)
+    assert teacher == KNOWN[name]
+    for student in config.prune.students:
+        assert student_architecture(config, teacher, student).parameters() < 0.7 * teacher.parameters()
+
+
+def test_the_width_student_of_minitron_8b_is_minitron_4b():
+    config = compose("flow", ["model=minitron_8b"])
+    assert student_architecture(config, teacher_architecture(config), "width") == KNOWN["minitron_4b"]
+
+
+def test_what_is_stated_beside_a_known_model_wins():
+    fields = stated_fields({"known": "minitron_8b", "num_layers": 2}, "test")
+    assert Architecture.from_dict(fields) == KNOWN["minitron_8b"].with_sizes(num_layers=2)
+    assert stated_fields({"num_layers": 2}, "test") == {"num_layers": 2}
+    with pytest.raises(ConfigError, match="model.architecture.known = minitron_9b is none of .*minitron_8b, "):
+        stated_fields({"known": "minitron_9b"}, "test")
+
+
+def random_weights(tiny, output: Path, name: str, **changes) -> c.FinetuneConfig:
+    """One step of one sample from random weights of a known model with one layer."""
+    sizes = {"known": name, "num_layers": 1, "vocab_size": None, **changes}
+    fields = tiny.training(output, steps=1, init="random", architecture=sizes)
+    fields["model"].micro_batch_size = fields["model"].global_batch_size = 1
+    fields["trainer"].limit_val_batches = 1
+    return c.FinetuneConfig(**fields)
+
+
+def test_the_vocabulary_is_the_known_models_unless_null_is_stated(tiny, tmp_path):
+    config = random_weights(tiny, tmp_path, "minitron_8b")
+    assert random_architecture(config).vocab_size == 512
+    del config.model.architecture["vocab_size"]
+    assert random_architecture(config).vocab_size == 256000
+
+
+def test_minitron_8b_of_random_weights_is_trained_cut_to_4b_and_read_by_transformers(tiny, tmp_path):
+    """The published sizes at one layer, through Megatron, the cut and the export."""
+    from transformers import AutoModelForCausalLM
+
+    finetune(random_weights(tiny, tmp_path / "8b", "minitron_8b"))
+    config = tiny.pruning(tmp_path / "4b", tmp_path / "8b", num_samples=2, statistics=False, **width_of("minitron_8b"))
+    config.inference.batch_size, config.to = 2, "hf"
+    flow.prune(config)
+    said = json.loads((tmp_path / "4b" / "config.json").read_text())
+    assert {name: said[name] for name in MINITRON_4B} == MINITRON_4B
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "4b", dtype=torch.float32)
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == KNOWN["minitron_4b"].with_sizes(num_layers=1, vocab_size=512).parameters()
+    )
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.arange(64)[None]).logits).all()
+
+
+def width_of(name: str) -> dict[str, int]:
+    """The width student's targets in a preset, and the grid they lie on."""
+    return compose("flow", [f"model={name}"]).prune.students["width"] | {
+        f"{size}_divisor": 256 for size in ("hidden_size", "ffn_hidden_size")
+    }
