@@ -9,8 +9,10 @@ import ast
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import inspect
 import itertools
+import operator
 import re
 import sys
 import typing
@@ -418,7 +420,8 @@ class _Merge:
 
         self.given.pop(key, None)
         if key in self.types:
-            default = OmegaConf.select(OmegaConf.structured(self.schema), key)
+            defaults = OmegaConf.to_container(OmegaConf.structured(self.schema))
+            default = functools.reduce(operator.getitem, key.split("."), defaults)
             OmegaConf.update(self.values, key, default, merge=False)
         elif self._field(key) is None:
             self._unknown(key)

@@ -121,6 +121,7 @@ def test_mappings_take_new_keys_and_lose_old_ones():
 def test_tilde_goes_back_to_the_default():
     assert compose("flow", ["seed=1", "~seed"]).seed == 1234
     assert problems("flow", "~sede") == ["sede is not a setting; did you mean seed?"]
+    assert problems("data", "output=x", "~output") == ["output is missing: name the folder to make, output=DIR"]
 
 
 @pytest.mark.parametrize("path", ["/a/b (1)", "a=b", "007", "C,D", "~/x", "'quoted'", "1e3"])
