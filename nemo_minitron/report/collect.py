@@ -13,6 +13,7 @@ from typing import Any
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import MANIFEST, DepthScan, ImportanceScores, Manifest
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.report.facts import facts_of
 from nemo_minitron.report.stages import (
     EVALUATIONS,
     REPORT,
@@ -36,7 +37,7 @@ def collect(path: str | os.PathLike) -> dict[str, Any]:
         ``run``, ``name``; ``flow``: whether it is a flow's output; ``report``: the flow's own report.json;
         ``stages``: a dict a finished stage; ``unfinished``: one a stage that is running or was stopped;
         ``histories``: stage -> losses; ``importance``; ``scans``; ``cuts``; ``shapes``; ``table``; ``verdicts``;
-        ``missing``: sentences.
+        ``facts``: an evaluation's metrics (see facts_of), or None; ``missing``: sentences.
 
     Raises:
         MinitronError: there is nothing, or nothing of a run, at `path`.
@@ -73,6 +74,7 @@ def collect(path: str | os.PathLike) -> dict[str, Any]:
     run["importance"] = _importance(place, manifests, missing)
     run |= _cuts(manifests, missing)
     run["table"] = _table(manifests, missing) if flow else []
+    run["facts"] = _facts(manifests, missing)
     run["verdicts"] = verdicts(run["table"])
     if flow:
         missing += _missing(manifests, unfinished)
@@ -244,6 +246,19 @@ def _table(manifests: Mapping[str, Manifest], missing: list[str]) -> list[dict[s
     rows.sort(key=lambda entry: (students.index(entry["student"]) if entry["student"] else -1,
                                  kinds.index(entry["kind"])))  # fmt: skip
     return add_gaps(rows)
+
+
+def _facts(manifests: Mapping[str, Manifest], missing: list[str]) -> dict[str, Any] | None:
+    """The metrics of the newest evaluation that asked for facts."""
+    for folder, manifest in reversed(manifests.items()):
+        try:
+            found = manifest.stage == "evaluate" and facts_of(manifest.metrics)
+        except TypeError:
+            missing.append(f"{folder or MANIFEST}: its manifest does not say which facts the models know")
+            continue
+        if found:
+            return manifest.metrics
+    return None
 
 
 def _is_evaluation(metrics: Mapping[str, Any]) -> bool:

@@ -219,6 +219,37 @@ def _bars(axes: Any, rows: Sequence[Mapping[str, Any]], values: Sequence[Any], p
 
 
 @picture
+def facts(found: Mapping[str, Any], *, theme: Theme) -> Any:
+    """Which facts each model knows: right choices, and the shares kept of the reference's choices and completions."""
+    rows = found["rows"]
+    panels = [
+        ("right of four\n(% of the facts)", "choice", "right"),
+        (f"choices kept\n(% of {short(found['reference'])}'s)", "choice", "kept"),
+        (f"completions kept\n(% of {short(found['reference'])}'s)", "completion", "kept"),
+    ]
+    made, grid = new_figure(WIDE, 1.2 + 0.3 * len(rows), ncols=3, sharey=True, squeeze=False)
+    for axes, (label, task, what) in zip(grid[0], panels):
+        for place, row in enumerate(rows):
+            if row[task][what] is None:
+                continue
+            value, error = (None if part is None else 100 * part for part in row[task][what])
+            mark = MARKS.get(row["kind"])
+            axes.barh(place, value, height=0.66, xerr=error, color=getattr(theme, mark.colour) if mark else theme.blue,
+                      error_kw={"ecolor": theme.faint, "elinewidth": 1.2})  # fmt: skip
+            axes.annotate(f"{value:.0f}", (value + (error or 0), place), xytext=(3, 0), textcoords="offset points",
+                          va="center", fontsize=8)  # fmt: skip
+        axes.set_xlabel(label)
+        axes.set_yticks(range(len(rows)), [short(row["model"]) for row in rows])
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.22)
+        axes.set_xlim(left=0)
+    grid[0, 0].axvline(100 * found["chance"], color=theme.ink, linestyle=":", linewidth=1.1)
+    grid[0, 0].invert_yaxis()
+    grid[0, 0].set_title("Facts of the training text")
+    return made
+
+
+@picture
 def cost(stages: Sequence[Mapping[str, Any]], *, theme: Theme) -> Any:
     """Wall time and peak memory of each stage."""
     made, grid = new_figure(WIDE, 1.2 + 0.24 * len(stages), ncols=2, sharey=True, squeeze=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import human
+from nemo_minitron.report.facts import cells, facts_of
 from nemo_minitron.report.table import render_cuts
 
 #: What tells a page of ours from any other file.
@@ -134,6 +135,8 @@ def _of(pictures: Sequence[Mapping[str, Any]], section: str) -> list[Mapping[str
 
 def _result(report: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> Section:
     tables = [model_table(report["table"])] if report["table"] else []
+    facts = facts_of(report["facts"] or {})
+    tables += [facts_table(facts)] if facts else []
     texts = [*report["verdicts"], *_cut_lines(report["cuts"])]
     return Section("result", SECTIONS["result"], texts, tables, _of(pictures, "result"))
 
@@ -168,6 +171,16 @@ def model_table(rows: Sequence[Mapping[str, Any]], runs: Sequence[str] = ()) -> 
         for index, row in enumerate(rows)
     ]
     return Table(columns, cells, align="number")
+
+
+def facts_table(facts: Mapping[str, Any]) -> Table:
+    """Which facts of the training text each model knows."""
+    columns = ["model", "parameters", "right of four", "kept", "completed", "kept"]
+    title = (
+        f"{facts['questions']:.0f} facts that the training text states (guessing gets {facts['chance']:.0%} of the "
+        f"choices); kept: of those that {facts['reference']} gets right"
+    )
+    return Table(columns, cells(facts), title, align="number")
 
 
 def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:

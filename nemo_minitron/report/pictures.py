@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from nemo_minitron.architecture import human
 from nemo_minitron.report import figures, importance
+from nemo_minitron.report.facts import facts_of, in_words
 from nemo_minitron.report.shapes import shapes
 from nemo_minitron.report.style import DARK, LIGHT, Theme, svg
 
@@ -76,6 +77,20 @@ def _results(run: Mapping[str, Any]) -> list[Picture]:
                 "Gap closed = (pruned - this) / (pruned - corrected teacher), of test losses.",
                 _losses_in_words(rows),
                 lambda theme: figures.kept(rows, theme=theme),
+                wide=True,
+            )  # fmt: skip
+        )
+    facts = facts_of(run["facts"] or {})
+    if facts:
+        found.append(
+            Picture(
+                "facts",
+                "result",
+                "Facts of the training text",
+                f"{facts['questions']:.0f} questions; kept: of those that {facts['reference']} gets right. Lines at "
+                "the ends of bars are one standard error, the dotted line is what guessing gets.",
+                in_words(facts),
+                lambda theme: figures.facts(facts, theme=theme),
                 wide=True,
             )  # fmt: skip
         )

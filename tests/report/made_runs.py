@@ -4,6 +4,7 @@ from pathlib import Path
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import ImportanceScores, Manifest
+from nemo_minitron.evaluation.facts import kept
 
 TEACHER = Architecture(
     num_layers=4, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=2, kv_channels=16,
@@ -68,6 +69,28 @@ def evaluation(run: Path, name: str, minute: int, architecture: Architecture, lo
     stage(run / "evaluations" / name, "evaluate", minute, metrics={**splits, "parameters": architecture.parameters()})
 
 
+#: Model -> right choices and right completions of eight questions; the first is the reference.
+KNOWN = {
+    "teacher corrected": ([1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]),
+    "teacher": ([1, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0]),
+    "width distilled": ([1, 1, 1, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0, 1]),
+}
+
+
+def knowledge() -> dict:
+    """Metrics of an evaluation that asked for facts."""
+    right = {name: dict(zip(("facts_choice", "facts_completion"), answers)) for name, answers in KNOWN.items()}
+    return {
+        "models": [{"name": name, "path": name, "parameters": TEACHER.parameters()} for name in right],
+        "reference": "teacher corrected",
+        "results": {
+            name: {task: {"acc": {"value": sum(each) / len(each), "stderr": 0.125}} for task, each in answers.items()}
+            for name, answers in right.items()
+        },
+        "facts": {"questions": 8, "chance": 0.25, "kept": kept(right, 0.25)},
+    }
+
+
 def scores(folder: Path, minute: int = 4) -> None:
     import torch
 
@@ -111,6 +134,7 @@ def flow(run: Path, students: tuple = ("depth", "width"), shift: float = 0.0) ->
         for kind in ("pruned", "distilled", "control"):
             evaluation(run, f"{name}-{kind}", minute + 3, STUDENTS[name][0], LOSSES[f"{name}-{kind}"] + shift)
         minute += 4
+    stage(run / "evaluations" / "facts", "evaluate", minute, metrics=knowledge())
     return run
 
 

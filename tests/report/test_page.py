@@ -79,7 +79,7 @@ def test_a_run_becomes_a_page_and_its_json(run, capsys):
     report = json.loads((run / "report.json").read_text())
     names = [picture["name"] for picture in report["pictures"]]
     assert [value for value in page.of("id") if value.startswith("picture-")] == [f"picture-{name}" for name in names]
-    assert len(names) == 19 and len(set(page.of("id"))) == len(page.of("id"))
+    assert len(names) == 20 and len(set(page.of("id"))) == len(page.of("id"))
     assert page.tags.count("img") == len(names) and all(page.of("alt"))
     assert all(picture["svg"].startswith("<?xml") for picture in report["pictures"])
     losses = {row["model"].replace(" ", "-"): row["test"]["loss"] for row in report["table"]}
@@ -92,6 +92,9 @@ def test_a_run_becomes_a_page_and_its_json(run, capsys):
             manifest.timings["total_seconds"], manifest.peak_memory_bytes, manifest.config,
         )  # fmt: skip
         assert stage["stage"] in page.texts
+    for text in ("75.0% ± 12.5", "66.7% ± 21.1", "50.0% ± 50.0"):
+        assert text in page.texts
+    assert report["facts"] == made_runs.knowledge()
     assert report["missing"] == [] and report["environment"]["versions"]["torch"] == "2.13.0"
 
 
@@ -170,6 +173,7 @@ def test_half_a_run_shows_what_is_there_and_says_what_is_missing(run, capsys):
         (lambda run: (run / "scores" / "scores.safetensors").unlink(), "scores.safetensors cannot be read"),
         (lambda run: change(run / "depth-pruned", details={}), "depth-pruned: its manifest does not say what was cut"),
         (lambda run: change(run / "evaluations" / "teacher", metrics={"test": 1}), "evaluations/teacher: its manifest"),
+        (lambda run: change(run / "evaluations" / "facts", metrics={"facts": {}}), "evaluations/facts: its manifest"),
         (lambda run: change(run / "scores.depth-block-loss-2", details={}), "holds no scan of blocks"),
         (lambda run: change(run / "teacher", peak_memory_bytes="much"), "peak_memory_bytes is not a number"),
     ],

@@ -14,12 +14,13 @@ from nemo_minitron.report.shapes import shapes
 from nemo_minitron.report.style import DARK, LIGHT, png, short, svg
 
 NAMES = [
-    "shapes", "loss-parameters", "kept", "block-influence", "block-losses", "hidden-curve", "hidden-map", "ffn-curve",
-    "ffn-map", "heads-map", "student-depth", "student-width", "losses-teacher-pretrained", "losses-teacher",
-    "losses-depth-distilled", "losses-depth-control", "losses-width-distilled", "losses-width-control", "cost",
+    "shapes", "loss-parameters", "kept", "facts", "block-influence", "block-losses", "hidden-curve", "hidden-map",
+    "ffn-curve", "ffn-map", "heads-map", "student-depth", "student-width", "losses-teacher-pretrained",
+    "losses-teacher", "losses-depth-distilled", "losses-depth-control", "losses-width-distilled",
+    "losses-width-control", "cost",
 ]  # fmt: skip
 UNITS = ("(nats a token", "(number", "(rank)", "(activation units)", "(updates of the weights)", "(%", "(s)", "(GiB)",
-         "(count)", "(thousands)", "(thousands of rows)", "(rows)", "(1 −", "channels)")  # fmt: skip
+         "(count)", "(thousands)", "(thousands of rows)", "(rows)", "(1 −", "channels)", "(% of")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,20 @@ def test_bars_of_what_was_kept_are_the_tables(run, pictures):
     assert widths[1] == [round(row["test"]["loss"] - 1.0, 9) for row in rows]
     assert widths[2] == [75.0, 50.0, 75.0, 50.0]  # (pruned - this) / (pruned - 1.0), by hand
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [row["model"] for row in rows]
+
+
+def test_bars_of_facts_are_the_questions_answered_right(pictures):
+    """Of eight, and of the reference's six choices and two completions; what it has none of has no bar."""
+    right, choices, completions = pictures["facts"].draw(theme=LIGHT).axes
+
+    def bars(axes):
+        return [round(bar.get_width(), 6) for bar in axes.patches]
+
+    assert bars(right) == [75.0, 25.0, 62.5]
+    assert bars(choices) == [100.0, round(100 / 3, 6), round(200 / 3, 6)]
+    assert bars(completions) == [100.0, 0.0, 50.0]
+    assert [label.get_text() for label in right.get_yticklabels()] == list(made_runs.KNOWN)
+    assert right.lines[-1].get_xdata()[0] == 25.0
 
 
 def test_time_and_memory_are_the_manifests(run, pictures):
