@@ -11,8 +11,8 @@ Claims: losses (KL alone or with others), shapes (width or depth at equal parame
 by one), importance (or random, or magnitude), correction (of the teacher), steps (one cut or two).
 
 A verdict compares the arm that the papers prefer with each other arm: the difference of their losses, seed by seed, its
-mean and standard error. `agrees`: the preferred arm is better by more than the standard error; `within the spread`: by
-less, or worse by less; `does not agree`: worse by more.
+mean and the half width of its 95 % interval (Student's t). `agrees`: the preferred arm is better by more than that;
+`within the spread`: by less, or worse by less; `does not agree`: worse by more.
 
 Every student that is done stands in FILE at once, every model in --folder: a run that was stopped, or that is started
 again with more claims or seeds, goes on from there.
@@ -140,13 +140,16 @@ MEASURES = {"just_cut": "just cut", "trained": "trained"}
 
 
 def comparison(preferred: list[float], other: list[float]) -> dict[str, Any]:
-    """The paired difference other - preferred of losses over seeds: mean, standard error, verdict."""
+    """The paired difference other - preferred of losses over seeds: mean, half of its 95 % interval, verdict."""
+    from scipy.stats import t
+
     differences = [there - here for here, there in zip(preferred, other)]
-    mean, error, verdict = statistics.mean(differences), 0.0, ALONE
-    if len(differences) > 1:
-        error = statistics.stdev(differences) / len(differences) ** 0.5
-        verdict = WITHIN if abs(mean) <= error else AGREES if mean > 0 else NOT
-    return {"difference": mean, "standard_error": error, "relative": mean / statistics.mean(other), "verdict": verdict}
+    mean, half, verdict = statistics.mean(differences), 0.0, ALONE
+    count = len(differences)
+    if count > 1:
+        half = float(t.ppf(0.975, count - 1)) * statistics.stdev(differences) / count**0.5
+        verdict = WITHIN if abs(mean) <= half else AGREES if mean > 0 else NOT
+    return {"difference": mean, "half_interval": half, "relative": mean / statistics.mean(other), "verdict": verdict}
 
 
 def evaluated(claim: Claim, seeds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
@@ -184,7 +187,7 @@ def table(claim: Claim, found: dict[str, Any]) -> str:
         lines.append(f"{arm:<{wide}}  {claim.paper.get(arm, '-'):<{figures}}  {cells}")
     for each in found["compared"]:
         against = f"{each['preferred']} against {each['other']}, {MEASURES[each['when']]}:"
-        number = f"{each['difference']:+.4f} +- {each['standard_error']:.4f} ({each['relative']:+.1%})"
+        number = f"{each['difference']:+.4f} +- {each['half_interval']:.4f} ({each['relative']:+.1%})"
         lines.append(f"{against} {number}, {each['verdict']}")
     return "\n".join(lines)
 
@@ -241,7 +244,7 @@ def main() -> None:
     print(
         f"\nseeds {seeds}; losses in nats a token on the test text; +-: standard deviation over seeds, of a difference"
     )
-    print("its standard error; a difference is the other arm's loss less the preferred one's, seed by seed")
+    print("half of its 95 % interval; a difference is the other arm's loss less the preferred one's, seed by seed")
 
 
 if __name__ == "__main__":
