@@ -1,6 +1,7 @@
 """Repeats at small scale what the Minitron papers claim: one table a claim, the papers' figures beside ours.
 
-    python benchmarks/reproduce.py --source DIR [--claims losses shapes ...] [--seeds 0 1 2] [--json FILE] [--quick]
+    python benchmarks/reproduce.py --source DIR [--claims losses shapes ...] [--seeds 0 1 2] [--steps 80]
+        [--json FILE] [--quick]
 
 A: arXiv 2407.14679 v2, B: arXiv 2408.11796 v4. For each seed a Llama-shaped teacher is trained on the training text of
 DIR (a folder with train.txt or valid.txt and test.txt, or any text that `minitron data` takes); students are cut from
@@ -214,9 +215,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--folder", help="where models and data lie, to go on from; none: runs/reproduce")
     parser.add_argument("--json", help="file to write, and to go on from; none: the folder's name with .json")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="training steps of each student")
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed, to see that it runs")
     options = parser.parse_args()
-    recipe, seeds = Recipe(), options.seeds
+    recipe, seeds = Recipe(steps=options.steps), options.seeds
     folder = Path(options.folder or f"runs/reproduce{'-quick' if options.quick else ''}")
     if options.quick:
         recipe, seeds = Recipe(20, 2, 2, 16, 16, 20_000), seeds[:1]

@@ -10,6 +10,8 @@ from nemo_minitron import config as c
 
 # No test asks the hub for anything; those that want one start their own.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Two workers share two cores; the processes that they start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 SEQ_LENGTH = 64
 GRID = {"hidden_size_divisor": 32, "ffn_hidden_size_divisor": 64, "num_layers_divisor": 1}
 PUBLISHED = {"method": "minitron", "depth_by": "block_influence"}
@@ -67,12 +69,9 @@ class Tiny:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Tiny:
     """The shared corpus and the teacher that was trained on it."""
-    import torch
-
     from nemo_minitron.data.stage import prepare
     from nemo_minitron.finetuning.stage import finetune
 
-    torch.set_num_threads(2)
     root = tmp_path_factory.mktemp("tiny")
     shared = Tiny(root=root, data=root / "data", teacher=root / "teacher")
     prepare(c.DataConfig(output=str(shared.data), words=60_000, vocab_size=512))
@@ -95,20 +94,21 @@ def small_models(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("small")
     train_bpe(documents("encyclopedic", "train", 20_000, 1234), 259, root / "tokenizer")
     found = {"tokenizer": root / "tokenizer"}
-    for name in ("llama2", "nemotron", "minitron-width"):
+    for name in ("llama2", "nemotron", "minitron-width", "mistral-nemo"):
         found[name] = models.save(name, torch.float32, root / name)
         train_bpe(documents("encyclopedic", "train", 20_000, 1234), 259, found[name])
     for form, name in (("nemo2", "llama-nemo2"), ("nemo1", "nemotron.nemo")):
         source = found[name.partition("-")[0].removesuffix(".nemo").replace("llama", "llama2")]
         found[form] = root / name
         convert(c.ConvertConfig(source=str(source), output=str(found[form]), to=form, verify="none"))
-    found["depth"] = root / "depth"
-    cut = c.PruneConfig(
-        trainer=c.TrainerConfig(accelerator="cpu"),
-        model=c.PruneModelConfig(restore_from_path=str(found["llama2"])),
-        prune=c.PruneTargets(method="minitron", drop_layers=[2], num_layers_divisor=1),
-        export=c.ExportConfig(save_path=str(found["depth"])),
-        to="hf",
-    )
-    prune(c.validated(cut))
+    for name, teacher in (("depth", "llama2"), ("mistral-depth", "mistral-nemo")):
+        found[name] = root / name
+        cut = c.PruneConfig(
+            trainer=c.TrainerConfig(accelerator="cpu"),
+            model=c.PruneModelConfig(restore_from_path=str(found[teacher])),
+            prune=c.PruneTargets(method="minitron", drop_layers=[2], num_layers_divisor=1),
+            export=c.ExportConfig(save_path=str(found[name])),
+            to="hf",
+        )
+        prune(c.validated(cut))
     return found

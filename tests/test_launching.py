@@ -422,13 +422,7 @@ def test_two_ranks_by_torchrun_stop_and_go_on_and_equal_one(tiny, student, tmp_p
 
 
 def test_pruning_by_torchrun_cuts_once(tiny, tmp_path):
-    """Scores and scan on two ranks, the cut by the first; against two ranks that the stage starts itself.
-
-    (One rank holds out other samples while it scans.)
-    """
-    spread = tiny.pruning(tmp_path / "one", num_layers=3, method="compensated", scores_path=str(tmp_path / "s"))
-    spread.trainer.devices = spread.model.pipeline_model_parallel_size = 2
-    one = flow.prune(spread)
+    """Scores and scan on two ranks, the cut by the first; against a cut of the same scores in this process."""
     settings = [
         f"model.restore_from_path={tiny.teacher}",
         f"model.data={{data_prefix:{tiny.data},seq_length:64}}",
@@ -447,6 +441,11 @@ def test_pruning_by_torchrun_cuts_once(tiny, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     two = Manifest.read(tmp_path / "two")
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("scores*/manifest.json")}
+    again = tiny.pruning(tmp_path / "one", num_layers=3, method="compensated", scores_path=str(tmp_path / "scores"))
+    again.trainer.devices = again.model.pipeline_model_parallel_size = 2
+    one = flow.prune(again)
+    assert len(made) == 2 and all(path.stat().st_mtime_ns == then for path, then in made.items())
     assert two.details["plan"] == one.details["plan"]
     weights, other = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
     assert weights.keys() == other.keys()

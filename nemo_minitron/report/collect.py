@@ -252,7 +252,7 @@ def _facts(manifests: Mapping[str, Manifest], missing: list[str]) -> dict[str, A
     """The metrics of the newest evaluation that asked for facts."""
     for folder, manifest in reversed(manifests.items()):
         try:
-            found = manifest.stage == "evaluate" and facts_of(manifest.metrics)
+            found = manifest.stage == "evaluate tasks" and facts_of(manifest.metrics)
         except TypeError:
             missing.append(f"{folder or MANIFEST}: its manifest does not say which facts the models know")
             continue

@@ -129,12 +129,16 @@ def test_a_projection_where_widths_differ_is_trained_resumed_and_left_out(tiny, 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 2}], ids=["data", "tensor"])
 def test_two_ranks_equal_one(tiny, students, tmp_path, layout):
+    """Real gloo ranks, losses on logits and on hidden states."""
     options = {"steps": 2, "weight": 1.0, "scale": "dynamic"}
     one = run(tiny, students / "width", tmp_path / "one", **options)
     two = run(tiny, students / "width", tmp_path / "two", devices=2, layout=layout, **options)
-    for expected, got in zip(one.metrics["train"], two.metrics["train"]):
-        assert got == pytest.approx(expected, abs=2e-4)
+    for split in ("train", "validation"):
+        for expected, got in zip(one.metrics[split], two.metrics[split], strict=True):
+            assert got == pytest.approx(expected, abs=2e-4)
     weights, other = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
+    assert weights.keys() == other.keys()
+    assert open_checkpoint(tmp_path / "two").architecture == open_checkpoint(tmp_path / "one").architecture
     assert all(torch.allclose(other[name], value, atol=5e-4) for name, value in weights.items())
 
 

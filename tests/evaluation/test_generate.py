@@ -22,7 +22,7 @@ def by_transformers(folder, prompt=PROMPT, **options) -> list[int]:
 @pytest.mark.parametrize(
     ("given", "same_as"),
     [("llama2", "llama2"), ("nemo2", "llama2"), ("nemo1", "nemotron"), ("minitron-width", "minitron-width"),
-     ("depth", "depth")],
+     ("depth", "depth"), ("mistral-nemo", "mistral-nemo"), ("mistral-depth", "mistral-depth")],
 )  # fmt: skip
 def test_any_format_continues_as_transformers_does(small_models, capsys, given, same_as):
     assert main(["generate", str(small_models[given]), PROMPT, "max_new_tokens=12", "--json"]) == 0

@@ -45,7 +45,10 @@ def losses(folder, texts) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize(("given", "same_as"), [("nemo2", "llama2"), ("nemotron", "nemotron"), ("depth", "depth")])
+@pytest.mark.parametrize(
+    ("given", "same_as"),
+    [("nemo2", "llama2"), ("nemotron", "nemotron"), ("depth", "depth"), ("mistral-depth", "mistral-depth")],
+)
 def test_perplexities_are_those_of_the_logits(small_models, corpus, capsys, given, same_as):
     folder, texts = corpus
     arguments = [str(small_models[given]), "tasks=perplexity", f"corpus={folder}", "--json"]

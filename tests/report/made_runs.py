@@ -134,7 +134,7 @@ def flow(run: Path, students: tuple = ("depth", "width"), shift: float = 0.0) ->
         for kind in ("pruned", "distilled", "control"):
             evaluation(run, f"{name}-{kind}", minute + 3, STUDENTS[name][0], LOSSES[f"{name}-{kind}"] + shift)
         minute += 4
-    stage(run / "evaluations" / "facts", "evaluate", minute, metrics=knowledge())
+    stage(run / "evaluations" / "facts", "evaluate tasks", minute, metrics=knowledge())
     return run
 
 
