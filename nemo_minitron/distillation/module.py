@@ -11,7 +11,7 @@ from nemo_minitron.config import KDConfig
 from nemo_minitron.distillation.hidden import hidden_criteria, hidden_losses, loss_name, scaled_weights, with_hidden
 from nemo_minitron.distillation.output_layer import KD_LOSS, fuse, fused_losses, is_fused, logits_loss, logits_losses
 from nemo_minitron.runtime.engine import spread_layers
-from nemo_minitron.runtime.losses import token_loss_reduction
+from nemo_minitron.runtime.losses import LossesInSight
 from nemo_minitron.runtime.model import LM_LOSS
 from nemo_minitron.runtime.weights import load_weights
 
@@ -36,12 +36,11 @@ def distillation_module(
 
     hidden_names = [loss_name(kd.hidden, pair) for pair in pairs]
 
-    class MinitronDistillationModel(DistillationGPTModel):
+    class MinitronDistillationModel(LossesInSight, DistillationGPTModel):
         loss_names = (KD_LOSS, LM_LOSS, *hidden_names)
         loss_weights = {KD_LOSS: kd.kd_weight, LM_LOSS: kd.lm_weight} | {
             name: kd.hidden.weight / len(pairs) for name in hidden_names
         }
-        sums: Any = None
 
         def configure_model(self) -> None:
             if not hasattr(self, "module"):
@@ -50,9 +49,6 @@ def distillation_module(
 
         def weights_at(self, means: dict[str, float]) -> dict[str, float]:
             return scaled_weights(self.loss_weights, means, hidden_names, kd.hidden)
-
-        def take_sums(self, sums: Any) -> None:
-            self.sums = sums
 
         def token_losses(self, batch: dict[str, Any], output: Any) -> dict[str, Any]:
             model = self.core_module
@@ -64,14 +60,6 @@ def distillation_module(
             if not hidden:
                 return found
             return with_hidden(found, hidden, self.loss_weights, batch["loss_mask"].float(), kd.hidden)
-
-        @property
-        def training_loss_reduction(self) -> Any:
-            return token_loss_reduction(self.loss_names, self.loss_weights, self.token_losses, self.take_sums)
-
-        @property
-        def validation_loss_reduction(self) -> Any:
-            return self.training_loss_reduction
 
     return MinitronDistillationModel(
         student[0], teacher_config=teacher[0], teacher_ckpt_path=str(teacher[1].path), optim=optim, tokenizer=tokenizer

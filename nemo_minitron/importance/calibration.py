@@ -1,15 +1,20 @@
 """Where scores lie, and the samples that they rest on."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts import MANIFEST
+from nemo_minitron.artifacts import MANIFEST, Manifest
 from nemo_minitron.checkpoints import Checkpoint
 from nemo_minitron.config import PruneConfig, missing_data
 from nemo_minitron.data.module import check_fits as check_data
 from nemo_minitron.data.module import paths, resolve_prefixes
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.jobs import Job
+from nemo_minitron.runtime.inputs import data_files
+from nemo_minitron.runtime.launch import run_stage
+from nemo_minitron.runtime.layout import Layout
 
 
 def scores_folder(config: PruneConfig) -> Path:
@@ -68,3 +73,39 @@ def calibration_of(config: PruneConfig, teacher: Checkpoint) -> Calibration:
     length = config.model.data.seq_length or config.model.encoder_seq_length or teacher.architecture.seq_length
     check_data({"train": prefixes["train"]}, seq_length=length, vocab_size=teacher.architecture.vocab_size)
     return Calibration(files=prefixes["train"], length=length)
+
+
+def run_on_samples(
+    config: PruneConfig,
+    calibration: Calibration,
+    layout: Layout,
+    work: Callable[[Path], dict[str, Any]],
+    *,
+    stage: str,
+    function: str,
+    output: Path,
+    **settings: Any,
+) -> Manifest:
+    """Runs a stage that passes the teacher over samples; its layout does not tell one result from another.
+
+    Args:
+        work: as run_stage takes it.
+        stage, function: the stage's name, and where ranks find it.
+        settings: what tells its results apart, beyond teacher, text and precision.
+    """
+    job = Job(
+        stage=stage,
+        output=output,
+        config={
+            **settings,
+            "seq_length": calibration.length,
+            "bf16": layout.bf16,
+            "layout": dataclasses.asdict(layout),
+            "command": dataclasses.asdict(config),
+        },
+        inputs={"teacher": config.model.restore_from_path, **data_files({"data": calibration.files})},
+        seed=config.seed,
+        overwrite=config.overwrite,
+        ignore=("overwrite", "layout", "command"),
+    )
+    return run_stage(job, work, stage=function, config=config, trainer=config.trainer, resumable=False)

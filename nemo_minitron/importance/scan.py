@@ -10,10 +10,9 @@ from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import EngineError
 from nemo_minitron.importance.blocks import HOLD_OUT, blocks_of, runs, scan_blocks
-from nemo_minitron.importance.calibration import Calibration, calibration_of, given, scores_folder
-from nemo_minitron.jobs import Job
-from nemo_minitron.runtime.inputs import LOG, data_files
-from nemo_minitron.runtime.launch import rank, run_stage
+from nemo_minitron.importance.calibration import Calibration, calibration_of, given, run_on_samples, scores_folder
+from nemo_minitron.runtime.inputs import LOG
+from nemo_minitron.runtime.launch import rank
 from nemo_minitron.runtime.layout import Layout, check_fits, layout_of
 
 
@@ -47,29 +46,16 @@ def scan(config: PruneConfig) -> Manifest:
     layout = dataclasses.replace(layout_of(config.trainer, config.model), pipeline_parallel=1)
     check_fits(teacher.architecture, layout, "teacher")
     _check_samples(config, layout)
-    job = Job(
-        stage="scan",
-        output=folder,
-        config={
-            "num_samples": config.prune.num_block_samples,
-            "seq_length": calibration.length,
-            "bf16": layout.bf16,
-            "drop_layers": drop,
-            "layout": dataclasses.asdict(layout),
-            "command": dataclasses.asdict(config),
-        },
-        inputs={"teacher": config.model.restore_from_path, **data_files({"data": calibration.files})},
-        seed=config.seed,
-        overwrite=config.overwrite,
-        ignore=("overwrite", "layout", "command"),
-    )
-    return run_stage(
-        job,
+    return run_on_samples(
+        config,
+        calibration,
+        layout,
         lambda partial: _work(partial, config, teacher, layout, calibration, drop),
-        stage="nemo_minitron.importance.scan:scan",
-        config=config,
-        trainer=config.trainer,
-        resumable=False,
+        stage="scan",
+        function="nemo_minitron.importance.scan:scan",
+        output=folder,
+        num_samples=config.prune.num_block_samples,
+        drop_layers=drop,
     )
 
 

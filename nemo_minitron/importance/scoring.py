@@ -1,7 +1,6 @@
 """Scores a teacher's layers, channels, neurons and heads: one calibration pass through ModelOpt's estimators."""
 
 import contextlib
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ from nemo_minitron.artifacts import ImportanceScores, Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.importance.calibration import Calibration, calibration_of, given, scores_folder
-from nemo_minitron.jobs import Job
-from nemo_minitron.runtime.inputs import LOG, data_files
-from nemo_minitron.runtime.launch import rank, run_stage
+from nemo_minitron.importance.calibration import Calibration, calibration_of, given, run_on_samples, scores_folder
+from nemo_minitron.runtime.inputs import LOG
+from nemo_minitron.runtime.launch import rank
 from nemo_minitron.runtime.layout import Layout, check_fits, layout_of
 
 
@@ -34,29 +32,16 @@ def score(config: PruneConfig) -> Manifest:
     calibration = calibration_of(config, teacher)
     layout = layout_of(config.trainer, config.model)
     check_fits(teacher.architecture, layout, "teacher")
-    job = Job(
-        stage="score",
-        output=folder,
-        config={
-            "num_samples": config.prune.num_samples,
-            "statistics": config.prune.statistics,
-            "seq_length": calibration.length,
-            "bf16": layout.bf16,
-            "layout": dataclasses.asdict(layout),
-            "command": dataclasses.asdict(config),
-        },
-        inputs={"teacher": config.model.restore_from_path, **data_files({"data": calibration.files})},
-        seed=config.seed,
-        overwrite=config.overwrite,
-        ignore=("overwrite", "layout", "command"),
-    )
-    return run_stage(
-        job,
+    return run_on_samples(
+        config,
+        calibration,
+        layout,
         lambda partial: _work(partial, config, teacher, layout, calibration),
-        stage="nemo_minitron.importance.scoring:score",
-        config=config,
-        trainer=config.trainer,
-        resumable=False,
+        stage="score",
+        function="nemo_minitron.importance.scoring:score",
+        output=folder,
+        num_samples=config.prune.num_samples,
+        statistics=config.prune.statistics,
     )
 
 

@@ -9,6 +9,40 @@ TOTAL = "total"
 TokenLosses = Callable[[dict[str, Any], Any], dict[str, Any]]
 
 
+class LossesInSight:
+    """Of a NeMo module: training and validation go by the losses a token that `token_losses` gives.
+
+    Attributes:
+        loss_names: the components, in the order of the sums.
+        loss_weights: component -> weight in the loss that is trained on.
+        sums: of the last global batch, on the last pipeline stage: each component summed over tokens, then the number
+            of tokens [names + 1].
+    """
+
+    loss_names: tuple[str, ...]
+    loss_weights: dict[str, float]
+    sums: Any = None
+
+    def token_losses(self, batch: dict[str, Any], output: Any) -> dict[str, Any]:
+        """As TokenLosses."""
+        raise NotImplementedError
+
+    def weights_at(self, means: dict[str, float]) -> dict[str, float]:
+        """The weights of a step whose components have these means."""
+        return self.loss_weights
+
+    def take_sums(self, sums: Any) -> None:
+        self.sums = sums
+
+    @property
+    def training_loss_reduction(self) -> Any:
+        return token_loss_reduction(self.loss_names, self.loss_weights, self.token_losses, self.take_sums)
+
+    @property
+    def validation_loss_reduction(self) -> Any:
+        return self.training_loss_reduction
+
+
 def token_loss_reduction(
     names: tuple[str, ...], weights: dict[str, float], per_token: TokenLosses, sink: Callable[[Any], None]
 ) -> Any:

@@ -16,16 +16,9 @@ from nemo_minitron.checkpoints import nemo2, open_checkpoint, torch_dist
 from nemo_minitron.checkpoints.files import folder_files
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.runtime.layout import Layout
+from sizes import NEMOTRON, SMALL
 
 CPU = Layout(cuda=False, bf16=False)
-SMALL = {
-    "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 2,
-    "kv_channels": 32, "vocab_size": 256, "seq_length": 32,
-}  # fmt: skip
-NEMOTRON = {
-    "family": "nemotron", "normalization": "LayerNorm", "layernorm_zero_centered_gamma": True,
-    "activation": "squared_relu", "gated_linear_unit": False, "rotary_percent": 0.5,
-}  # fmt: skip
 FAMILIES = {
     "llama": {"family": "llama", "rotary_base": 500000.0},
     "llama31": {"family": "llama", "rope_scaling": RopeScaling()},

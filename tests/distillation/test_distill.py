@@ -44,7 +44,7 @@ def test_both_losses_equal_float64_arithmetic(tiny, student, tmp_path, monkeypat
 
         return make(names, weights, recorded, sink)
 
-    monkeypatch.setattr("nemo_minitron.distillation.module.token_loss_reduction", spy)
+    monkeypatch.setattr("nemo_minitron.runtime.losses.token_loss_reduction", spy)
     kd = KDConfig(temperature=2.0, kd_weight=1.0, lm_weight=0.5)
     first = distill(config(tiny, student, tmp_path / "kd", steps=1, kd=kd)).metrics["train"][0]
     batch = {name: torch.cat([entry[name] for entry in batches[:2]]) for name in batches[0]}

@@ -13,6 +13,7 @@ from nemo_minitron.config import PruneTargets
 from nemo_minitron.pruning.cut import choose, cut
 from nemo_minitron.pruning.plan import plan_cut
 from nemo_minitron.runtime.layout import Layout
+from sizes import NEMOTRON
 
 CPU = Layout(cuda=False, bf16=False)
 SIZES = {
@@ -21,10 +22,7 @@ SIZES = {
 }  # fmt: skip
 FAMILIES = {
     "llama": {},
-    "nemotron": {
-        "family": "nemotron", "normalization": "LayerNorm", "layernorm_zero_centered_gamma": True,
-        "activation": "squared_relu", "gated_linear_unit": False, "rotary_percent": 0.5,
-    },
+    "nemotron": NEMOTRON,
     "qwen2": {"family": "qwen2", "add_qkv_bias": True},
     "tied": {"share_embeddings_and_output_weights": True},
     "biases": {"add_bias_linear": True},

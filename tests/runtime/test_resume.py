@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_names_step_batch_and_the_last_good_checkpoint
 
         return make(names, weights, spoil, sink)
 
-    monkeypatch.setattr("nemo_minitron.distillation.module.token_loss_reduction", poisoned)
+    monkeypatch.setattr("nemo_minitron.runtime.losses.token_loss_reduction", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"kd_loss is nan at step 3 \(batch 2\); .*step-2"):
         distill(distillation(tiny, student, tmp_path / "kd"))
     assert not (tmp_path / "kd").exists()
