@@ -15,17 +15,15 @@ class LossesInSight:
     Attributes:
         loss_names: the components, in the order of the sums.
         loss_weights: component -> weight in the loss that is trained on.
+        token_losses: of a batch and the model's output; a module's own method.
         sums: of the last global batch, on the last pipeline stage: each component summed over tokens, then the number
             of tokens [names + 1].
     """
 
     loss_names: tuple[str, ...]
     loss_weights: dict[str, float]
+    token_losses: TokenLosses
     sums: Any = None
-
-    def token_losses(self, batch: dict[str, Any], output: Any) -> dict[str, Any]:
-        """As TokenLosses."""
-        raise NotImplementedError
 
     def weights_at(self, means: dict[str, float]) -> dict[str, float]:
         """The weights of a step whose components have these means."""
