@@ -4,7 +4,7 @@ from typing import Any
 
 from nemo_minitron.architecture import human
 from nemo_minitron.evaluation.facts import CHOICE, COMPLETION, known
-from nemo_minitron.report.table import aligned
+from nemo_minitron.report.table import aligned, share
 
 #: Metrics that are not shares of one, and how they are written.
 FORMATS = {
@@ -53,10 +53,10 @@ def render_facts(results: dict[str, Any]) -> list[str]:
                 name,
                 human(model["parameters"]),
                 _shown("acc", measured[name][CHOICE]["acc"]),
-                _percent(known(measured[name][CHOICE]["acc"]["value"], results["facts"]["chance"])),
-                _percent(choice["value"], choice["stderr"]),
+                share(known(measured[name][CHOICE]["acc"]["value"], results["facts"]["chance"])),
+                share(choice["value"], choice["stderr"]),
                 _shown("acc", measured[name][COMPLETION]["acc"]),
-                _percent(completion["value"], completion["stderr"]),
+                share(completion["value"], completion["stderr"]),
             )
         )
     asked, chance = results["facts"]["questions"], results["facts"]["chance"]
@@ -66,12 +66,6 @@ def render_facts(results: dict[str, Any]) -> list[str]:
         "choice above guessing;",
         f"completion: right ones, greedily; kept: of those that {results['reference']} gets right",
     ]
-
-
-def _percent(value: float | None, error: float | None = None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1%}" if error is None else f"{value:.1%} ± {100 * error:.1f}"
 
 
 def _shown(metric: str, entry: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from nemo_minitron.architecture import human
 from nemo_minitron.report.stages import model_name, number
+from nemo_minitron.report.table import share
 
 TASKS = {"choice": "facts_choice", "completion": "facts_completion"}
 
@@ -14,8 +15,8 @@ def facts_of(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Returns:
         ``questions``, ``chance``, ``reference``; ``rows``: ``model``, ``kind``, ``parameters``, and for ``choice`` and
-        ``completion``: ``right``, ``kept`` (share of the reference's right answers; None where it has none), each
-        (value, standard error or None).
+        ``completion``: ``right``, ``kept`` (share of the reference's right answers; its value is None where it has
+        none), each (value, standard error or None).
 
     Raises:
         TypeError: the metrics are not what `minitron evaluate` writes.
@@ -41,31 +42,23 @@ def _row(model: Mapping[str, Any], metrics: Mapping[str, Any], kept: Mapping[str
     row = {"model": name, "kind": model_name(name.replace(" ", "-"))[2], "parameters": parameters}
     for short, task in TASKS.items():
         right = _pair(metrics["results"][name][task]["acc"])
-        if right is None:
+        if right[0] is None:
             raise TypeError(task)
         row[short] = {"right": right, "kept": _pair(kept[name][task])}
     return row
 
 
-def _pair(entry: Mapping[str, Any]) -> tuple[float, float | None] | None:
-    value = number(entry["value"])
-    return None if value is None else (value, number(entry["stderr"]))
+def _pair(entry: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    return number(entry["value"]), number(entry["stderr"])
 
 
 def cells(facts: Mapping[str, Any]) -> list[list[str]]:
     """The table's lines as texts: model, parameters, and of both kinds of question right and kept."""
     return [
         [row["model"], human(row["parameters"])]
-        + [_share(row[task][what]) for task in TASKS for what in ("right", "kept")]
+        + [share(*row[task][what]) for task in TASKS for what in ("right", "kept")]
         for row in facts["rows"]
     ]
-
-
-def _share(pair: tuple[float, float | None] | None) -> str:
-    if pair is None:
-        return "-"
-    value, error = pair
-    return f"{value:.1%}" if error is None else f"{value:.1%} ± {100 * error:.1f}"
 
 
 def in_words(facts: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ Every function takes plain data as `collect` makes it, and `theme`. Figures belo
 them as they are.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -196,22 +197,27 @@ def kept(rows: Sequence[Mapping[str, Any]], *, theme: Theme) -> Any:
         ),
     ]
     made, grid = new_figure(WIDE, 1.2 + 0.32 * len(shown), ncols=3, sharey=True, squeeze=False)
-    places = range(len(shown))
     for axes, (label, values, pattern) in zip(grid[0], panels):
         _bars(axes, shown, values, pattern, theme)
         axes.set_xlabel(label)
-        axes.set_yticks(places, [short(row["model"]) for row in shown])
     grid[0, 0].invert_yaxis()
     grid[0, 0].set_title("What was kept, and what it cost")
     return made
 
 
-def _bars(axes: Any, rows: Sequence[Mapping[str, Any]], values: Sequence[Any], pattern: str, theme: Theme) -> None:
-    for place, (row, value) in enumerate(zip(rows, values)):
+def _bars(
+    axes: Any, rows: Sequence[Mapping[str, Any]], values: Sequence[Any], pattern: str, theme: Theme,
+    errors: Sequence[float | None] = (),
+) -> None:  # fmt: skip
+    """A bar and its number for each model; None: no bar, or no line of its error."""
+    for place, (row, value, error) in enumerate(itertools.zip_longest(rows, values, errors)):
         if value is not None:
-            axes.barh(place, value, height=0.66, color=getattr(theme, MARKS[row["kind"]].colour))
-            axes.annotate(pattern.format(value), (max(value, 0), place), xytext=(3, 0), textcoords="offset points",
-                          va="center", fontsize=8)  # fmt: skip
+            mark = MARKS.get(row["kind"])
+            axes.barh(place, value, height=0.66, xerr=error, color=getattr(theme, mark.colour) if mark else theme.blue,
+                      error_kw={"ecolor": theme.faint, "elinewidth": 1.2})  # fmt: skip
+            axes.annotate(pattern.format(value), (max(value, 0) + (error or 0), place), xytext=(3, 0),
+                          textcoords="offset points", va="center", fontsize=8)  # fmt: skip
+    axes.set_yticks(range(len(rows)), [short(row["model"]) for row in rows])
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.22)
     if all(value is None or value >= 0 for value in values):
@@ -229,20 +235,10 @@ def facts(found: Mapping[str, Any], *, theme: Theme) -> Any:
     ]
     made, grid = new_figure(WIDE, 1.2 + 0.3 * len(rows), ncols=3, sharey=True, squeeze=False)
     for axes, (label, task, what) in zip(grid[0], panels):
-        for place, row in enumerate(rows):
-            if row[task][what] is None:
-                continue
-            value, error = (None if part is None else 100 * part for part in row[task][what])
-            mark = MARKS.get(row["kind"])
-            axes.barh(place, value, height=0.66, xerr=error, color=getattr(theme, mark.colour) if mark else theme.blue,
-                      error_kw={"ecolor": theme.faint, "elinewidth": 1.2})  # fmt: skip
-            axes.annotate(f"{value:.0f}", (value + (error or 0), place), xytext=(3, 0), textcoords="offset points",
-                          va="center", fontsize=8)  # fmt: skip
+        values, errors = ([None if part is None else 100 * part for part in column]
+                          for column in zip(*(row[task][what] for row in rows)))  # fmt: skip
+        _bars(axes, rows, values, "{:.0f}", theme, errors)
         axes.set_xlabel(label)
-        axes.set_yticks(range(len(rows)), [short(row["model"]) for row in rows])
-        axes.grid(axis="y", visible=False)
-        axes.margins(x=0.22)
-        axes.set_xlim(left=0)
     grid[0, 0].axvline(100 * found["chance"], color=theme.ink, linestyle=":", linewidth=1.1)
     grid[0, 0].invert_yaxis()
     grid[0, 0].set_title("Facts of the training text")

@@ -119,6 +119,13 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def share(value: float | None, error: float | None = None) -> str:
+    """A share of one in percent, with its standard error where there is one; none: a dash."""
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if error is None else f"{value:.1%} ± {100 * error:.1f}"
+
+
 def aligned(lines: list[tuple[str, ...]]) -> str:
     """Lines of cells as text: a heading, a rule, the first column to the left and the others to the right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
