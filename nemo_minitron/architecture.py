@@ -5,6 +5,7 @@ Legend: l layers, h hidden, f FFN, n attention heads, g query groups, d head siz
 
 import dataclasses
 import math
+import typing
 from typing import Any
 
 from nemo_minitron.config import Config, all_problems, at_least, one_of
@@ -131,6 +132,9 @@ class Architecture(Config):
         Args:
             source: what was being read, for the message.
         """
+        wrong = _wrong_kinds(cls, fields, "model.architecture.")
+        if wrong:
+            raise ConfigError(wrong, source)
         try:
             architecture = cls.from_dict(fields)
         except TypeError as error:
@@ -149,6 +153,28 @@ class Architecture(Config):
             f"vocabulary {self.vocab_size}: {human(self.parameters())} parameters "
             f"({human(self.non_embedding_parameters())} without embeddings)"
         )
+
+
+#: What a field of that type takes, in words.
+KINDS = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text",
+    RopeScaling: "a mapping {factor:...}", type(None): "null",
+}  # fmt: skip
+
+
+def _wrong_kinds(schema: type[Config], fields: dict[str, Any], prefix: str) -> list[str]:
+    """A problem for each field whose value is of another kind than the schema's; unknown fields are left alone."""
+    found = []
+    for name, hint in typing.get_type_hints(schema).items():
+        if name not in fields:
+            continue
+        value, kinds = fields[name], set(typing.get_args(hint) or (hint,))
+        if RopeScaling in kinds and isinstance(value, dict):
+            found += _wrong_kinds(RopeScaling, value, f"{prefix}{name}.")
+        elif type(value) not in (kinds | {int} if float in kinds else kinds):
+            words = " or ".join(text for kind, text in KINDS.items() if kind in kinds)
+            found.append(f"{prefix}{name} = {value!r} is not {words}")
+    return found
 
 
 def human(count: float) -> str:

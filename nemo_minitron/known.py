@@ -55,7 +55,7 @@ def known_model(name: str, problem: str, source: str) -> Architecture:
     Raises:
         ConfigError: `name` is not known.
     """
-    if name not in KNOWN:
+    if not isinstance(name, str) or name not in KNOWN:
         raise ConfigError(f"{problem}: {', '.join(sorted(KNOWN))}", source)
     return KNOWN[name]
 

@@ -46,6 +46,21 @@ def test_what_is_stated_beside_a_known_model_wins():
         stated_fields({"known": "minitron_9b"}, "test")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("num_layers", "x", "'x' is not a whole number"), ("hidden_size", 64.0, "64.0 is not a whole number"),
+     ("num_query_groups", True, "True is not a whole number or null"), ("rotary_base", "big", "'big' is not a number"),
+     ("rope_scaling", 3, "3 is not a mapping {factor:...} or null"), ("family", None, "None is not text"),
+     ("rope_scaling", {"factor": "x"}, "rope_scaling.factor = 'x' is not a number")],
+)  # fmt: skip
+def test_a_size_of_another_kind_is_named(name, value, said):
+    with pytest.raises(ConfigError) as caught:
+        Architecture.from_settings(stated_fields({"known": "llama31_8b", name: value}, "test"), "test")
+    assert f"model.architecture.{name}" in str(caught.value) and said in str(caught.value)
+    with pytest.raises(ConfigError, match="none of the known models"):
+        stated_fields({"known": [name]}, "test")
+
+
 def random_weights(tiny, output: Path, name: str, **changes) -> c.FinetuneConfig:
     """One step of one sample from random weights of a known model with one layer."""
     sizes = {"known": name, "num_layers": 1, "vocab_size": None, **changes}
