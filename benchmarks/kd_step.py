@@ -104,7 +104,10 @@ def training_steps(config: c.DistillConfig, folder: Path) -> tuple[list[float], 
     student = open_checkpoint(config.model.restore_from_path)
     teacher = open_checkpoint(config.model.kd_teacher_restore_from_path) if config.kd.kd_weight else None
     inputs = training_inputs(config, student.architecture, student.tokenizer)
-    with tempfile.TemporaryDirectory(dir=folder) as partial, engine(config.seed, Path(partial) / LOG):
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as partial,
+        engine(config.seed, Path(partial) / LOG, cuda=inputs.layout.cuda),
+    ):
         tokenizer = nemo_tokenizer(inputs.tokenizer)
         module = stage._module(config, student, teacher, inputs, [], tokenizer)
         data, watch = build_data(config, inputs, tokenizer, Path(partial)), stopwatch()

@@ -186,6 +186,8 @@ def redirects() -> list[Redirect]:
         Redirect("torch.Tensor", "new_tensor", _on_cpu, f"a call {device}"),
         Redirect("torch.nn.Module", "to", _on_cpu, "models are moved to the GPU; here they stay"),
         Redirect("torch.nn.Module", "cuda", _identity, "models are moved to the GPU; here they stay"),
+        Redirect(torch_cuda, "is_available", _returns(False), "a run on the CPU of a machine that has GPUs"),
+        Redirect(torch_cuda, "device_count", _returns(0), "a run on the CPU of a machine that has GPUs"),
         Redirect(torch_cuda, "current_device", _cpu_device, "is passed as device= throughout Megatron"),
         Redirect(torch_cuda, "set_device", _returns(None), "there is one device"),
         Redirect(torch_cuda, "is_initialized", _returns(True), "NeMo's checkpoint reader asserts it"),
@@ -230,15 +232,19 @@ def _resolve(path: str) -> Any:
 
 
 @contextlib.contextmanager
-def megatron_on_cpu() -> Iterator[bool]:
-    """Runs the body with the redirects in place; yields whether they are. Does nothing where CUDA is available.
+def megatron_on_cpu(cuda: bool | None = None) -> Iterator[bool]:
+    """Runs the body with the redirects in place; yields whether they are.
 
     Re-entrant: an inner entry does nothing. The replaced attributes are process-wide, so keep the body to engine work.
+
+    Args:
+        cuda: whether the body runs on GPUs, where nothing is touched; None: where there are any. A run on the CPU of a
+            machine with GPUs needs the redirects as well, and is told that there is no GPU.
     """
     import torch
 
     global _active
-    if torch.cuda.is_available() or _active:
+    if _active or (torch.cuda.is_available() if cuda is None else cuda):
         yield _active
         return
     replaced: list[tuple[Any, str, Any]] = []
