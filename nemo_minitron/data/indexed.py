@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_minitron.errors import EngineError
+from nemo_minitron.runtime.cpu import without_toolkit
 
 #: Documents a task.
 CHUNK = 64
@@ -35,7 +36,7 @@ def write_indexed(documents: Iterable[str], tokenizer_dir: str, prefix: Path, wo
     """
     from tqdm import tqdm
 
-    with warnings.catch_warnings():  # Megatron says at its import what a machine without CUDA lacks
+    with without_toolkit(), warnings.catch_warnings():  # Megatron says at its import what a machine without CUDA lacks
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 

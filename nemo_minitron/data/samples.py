@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_minitron.errors import DataError
+from nemo_minitron.runtime.cpu import without_toolkit
 
 
 def _open(prefix: str) -> Any:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    with without_toolkit():
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     return IndexedDataset(prefix)
 

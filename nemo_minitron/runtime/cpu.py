@@ -232,6 +232,27 @@ def _resolve(path: str) -> Any:
 
 
 @contextlib.contextmanager
+def without_toolkit() -> Iterator[None]:
+    """In the body, torch finds no CUDA toolkit on a machine without GPUs.
+
+    Megatron Core compiles a CUDA allocator when it is imported; where a toolkit is installed and no GPU is there to say
+    for which one, torch ends that in an IndexError that Megatron does not expect.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        yield
+        return
+    from torch.utils import cpp_extension
+
+    toolkit, cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME, None
+    try:
+        yield
+    finally:
+        cpp_extension.CUDA_HOME = toolkit
+
+
+@contextlib.contextmanager
 def megatron_on_cpu(cuda: bool | None = None) -> Iterator[bool]:
     """Runs the body with the redirects in place; yields whether they are.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.nemo2 import nemo_config
-from nemo_minitron.runtime.cpu import megatron_on_cpu
+from nemo_minitron.runtime.cpu import megatron_on_cpu, without_toolkit
 from nemo_minitron.runtime.layout import Layout, has_transformer_engine
 
 #: Fields of NeMo's configs that need Transformer Engine or CUDA kernels, and their values without them.
@@ -39,7 +39,7 @@ def engine(seed: int, log: Path | None = None, *, cuda: bool | None = None) -> I
         log: file that takes the chatter of NeMo, Megatron, ModelOpt and Lightning.
         cuda: whether the body runs on GPUs (the layout says so); None: where there are any.
     """
-    with _same_environment(), quiet(log), megatron_on_cpu(cuda):
+    with _same_environment(), without_toolkit(), quiet(log), megatron_on_cpu(cuda):
         import lightning.pytorch as pl
 
         reset_parallel_state()
