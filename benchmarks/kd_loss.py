@@ -42,7 +42,10 @@ def plain(student: Any, teacher: Any) -> Any:
 
 def modelopt(student: Any, teacher: Any) -> Any:
     """The loss that NeMo gives ModelOpt's distillation model; logits [s, 1, v]."""
-    from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
+    from nemo_minitron.runtime.cpu import without_toolkit
+
+    with without_toolkit():
+        from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
 
     criterion = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=1))
     return criterion(student.unsqueeze(1), teacher.unsqueeze(1))[0].mean()
@@ -94,20 +97,20 @@ def inputs(start: str, options: argparse.Namespace, tokens: int) -> tuple[tuple,
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtypes[0]]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, scale: float = 1.0) -> Any:
-        made = torch.empty(shape, dtype=dtype)
+        made = torch.empty(shape, dtype=dtype, device=device)
         for rows in made.split(16):  # or the float32 draw would more than double the memory
-            rows.copy_(torch.randn(rows.shape, generator=generator) * scale)
-        return made.to(device)
+            rows.copy_(torch.randn(rows.shape, generator=generator, device=device) * scale)
+        return made
 
     if start == LOGITS:
         student, teacher = (random(tokens, options.vocabulary, scale=3.0) for _ in range(2))
         return (student.requires_grad_(), teacher), (student,)
     weights = [random(options.vocabulary, options.hidden, scale=3 * options.hidden**-0.5) for _ in range(2)]
     states = [random(tokens, options.hidden) for _ in range(2)]
-    labels = torch.randint(0, options.vocabulary, (tokens,), generator=generator).to(device)
+    labels = torch.randint(0, options.vocabulary, (tokens,), generator=generator, device=device)
     wanted = (states[0].requires_grad_(), weights[0].requires_grad_())
     return (states[0], weights[0], states[1], weights[1], labels), wanted
 

@@ -92,8 +92,8 @@ def now(torch: Any) -> float:
     return time.perf_counter()
 
 
-def training_steps(config: c.DistillConfig, folder: Path) -> tuple[list[float], list[float]]:
-    """Seconds of each step, and of as many forward passes of the teacher on the same shape of batch."""
+def training_steps(config: c.DistillConfig, folder: Path, forward: bool = True) -> tuple[list[float], list[float]]:
+    """Seconds of each step, and with `forward` of as many forward passes of the teacher on the same shape of batch."""
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.distillation import stage
     from nemo_minitron.distillation.module import teacher_in_validation
@@ -113,8 +113,8 @@ def training_steps(config: c.DistillConfig, folder: Path) -> tuple[list[float], 
         data, watch = build_data(config, inputs, tokenizer, Path(partial)), stopwatch()
         callbacks = [watch] + ([teacher_in_validation()] if teacher else [])
         train_and_validate(module, data, config, inputs.layout, Path(partial), callbacks)
-        forward = teacher_forward(module, config, inputs.seq_length) if teacher else []
-    return watch.seconds, forward
+        alone = teacher_forward(module, config, inputs.seq_length) if teacher and forward else []
+    return watch.seconds, alone
 
 
 def teacher_forward(module: Any, config: c.DistillConfig, length: int) -> list[float]:

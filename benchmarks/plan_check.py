@@ -118,8 +118,10 @@ def predicted(case: dict[str, Any]) -> Any:
     return stage_memory(case["stage"], teacher, student, run).peak
 
 
-def write_checkpoint(folder: Path, sizes: dict[str, Any]) -> None:
-    """A Hugging Face checkpoint of random float32 weights."""
+def write_checkpoint(
+    folder: Path, sizes: dict[str, Any], std: float = 0.02, dtype: str = "float32", device: str = "cpu"
+) -> None:
+    """A Hugging Face checkpoint of random weights, drawn on `device`."""
     import torch
 
     from nemo_minitron.architecture import Architecture
@@ -127,10 +129,13 @@ def write_checkpoint(folder: Path, sizes: dict[str, Any]) -> None:
     from nemo_minitron.checkpoints.tensors import Computed
     from nemo_minitron.checkpoints.write import write_checkpoint as write
 
-    shape, generator = Architecture(**sizes), torch.Generator().manual_seed(0)
+    shape, generator = Architecture(**sizes), torch.Generator(device).manual_seed(0)
+
+    def draw(size: tuple[int, ...]) -> Any:
+        return (torch.randn(size, generator=generator, device=device) * std).to(getattr(torch, dtype)).cpu()
+
     tensors = {
-        name: Computed(size, "float32", lambda size=size: torch.randn(size, generator=generator) * 0.02)
-        for name, size in canonical.shapes(shape).items()
+        name: Computed(size, dtype, lambda size=size: draw(size)) for name, size in canonical.shapes(shape).items()
     }
     write(folder, "hf", shape, tensors, None, {}, shard_bytes=1_000_000_000)
 
