@@ -35,6 +35,8 @@ CHILD = Path(__file__).with_name("gpu_parts.py")
 #: Seconds that a part may take at most, of a run of 480.
 LIMITS = {"prepare": 90, "small": 210, "loss": 120, "shape": 180, "quantized": 90}
 REFERENCE = "small on the CPU"
+#: More threads than this make small steps slower, and two processes that spin side by side many times so.
+THREADS = {"OMP_NUM_THREADS": str(max(1, min(4, (os.cpu_count() or 2) // 2)))}
 
 
 class Child:
@@ -46,7 +48,7 @@ class Child:
         command = [sys.executable, str(CHILD), part, device, str(folder), str(results)]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env={**os.environ, **environment}, start_new_session=True
+                command, stdout=log, stderr=log, env={**THREADS, **os.environ, **environment}, start_new_session=True
             )
 
     def wait(self, seconds: float) -> str | None:
@@ -192,7 +194,8 @@ def line(row: dict[str, Any]) -> str:
         ("reference", "reference {}"), ("difference", "difference {}"), ("at_most", "at most {}"),
         ("milliseconds", "{} ms"), ("of_plain", "{} of plain"), ("extra_mib", "{} MiB"),
         ("memory_of_plain", "{} of plain"), ("tokens_per_second", "{} tokens/s"), ("step_seconds", "{} s"),
-        ("peak_mib", "peak {} MiB"), ("planned_mib", "planned {} MiB"), ("planned_of_measured", "planned/peak {}"),
+        ("held_mib", "held before {} MiB"), ("peak_mib", "peak {} MiB"),
+        ("planned_mib", "planned {} MiB"), ("planned_of_measured", "planned/peak {}"),
         ("seconds", "{} s"),
     ):  # fmt: skip
         if key in row:

@@ -231,7 +231,8 @@ class Way:
                 kd_teacher_restore_from_path=str(self.teacher),
             )  # fmt: skip
             manifest = stage.distill(c.DistillConfig(**fields, kd=c.KDConfig(form=form)))
-            tolerance = 0.02 if precision == "bf16" else 1e-3
+            # In bf16 the logits' rounding alone is a few per cent of a divergence this small.
+            tolerance = 0.05 if precision == "bf16" else 1e-3
             self.losses(name, of or name, manifest, ("kd_loss", "lm_loss"), tolerance)
 
     def convert(self) -> None:
@@ -274,6 +275,8 @@ def loss(device: str, folder: Path, emit: Emit) -> None:
     import kd_loss
     import torch
 
+    from nemo_minitron.distillation import compiled
+
     sizes = LOSS_SIZES if on_gpu() else LOSS_REHEARSED
     options = SimpleNamespace(dtypes=["bf16"], **sizes)
     emit("loss: sizes", details=sizes)
@@ -291,6 +294,7 @@ def loss(device: str, folder: Path, emit: Emit) -> None:
             emit(f"loss {start}: {name}, gradient's norm", value=found["norm"], reference=base["norm"], tolerance=0.02)
         if on_gpu():
             torch.cuda.empty_cache()
+    emit("loss: devices where torch.compile does not work", value=sorted(compiled._failed))
 
 
 def _timed_loss(name: str, function: Callable, arguments: tuple, wanted: tuple, repeats: int) -> dict[str, float]:
@@ -332,11 +336,25 @@ def shape(device: str, folder: Path, emit: Emit) -> None:
     for form, batch in (("fused", 2), ("chunked", 2), ("fused", 4)):
         with step(emit, f"1B: distil, {form}, {batch} x {length}"):
             _distil_shape(folder, emit, teacher, student, form, batch)
-    with step(emit, "1B: score"):
-        _score_shape(folder, emit, teacher)
+    for moments in (True, False):
+        name = "1B: score" if moments else "1B: score without second moments"
+        with step(emit, name):
+            _score_shape(folder, emit, name, teacher, moments)
 
 
-def _planned(stage: str, teacher: dict, student: dict, batch: int, form: str = "fused", devices: int = 1) -> int:
+def held() -> int:
+    """Bytes that this process holds before a run: on a GPU what is allocated there; elsewhere its peak so far."""
+    import gc
+
+    import torch
+
+    from nemo_minitron.artifacts import peak_memory_bytes
+
+    gc.collect()
+    return torch.cuda.memory_allocated() if on_gpu() else peak_memory_bytes()
+
+
+def _planned(stage: str, teacher: dict, student: dict, batch: int, form: str = "fused", moments: bool = True) -> int:
     """The plan's peak bytes on this machine."""
     import torch
 
@@ -349,7 +367,7 @@ def _planned(stage: str, teacher: dict, student: dict, batch: int, form: str = "
     run = Run(
         layout=Layout(cuda=gpu, bf16=True, micro_batch_size=batch, global_batch_size=2 * batch),
         seq_length=teacher["seq_length"], transformer_engine=False, fused_loss=form == "fused",
-        threads=torch.get_num_threads(),
+        statistics=moments, threads=torch.get_num_threads(),
         device_bytes=torch.cuda.get_device_properties(0).total_memory if gpu else None,
     )  # fmt: skip
     whole = Architecture(**teacher)
@@ -369,25 +387,26 @@ def _distil_shape(folder: Path, emit: Emit, teacher: dict, student: dict, form: 
     )  # fmt: skip
     fields["trainer"].precision = "bf16"
     fields["model"].global_batch_size = 2 * batch
+    before = held()
     reset_peak_memory()
-    before = 0 if on_gpu() else peak_memory_bytes()
     seconds, _ = kd_step.training_steps(c.DistillConfig(**fields, kd=c.KDConfig(form=form)), folder, forward=False)
     measured, planned = peak_memory_bytes() - before, _planned("distill", teacher, student, batch, form)
     median = statistics.median(seconds[2:])
     emit(
         f"1B: distil, {form}, {batch} x {length}", tokens_per_second=2 * batch * length / median, step_seconds=median,
-        peak_mib=measured / 2**20, planned_mib=planned / 2**20, planned_of_measured=planned / max(1, measured),
+        held_mib=before / 2**20, peak_mib=measured / 2**20, planned_mib=planned / 2**20,
+        planned_of_measured=planned / max(1, measured),
     )  # fmt: skip
 
 
-def _score_shape(folder: Path, emit: Emit, teacher: dict) -> None:
+def _score_shape(folder: Path, emit: Emit, name: str, teacher: dict, moments: bool) -> None:
     from nemo_minitron import config as c
     from nemo_minitron.artifacts import peak_memory_bytes, reset_peak_memory
     from nemo_minitron.importance.scoring import score
 
     samples, batch, length = 32, 2, teacher["seq_length"]
+    before = held()
     reset_peak_memory()
-    before = 0 if on_gpu() else peak_memory_bytes()
     config = c.PruneConfig(
         trainer=c.TrainerConfig(precision="bf16"),
         model=c.PruneModelConfig(
@@ -396,16 +415,17 @@ def _score_shape(folder: Path, emit: Emit, teacher: dict) -> None:
         ),
         inference=c.InferenceConfig(batch_size=batch),
         prune=c.PruneTargets(
-            num_samples=samples, hidden_size=teacher["hidden_size"] // 2, scores_path=str(folder / "scores-1b"),
+            num_samples=samples, hidden_size=teacher["hidden_size"] // 2, statistics=moments,
+            scores_path=str(folder / f"scores-1b-{moments}"),
             hidden_size_divisor=64, ffn_hidden_size_divisor=64,
         ),
         export=c.ExportConfig(save_path=str(folder / "cut-1b")),
     )  # fmt: skip
     manifest = score(config)
-    measured, planned = peak_memory_bytes() - before, _planned("prune", teacher, {}, batch)
+    measured, planned = peak_memory_bytes() - before, _planned("prune", teacher, {}, batch, moments=moments)
     seconds = manifest.timings["calibration_seconds"]
     emit(
-        "1B: score", tokens_per_second=manifest.metrics["tokens"] / seconds, step_seconds=seconds,
+        name, tokens_per_second=manifest.metrics["tokens"] / seconds, step_seconds=seconds,
         peak_mib=measured / 2**20, planned_mib=planned / 2**20, planned_of_measured=planned / max(1, measured),
     )  # fmt: skip
 

@@ -21,9 +21,10 @@ from nemo_minitron.distillation.divergences import (
     Normaliser,
     Workspace,
     log_probabilities,
-    logit_gradient,
     measure,
     normaliser,
+    scale_rows,
+    scaled_gradient,
 )
 
 
@@ -49,9 +50,8 @@ class LogitsDivergence(torch.autograd.Function):
         into, rows_s, rows_t = gradient.view(-1, student.shape[-1]), _rows(student), _rows(teacher)
         work = Workspace(rows_s, d.buffers)
         scale = upstream.reshape(-1).to(work.dtype) / d.temperature
-        for rows, buffers in work.blocks(len(rows_s)):
-            block = logit_gradient(rows_s, rows_t, found, rows, d, buffers)
-            into[rows] = scale_rows(block, scale[rows])
+        for rows, block in scaled_gradient(rows_s, rows_t, found, scale, d, work):
+            into[rows] = block
         return gradient, None, None, None, None
 
 
@@ -89,15 +89,6 @@ class TopKDivergence(torch.autograd.Function):
             block.scatter_add_(1, local[rows], minus_p[rows])
             into[rows] = scale_rows(block, scale[rows])
         return gradient, None, None, None, None, None
-
-
-def scale_rows(block: Tensor, scale: Tensor) -> Tensor:
-    """block [r, v] times scale [r], in place; a scale of 0 gives 0 whatever the block holds."""
-    block.mul_(scale.unsqueeze(-1))
-    if block.is_cuda:  # without a synchronisation
-        return block.masked_fill_(scale.unsqueeze(-1) == 0, 0.0)
-    block[scale == 0] = 0.0
-    return block
 
 
 def local_entries(entries: Tensor, vocabulary: int, group: Any) -> tuple[Tensor, Tensor]:

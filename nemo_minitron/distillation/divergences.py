@@ -18,6 +18,7 @@ Logarithms are to base 2 inside, values in nats outside: PyTorch's exp2 takes a 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -25,14 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_minitron.distillation import compiled
+from nemo_minitron.distillation.compiled import FLOOR, LN2
 from nemo_minitron.errors import ConfigError
 
 KINDS = ("forward_kl", "reverse_kl", "jensen_shannon", "soft_cross_entropy")
 #: Bytes of a block: on a CPU, for each thread, what its cache holds; on CUDA, what outlasts a kernel's launch.
 CPU_BLOCK, CUDA_BLOCK = 4 << 20, 64 << 20
-#: The least maximum of a row, so that one of -inf alone has differences that are numbers.
-FLOOR = -1e30
-LN2 = math.log(2.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,40 +97,45 @@ class Measured:
 
 
 class Workspace:
-    """The buffers [r, v] of a block in the accumulation dtype, made once for all blocks."""
+    """The buffers [r, v] of a block in the accumulation dtype, made once for all blocks, when they are first needed."""
 
     def __init__(self, logits: Tensor, buffers: int):
-        tokens, vocabulary = logits.shape
+        self.tokens, self.vocabulary = logits.shape
+        self.device, self.count = logits.device, buffers
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
         size = CUDA_BLOCK if logits.is_cuda else CPU_BLOCK * torch.get_num_threads()
-        self.rows = max(1, min(tokens, size // (vocabulary * self.dtype.itemsize)))
-        shape = (self.rows, vocabulary)
-        self.buffers = [torch.empty(shape, dtype=self.dtype, device=logits.device) for _ in range(buffers)]
+        self.rows = max(1, min(self.tokens, size // (self.vocabulary * self.dtype.itemsize)))
 
-    def blocks(self, tokens: int) -> Iterator[tuple[slice, list[Tensor]]]:
-        """The tokens of each block, and the buffers cut to as many."""
-        for start in range(0, tokens, self.rows):
+    @functools.cached_property
+    def buffers(self) -> list[Tensor]:
+        shape = (self.rows, self.vocabulary)
+        return [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(self.count)]
+
+    def blocks(self, tokens: int, first: int = 0) -> Iterator[tuple[slice, list[Tensor]]]:
+        """The tokens of each block from `first` on, and the buffers cut to as many."""
+        for start in range(first, tokens, self.rows):
             stop = min(tokens, start + self.rows)
             yield slice(start, stop), [buffer[: stop - start] for buffer in self.buffers]
+
+    def free(self, rows: int) -> Tensor:
+        """A buffer [r, v] that no gradient lies in."""
+        return (
+            self.buffers[0][:rows]
+            if rows <= self.rows
+            else torch.empty((rows, self.vocabulary), dtype=self.dtype, device=self.device)
+        )
+
+    def compiled_blocks(self, tokens: int) -> Iterator[slice]:
+        """The tokens of each block of a compiled pass, which needs no buffers."""
+        rows = max(1, compiled.ELEMENTS // self.vocabulary)
+        return (slice(start, min(tokens, start + rows)) for start in range(0, tokens, rows))
 
 
 def measure(student: Tensor, teacher: Tensor, d: Divergence, group: Any, work: Workspace) -> Measured:
     """The divergence and the normalisers of each token; logits [t, v] are this rank's part of the vocabulary."""
-    tokens = len(student)
     student_leads = d.kind == "reverse_kl"
     lead, other = (student, teacher) if student_leads else (teacher, student)
-    tops = torch.empty(2, tokens, dtype=work.dtype, device=student.device)  # of lead, of other
-    sums = torch.zeros(3, tokens, dtype=work.dtype, device=student.device)  # 2^lead, 2^other, the expectation
-    for rows, (x, y, weight, *_) in work.blocks(tokens):
-        tops[0, rows] = _centred(lead[rows], d.scale, out=x)
-        tops[1, rows] = _centred(other[rows], d.scale, out=y)
-        sums[0, rows] = torch.exp2(x, out=weight).sum(dim=-1)
-        # nansum: 0 * inf, of entries without probability, counts as 0
-        if d.kind == "soft_cross_entropy":
-            sums[2, rows] = -weight.mul_(y).nansum(dim=-1)
-        elif d.kind != "jensen_shannon":
-            sums[2, rows] = x.sub_(y).mul_(weight).nansum(dim=-1)
-        sums[1, rows] = y.exp2_().sum(dim=-1)
+    tops, sums = _sums(lead, other, d, work)
     if group is not None:
         _over_vocabulary(tops, sums, entropy=d.kind != "soft_cross_entropy", group=group)
     logs = sums[:2].log2()
@@ -146,6 +151,30 @@ def measure(student: Tensor, teacher: Tensor, d: Divergence, group: Any, work: W
     if d.kind != "soft_cross_entropy":
         value -= logs[0]
     return Measured(value * LN2, student_norm, teacher_norm)
+
+
+def _sums(lead: Tensor, other: Tensor, d: Divergence, work: Workspace) -> tuple[Tensor, Tensor]:
+    """This rank's maxima [2, t] and sums of 2^lead, 2^other and the expectation, relative to them [3, t]."""
+    if compiled.compiles(lead.device, d.kind):
+        found = [
+            compiled.run(compiled.sums, lead[r], other[r], d.scale, d.kind) for r in work.compiled_blocks(len(lead))
+        ]
+        if None not in found:
+            tops, sums = zip(*found)
+            return torch.cat(tops, dim=1), torch.cat(sums, dim=1)
+    tops = torch.empty(2, len(lead), dtype=work.dtype, device=lead.device)
+    sums = torch.zeros(3, len(lead), dtype=work.dtype, device=lead.device)
+    for rows, (x, y, weight, *_) in work.blocks(len(lead)):
+        tops[0, rows] = _centred(lead[rows], d.scale, out=x)
+        tops[1, rows] = _centred(other[rows], d.scale, out=y)
+        sums[0, rows] = torch.exp2(x, out=weight).sum(dim=-1)
+        # nansum: 0 * inf, of entries without probability, counts as 0
+        if d.kind == "soft_cross_entropy":
+            sums[2, rows] = -weight.mul_(y).nansum(dim=-1)
+        elif d.kind != "jensen_shannon":
+            sums[2, rows] = x.sub_(y).mul_(weight).nansum(dim=-1)
+        sums[1, rows] = y.exp2_().sum(dim=-1)
+    return tops, sums
 
 
 def normaliser(logits: Tensor, scale: float, group: Any, work: Workspace) -> Normaliser:
@@ -167,6 +196,48 @@ def log_probabilities(logits: Tensor, scale: float, norm: Normaliser, out: Tenso
     """log2 of the probabilities of a block [r, v], in `out`."""
     torch.add(-norm.top.unsqueeze(-1), _loaded(logits, out), alpha=scale, out=out)
     return out.sub_(norm.log_sum.unsqueeze(-1))
+
+
+def scaled_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    found: Measured,
+    scale: Tensor,
+    d: Divergence,
+    work: Workspace,
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of each block, and d value / d b times each row's scale [t] there [r, v].
+
+    A block is valid until the next one is asked for; by then it may have been written over the student's logits.
+
+    Args:
+        dtype: of the blocks at least; None: a block may be rounded to the logits' own.
+    """
+    first = 0
+    if compiled.compiles(student.device, d.kind):
+        norms = torch.stack((found.student.top, found.student.log_sum, found.teacher.top, found.teacher.log_sum))
+        for rows in work.compiled_blocks(len(student)):
+            block = compiled.run(
+                compiled.gradient, student[rows], teacher[rows], norms[:, rows], found.value[rows], scale[rows],
+                d.scale, d.kind, dtype or student.dtype,
+            )  # fmt: skip
+            if block is None:
+                break
+            first = rows.stop
+            yield rows, block
+    for rows, buffers in work.blocks(len(student), first):
+        block = logit_gradient(student, teacher, found, rows, d, buffers)
+        yield rows, scale_rows(block, scale[rows])
+
+
+def scale_rows(block: Tensor, scale: Tensor) -> Tensor:
+    """block [r, v] times scale [r], in place; a scale of 0 gives 0 whatever the block holds."""
+    block.mul_(scale.unsqueeze(-1))
+    if block.is_cuda:  # without a synchronisation
+        return block.masked_fill_(scale.unsqueeze(-1) == 0, 0.0)
+    block[scale == 0] = 0.0
+    return block
 
 
 def logit_gradient(

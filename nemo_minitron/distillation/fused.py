@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_minitron.distillation.chunked import local_entries, scale_rows
+from nemo_minitron.distillation.chunked import local_entries
 from nemo_minitron.distillation.divergences import (
     LN2,
     Divergence,
     Normaliser,
     Workspace,
     log_probabilities,
-    logit_gradient,
     measure,
     normaliser,
+    scale_rows,
+    scaled_gradient,
 )
 
 #: Bytes of a chunk's logits, both models together: more makes products faster and roundings of the weight's gradient
@@ -222,11 +223,11 @@ def _chunk(
         norm = found.student if d.temperature == 1 else normaliser(student, LOG2E, plan.group, work)
         lm = _cross_entropy(student, norm, labels, plan.group)
     if any(plan.wanted):
-        for rows, buffers in work.blocks(len(student)):
-            gradient = logit_gradient(student, teacher, found, rows, d, buffers)
-            scale_rows(gradient, kd_weights[rows] / d.temperature)
-            if labels is not None and labels.weights is not None:
-                gradient += _label_gradient(student[rows], norm[rows], labels[rows], out=buffers[0])
+        mixed = labels is not None and labels.weights is not None
+        scale = kd_weights / d.temperature
+        for rows, gradient in scaled_gradient(student, teacher, found, scale, d, work, work.dtype if mixed else None):
+            if mixed:
+                gradient += _label_gradient(student[rows], norm[rows], labels[rows], work)
             student[rows] = gradient
     return found.value, lm
 
@@ -240,8 +241,9 @@ def _cross_entropy(logits: Tensor, norm: Normaliser, labels: Labels, group: Any)
     return torch.where(labels.valid, (norm.log_sum - picked) * LN2, 0.0)
 
 
-def _label_gradient(logits: Tensor, norm: Normaliser, labels: Labels, out: Tensor) -> Tensor:
-    """The weighted cross entropy's gradient (softmax(logits) - one hot) * weight of a block [r, v], in `out`."""
+def _label_gradient(logits: Tensor, norm: Normaliser, labels: Labels, work: Workspace) -> Tensor:
+    """The weighted cross entropy's gradient (softmax(logits) - one hot) * weight of a block [r, v]."""
+    out = work.free(len(logits))
     log_probabilities(logits, LOG2E, norm, out=out).exp2_()
     out.scatter_add_(1, labels.rows.unsqueeze(-1), -labels.own.to(out.dtype).unsqueeze(-1))
     return scale_rows(out, torch.where(labels.valid, labels.weights, 0.0))

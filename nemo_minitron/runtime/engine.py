@@ -5,6 +5,7 @@ Transformer Engine's layer spec where it is installed and CUDA is there, Megatro
 
 import contextlib
 import gc
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ def engine(seed: int, log: Path | None = None, *, cuda: bool | None = None) -> I
         import lightning.pytorch as pl
 
         reset_parallel_state()
+        gc.collect()  # what a stage before this one still holds in cycles
         pl.seed_everything(seed, workers=True, verbose=False)
         try:
             yield
@@ -93,11 +95,8 @@ def quiet(log: Path | None) -> Iterator[None]:
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
         # The root first: the engines' imports below have things to say already.
         saved = [_send_to(handler, logging.getLogger())]
-        from nemo.utils import logging as nemo_logging
-
-        saved.append(_send_to(handler, nemo_logging._logger))
-        from nemo.collections import llm  # noqa: F401
-
+        saved.append(_send_to(handler, _import_apart("nemo.utils").logging._logger))
+        _import_apart("nemo.collections.llm", "nemo.collections.llm.modelopt.distill.model")
         noisy = [logging.getLogger(name) for name in ("lightning.pytorch", "megatron", "nv_one_logger", "py.warnings")]
         saved += [_send_to(handler, logger) for logger in noisy]
         logging.captureWarnings(True)
@@ -108,6 +107,18 @@ def quiet(log: Path | None) -> Iterator[None]:
             logging.captureWarnings(False)
             for logger, handlers, propagate in saved:
                 logger.handlers, logger.propagate = handlers, propagate
+
+
+def _import_apart(*names: str) -> Any:
+    """Imports modules in a thread of its own; returns the first.
+
+    NeMo keeps the errors of what could not be imported, and they keep the frames above them: in this thread those of a
+    stage, and with them its model for as long as the process lives.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as apart:
+        return list(apart.map(importlib.import_module, names))[0]
 
 
 def _send_to(handler: logging.Handler, logger: logging.Logger) -> tuple[logging.Logger, list, bool]:

@@ -9,6 +9,11 @@ from nemo_minitron.runtime.engine import build_trainer
 from nemo_minitron.runtime.inputs import CHECKPOINTS
 from nemo_minitron.runtime.layout import Layout
 
+#: Fields of a model's config where NeMo and Megatron put methods of the model and the optimizer.
+ENGINES_FUNCTIONS = (
+    "finalize_model_grads_func", "grad_scale_func", "no_sync_func", "grad_sync_func", "param_sync_func",
+)  # fmt: skip
+
 
 def optimizer(config: OptimConfig, max_steps: int, clip: float, layout: Layout) -> Any:
     """Megatron's Adam with linear warm-up and cosine decay."""
@@ -67,6 +72,7 @@ def train_and_validate(
         used = take_best(module, history, config.trainer.max_steps, partial / CHECKPOINTS)
     finally:
         history.close()
+        let_go(module)
     return {
         "train": history.train,
         "validation": history.validation,
@@ -74,6 +80,18 @@ def train_and_validate(
         "result_step": used,
         "tokens_per_second": history.tokens / history.seconds if history.seconds else 0.0,
     }
+
+
+def let_go(module: Any) -> None:
+    """Takes the trained model's and optimizer's functions off the configs, so that their memory can be freed.
+
+    fiddle, in which NeMo registers each class of modules, keeps those classes for ever, and with them the configs that
+    their methods refer to.
+    """
+    for config in (module.config, getattr(module, "teacher_config", None)):
+        for name in ENGINES_FUNCTIONS:
+            if getattr(config, name, None) is not None:
+                setattr(config, name, None)
 
 
 def take_best(module: Any, history: Any, last: int, checkpoints: Path) -> int:

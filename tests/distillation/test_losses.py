@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from nemo_minitron.distillation import divergences, fused, losses
+from nemo_minitron.distillation import compiled, divergences, fused, losses
 from nemo_minitron.distillation.intermediate import cosine_loss, match_layers, mse_loss, outer_pairs, projection
 from nemo_minitron.errors import ConfigError
 
@@ -63,6 +63,22 @@ def blocks_of_three(monkeypatch):
     monkeypatch.setattr(divergences, "CPU_BLOCK", 3 * V * 4 // torch.get_num_threads())
 
 
+@pytest.fixture
+def on_expressions(monkeypatch):
+    """The passes that a GPU compiles, as graphs that torch.compile captures whole; no compiler is needed for them."""
+    monkeypatch.setattr(compiled, "DEVICES", ("cpu",))
+    monkeypatch.setattr(compiled, "ELEMENTS", 4 * V)
+    calls = []
+
+    def capture(function):
+        graph = torch.compile(function, fullgraph=True, backend="eager")
+        return lambda *arguments: calls.append(function.__name__) or graph(*arguments)
+
+    monkeypatch.setattr(compiled, "_compiled", capture)
+    yield calls
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", OURS)
@@ -75,6 +91,62 @@ def test_values_and_gradients_are_those_of_the_definition(kind, dtype, temperatu
     tolerance = 1e-12 if dtype == torch.float64 else 3e-6
     for own, expected in zip(ours, reference):
         torch.testing.assert_close(own, expected.to(dtype), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "soft_cross_entropy"])
+def test_compiled_passes_give_the_definition(on_expressions, kind, dtype, temperature):
+    student, teacher = logits(S, B, V, dtype=dtype)
+    teacher[1, 0, 3:] = -torch.inf
+    weights = upstream(S, B)
+    weights[0] = 0.0
+    if kind == "reverse_kl":
+        student.detach()[1, 0, 3:] = -torch.inf
+    ours = value_and_gradient(OURS[kind](student, teacher, temperature=temperature), weights, student)
+    reference = value_and_gradient(plain(kind, student, teacher, temperature), weights, student)
+    assert on_expressions == ["sums"] * 3 + ["gradient"] * 3
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2**-7, "atol": 1e-5}
+    finite = reference[1].isfinite()
+    torch.testing.assert_close(ours[0].double(), reference[0], **tolerance)
+    torch.testing.assert_close(ours[1].double()[finite], reference[1].double()[finite], **tolerance)
+    assert (ours[1][0] == 0).all() and ours[1].isfinite().all()
+
+
+def test_the_fused_loss_with_compiled_passes_is_that_of_the_loops(monkeypatch, request):
+    inputs, labels, kd_weights, lm_weights = layers()
+    options = {"labels": labels, "kd_weights": kd_weights, "chunk_tokens": 6}
+
+    def found(**more):
+        loss = fused.fused_divergence(*inputs, **options, **more)
+        return loss.kd, loss.lm, *torch.autograd.grad(loss.total, inputs[:2])
+
+    expected = [found(), found(lm_weights=lm_weights)]
+    calls = request.getfixturevalue("on_expressions")
+    torch.testing.assert_close([found(), found(lm_weights=lm_weights)], expected)
+    assert "gradient" in calls
+
+
+@pytest.mark.parametrize("works_until", [0, 1, 4])
+def test_the_loops_go_on_where_compiling_ends(on_expressions, monkeypatch, caplog, works_until):
+    """Also where the gradient has already been written over some of the logits."""
+    student, teacher = logits(11, V)
+    weights = upstream(11)
+    reference = value_and_gradient(plain("forward_kl", student, teacher), weights, student)
+    graph, calls = compiled._compiled, []
+
+    def breaks(function):
+        calls.append(function)
+        if len(calls) > works_until:
+            raise RuntimeError("no compiler here")
+        return graph(function)
+
+    monkeypatch.setattr(compiled, "_compiled", breaks)
+    monkeypatch.setattr(compiled, "_failed", set())
+    value = losses.forward_kl(student * 1.0, teacher, overwrite_student=True)
+    torch.testing.assert_close(value, reference[0])
+    torch.testing.assert_close(torch.autograd.grad((value * weights).sum(), student)[0], reference[1])
+    assert len(calls) == works_until + 1 and not compiled.compiles(student.device, "forward_kl")
 
 
 @pytest.mark.parametrize("kind", OURS)
@@ -367,7 +439,7 @@ def test_the_fused_loss_gives_what_is_wanted_and_no_more():
 def test_the_fused_evaluation_works_out_no_gradient(monkeypatch):
     inputs, *_ = layers()
     expected = fused.fused_divergence(*inputs)
-    monkeypatch.setattr(fused, "logit_gradient", None)
+    monkeypatch.setattr(fused, "scaled_gradient", None)
     with torch.no_grad():
         found = fused.fused_divergence(*inputs)
     assert torch.equal(found.kd, expected.kd) and not found.total.requires_grad
