@@ -79,7 +79,8 @@ class Check:
         self.device = "cuda" if self.machine["gpu"] else "cpu"
 
     def run(self) -> None:
-        self.part("prepare")
+        if set(self.options.parts) - {"loss"}:
+            self.part("prepare")
         reference = None
         if "small" in self.options.parts:
             reference = self.start("small", "cpu", CUDA_VISIBLE_DEVICES="")
