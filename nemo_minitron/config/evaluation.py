@@ -5,7 +5,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.base import Config, at_least, one_of
+from nemo_minitron.config.base import Config, at_least, one_of, text_key_problems
 from nemo_minitron.config.checkpoints import unnamed
 
 DTYPES = ("auto", "32", "bf16", "fp16")
@@ -68,6 +68,8 @@ class EvaluateConfig(InferenceSettings):
     corpus: str = "embedded"
     """Text of perplexity and facts: `embedded`, `wikitext103`, a text file or folder as in `minitron data`, or a folder
     that `minitron data` made (its manifest says which text that was)."""
+    text_key: str = "text"
+    """With corpus=PATH: field or column that holds the text, as in `minitron data`."""
     domain: str = "encyclopedic"
     """With corpus=embedded: `encyclopedic` or `broad`."""
     words: int = 1_000_000
@@ -108,6 +110,7 @@ class EvaluateConfig(InferenceSettings):
         found = super().problems()
         found += missing_models(self.models, "at least one checkpoint") + names_problems(self.names, self.models)
         found += [] if self.output is None else unnamed(self.output)
+        found += text_key_problems(self.text_key)
         found += [] if self.task_names else ["tasks is empty: name at least one, tasks=perplexity"]
         found += one_of("split", self.split, SPLITS) + one_of("domain", self.domain, ("broad", "encyclopedic"))
         found += at_least(
