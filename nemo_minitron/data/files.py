@@ -3,13 +3,13 @@
 Whatever is wrong with a file is one DataError that names it and the place.
 """
 
+import collections
 import contextlib
 import gzip
 import io
 import itertools
 import os
 import zlib
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -58,7 +58,7 @@ def files_in(folder: Path) -> list[Path]:
 
 def left_out(folder: Path, paths: Iterable[Path], known: Iterable[str]) -> list[str]:
     """A note for each kind of file in `folder` that is not read: how many there are, and the names of the first."""
-    kinds = defaultdict(list)
+    kinds = collections.defaultdict(list)
     for path in paths:
         kinds["broken links" if not path.exists() else f"files {kind(path) or 'without a suffix'}"].append(path)
     return [
@@ -81,7 +81,7 @@ def without_copies(paths: list[Path]) -> tuple[list[Path], list[str]]:
     Raises:
         DataError: one of two files of the same name cannot be read.
     """
-    kept: dict[Path, list[Path]] = defaultdict(list)
+    kept: dict[Path, list[Path]] = collections.defaultdict(list)
     notes = []
     for path in sorted(paths, key=lambda path: (path.suffix.lower() in COMPRESSED, path)):
         others = kept[path.with_suffix("") if path.suffix.lower() in COMPRESSED else path]
@@ -106,13 +106,14 @@ def lines(path: Path) -> Iterator[str]:
     """
     packed = COMPRESSED.get(path.suffix.lower())
     try:
-        with _opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as text:
-            first = text.readline()
-            if first.startswith(LFS_POINTER):
-                raise DataError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull`")
-            yield from itertools.chain([first] if first else [], text)
-    except UnicodeDecodeError:
-        raise DataError(_wrong_byte(path)) from None
+        try:
+            with _opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+                first = text.readline()
+                if first.startswith(LFS_POINTER):
+                    raise DataError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull`")
+                yield from itertools.chain([first] if first else [], text)
+        except UnicodeDecodeError:
+            raise DataError(_wrong_byte(path)) from None
     except (OSError, EOFError, ValueError, zlib.error) as error:
         if packed and getattr(error, "errno", None) is None:
             raise DataError(f"{path} is not a whole {packed} file ({error}); copy it again") from None
@@ -144,7 +145,11 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _wrong_byte(path: Path) -> str:
-    """Where the first byte lies that is not UTF-8: the line, and the byte's place in all of the (unpacked) file."""
+    """Where the first byte lies that is not UTF-8: the line, and the byte's place in all of the (unpacked) file.
+
+    Raises:
+        OSError, EOFError, zlib.error: it is compressed and damaged, whatever its bytes came to be.
+    """
     start = 0
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
@@ -153,6 +158,7 @@ def _wrong_byte(path: Path) -> str:
             except UnicodeDecodeError as error:
                 other = "UTF-16" if number == 1 and line.startswith(UTF_16) else "ENCODING"
                 place = start + error.start
+                collections.deque(file if path.suffix.lower() in COMPRESSED else (), maxlen=0)
                 return f"{path}:{number}: byte {place} is not UTF-8; convert it first, iconv -f {other} -t UTF-8"
             start += len(line)
     return f"{path} is not UTF-8"

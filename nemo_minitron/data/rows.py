@@ -25,10 +25,12 @@ class Row(NamedTuple):
 
     Attributes:
         place: `file:line`, or `file, row number`.
+        number: of the line or row, counted from 1.
         value: what it holds, or a Malformed.
     """
 
     place: str
+    number: int
     value: Any
 
 
@@ -59,27 +61,30 @@ def records(path: Path) -> list[dict[str, Any]]:
 def _record(row: Row) -> dict[str, Any]:
     try:
         if isinstance(row.value, Malformed):
-            raise row.value
+            raise Malformed(*row.value.args)
         if not isinstance(row.value, dict):
-            raise Malformed("is not an object")
-        return {name: sound(part) if isinstance(part, str | bytes) else part for name, part in row.value.items()}
+            raise Malformed(f"it is {kind_of(row.value)}, and rows that are no JSON objects have no fields")
+        return {
+            name: sound(part, f"field {name}") if isinstance(part, str | bytes) else part
+            for name, part in row.value.items()
+        }
     except Malformed as problem:
-        raise DataError(f"{row.place}: {problem}") from None
+        raise DataError(f"{row.place} cannot be read: {problem}") from None
 
 
 def json_lines(path: Path) -> Iterator[Row]:
     """A row for each line that is not blank."""
     for number, line in enumerate(files.lines(path), 1):
         if line.strip():
-            yield Row(f"{path}:{number}", _decoded(line.removeprefix(files.MARK)))
+            yield Row(f"{path}:{number}", number, _decoded(line.removeprefix(files.MARK)))
 
 
 def rows_of(path: Path, value: Any) -> Iterator[Row]:
     """The rows that one JSON value holds: an array's values, or itself."""
     if isinstance(value, list):
-        yield from (Row(f"{path}, row {number}", entry) for number, entry in enumerate(value, 1))
+        yield from (Row(f"{path}, row {number}", number, entry) for number, entry in enumerate(value, 1))
     else:
-        yield Row(str(path), value)
+        yield Row(str(path), 1, value)
 
 
 def whole(path: Path) -> Any:
@@ -112,7 +117,7 @@ def field(row: Any, key: str) -> Any:
         Malformed: there is none; the message names the fields that are there.
     """
     if isinstance(row, Malformed):
-        raise row
+        raise Malformed(*row.args)
     if not isinstance(row, dict):
         raise Malformed("is not an object")
     if key in row:
@@ -141,7 +146,7 @@ def _nested(row: dict, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def sound(text: str | bytes) -> str:
+def sound(text: str | bytes, name: str = "the text") -> str:
     """The text; raises Malformed where it could not be written as UTF-8, or its bytes are not."""
     try:
         if isinstance(text, bytes):
@@ -150,11 +155,11 @@ def sound(text: str | bytes) -> str:
             text.encode("utf-8")
         return text
     except UnicodeDecodeError as error:
-        raise Malformed(f"byte {error.start} of the text is not UTF-8") from None
+        raise Malformed(f"{name} is not UTF-8 (its byte {error.start})") from None
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
         raise Malformed(
-            f"character {error.start} of the text is {half}, half of a surrogate pair: remove it, or put \\ufffd"
+            f"{name} holds {half} (its character {error.start}), half of a surrogate pair: remove it or put \\ufffd"
         ) from None
 
 
@@ -170,14 +175,21 @@ def text_of(row: Row, key: str) -> str:
             return ""
         if not isinstance(value, str | bytes):
             raise Malformed(f"field {key} is {kind_of(value)}, not text")
-        return sound(value)
+        return sound(value, f"field {key}")
     except Malformed as problem:
         raise DataError(f"{row.place}: {problem}") from None
 
 
 def kind_of(value: Any) -> str:
     """What a JSON value is, in words."""
-    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+    names = {
+        str: "a text",
+        dict: "an object",
+        list: "a list",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
     return names.get(type(value), "null" if value is None else f"of type {type(value).__name__}")
 
 
@@ -201,7 +213,9 @@ def parquet_rows(path: Path, key: str | None = None) -> Iterator[Row]:
             for batch in file.iter_batches(columns=None if key is None else [key]):
                 for value in _batch_rows(batch):
                     number += 1
-                    yield Row(f"{path}, row {number}", value)
+                    yield Row(f"{path}, row {number}", number, value)
+            if number != file.metadata.num_rows:
+                raise ValueError(f"{number} rows are in it, and {file.metadata.num_rows} by what it says of itself")
     except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{path} is not a parquet file that can be read: {reason:.200}") from None
@@ -216,7 +230,7 @@ def _batch_rows(batch: Any) -> Iterator[Any]:
             try:
                 (value,) = batch.slice(number, 1).to_pylist()
             except UnicodeDecodeError as error:
-                value = Malformed(f"byte {error.start} of the text is not UTF-8")
+                value = Malformed(f"a text is not UTF-8 (its byte {error.start})")
             yield value
 
 
