@@ -60,10 +60,10 @@ def left_out(folder: Path, paths: Iterable[Path], known: Iterable[str]) -> list[
     """A note for each kind of file in `folder` that is not read: how many there are, and the names of the first."""
     kinds = collections.defaultdict(list)
     for path in paths:
-        kinds["broken links" if not path.exists() else f"files {kind(path) or 'without a suffix'}"].append(path)
+        name = "plain text about it" if kind(path) in known else kind(path) or "without a suffix"
+        kinds[name if path.exists() else "broken links"].append(path)
     return [
-        f"{folder}: {len(found)} {name} {'is' if len(found) == 1 else 'are'} left out ({_shortened(found, folder)}); "
-        f"read are {', '.join(known)}"
+        f"{folder}: files left out, {name}: {len(found)} ({_shortened(found, folder)}); read are {', '.join(known)}"
         for name, found in sorted(kinds.items())
     ]
 
