@@ -52,6 +52,15 @@ def text_key_problems(key: str) -> list[str]:
     return [] if key.strip() else ["text_key is empty: name the field that holds the text, text_key=text"]
 
 
+def text_problems(**values: str | None) -> list[str]:
+    """A problem for each named text that is not UTF-8: bytes of another encoding came with the command."""
+    return [
+        f"{name} = {value!r:.60} is not UTF-8 text: the terminal or script has another encoding"
+        for name, value in values.items()
+        if value is not None and any("\ud800" <= character <= "\udfff" for character in value)
+    ]
+
+
 #: Formats of a checkpoint on disk: a NeMo-2 directory, a `.nemo` archive, a Hugging Face directory.
 FORMATS = ("nemo2", "nemo1", "hf")
 
