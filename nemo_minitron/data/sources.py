@@ -47,7 +47,7 @@ class Corpus:
         splits: split -> a call that starts the documents from the first.
         inputs: name -> file that is read, for the manifest.
         notes: what a user should know of how the splits came about, and of files that are left out.
-        blank: file -> rows or documents without text that the last whole pass left out of it.
+        blank: file -> rows or documents without text that the last whole pass left out of it; 0: it is empty.
     """
 
     splits: dict[str, Documents]
@@ -95,7 +95,12 @@ def read_through(corpus: Corpus) -> None:
     if corpus.inputs:
         for documents in corpus.splits.values():
             collections.deque(documents(), maxlen=0)
-        corpus.note([f"{file}: {count} without text, left out" for file, count in sorted(corpus.blank.items())])
+        corpus.note(
+            [
+                f"{file}: {count} without text, left out" if count else f"{file} is empty"
+                for file, count in sorted(corpus.blank.items())
+            ]
+        )
 
 
 def _embedded(config: DataConfig) -> Corpus:
@@ -239,17 +244,18 @@ def _carved(documents: Iterable[str], seed: int, every: int, places: set[int]) -
 
 
 def _reader(paths: list[Path], key: str, blank: dict[str, int]) -> Documents:
-    """A call that starts the documents of `paths`; at the end of each it leaves in `blank` how many had no text."""
+    """A call that starts the documents of `paths`; `blank` gets how many of a file had no text, 0 where it had none."""
 
     def documents() -> Iterator[str]:
         for path in paths:
-            count = 0
+            count, empty = 0, True
             for document in _documents(path, key, alone=len(paths) == 1):
+                empty = False
                 if document.strip():
                     yield document
                 else:
                     count += 1
-            if count:
+            if count or empty:
                 blank[str(path)] = count
 
     return documents

@@ -414,6 +414,7 @@ def test_what_is_left_out_of_a_folder_is_named_and_counted(tmp_path, monkeypatch
     for name in ("train.jsonl", "deep/valid_2.jsonl"):
         (folder / f"{name}.gz").write_bytes(gzip.compress((row * 3).encode()))
     (folder / "train-2.json").write_text('[{"text": "c"}, {"text": ""}, {"text": null}]')
+    (folder / "train-3.jsonl").write_text("\n")
     for name in ("README.md", "LICENSE", ".hidden.txt"):
         (folder / name).write_text("no text of the corpus")
     for number in range(7):
@@ -439,9 +440,10 @@ def test_what_is_left_out_of_a_folder_is_named_and_counted(tmp_path, monkeypatch
         "train.jsonl.gz is left out: it holds what",
         "dataset_info.json is left out: it is one object, and has no field 'text'",
         "train-2.json: 2 without text, left out",
+        "train-3.jsonl is empty",
     ):
         assert note in said, note
-    assert len(corpus.notes) == 7 and told == corpus.notes
+    assert len(corpus.notes) == 8 and told == corpus.notes
 
 
 def test_what_was_left_out_stands_in_the_manifest(tmp_path, made):
