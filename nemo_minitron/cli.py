@@ -6,6 +6,7 @@ Nothing heavier than argparse is imported until a command has its arguments.
 import argparse
 import dataclasses
 import difflib
+import io
 import json
 import os
 import re
@@ -153,6 +154,9 @@ GRACE_SECONDS = 3.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `minitron <command> ...`; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding has not is shown as an escape
+            stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     first = arguments[0] if arguments else "--help"
     if first in COMMANDS:

@@ -138,6 +138,7 @@ def data_steps(config: c.FlowConfig, run: Path) -> list[Step]:
         data = c.DataConfig(
             output=str(folder),
             source=config.data.source,
+            text_key=config.data.text_key,
             limit_documents=config.data.limit_documents,
             vocab_size=config.data.vocab_size,
             workers=config.data.workers,

@@ -1,5 +1,6 @@
 """The command line: help, exit codes, one message an error, ranks, and its other doors."""
 
+import io
 import os
 import subprocess
 import sys
@@ -53,6 +54,15 @@ def test_overview_names_every_command(arguments, capsys):
     assert cli.main(arguments) == 0
     listed = capsys.readouterr().out
     assert all(f"\n  {name} " in listed for name in cli.COMMANDS)
+
+
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert cli.main(["\udce9ü"]) == cli.USAGE_ERROR
+    cli.say("caf\udce9 ± ü")
+    assert sys.stdout.buffer.getvalue() == b"caf\\udce9 \\xb1 \\xfc\n"
+    assert b"\\xfc' is not a command" in sys.stderr.buffer.getvalue()
 
 
 def test_version(capsys):

@@ -47,6 +47,20 @@ def one_of(name: str, value: Any, allowed: tuple) -> list[str]:
     return [] if value in allowed else [f"{name} = {value!r} must be one of {', '.join(map(str, allowed))}"]
 
 
+def text_key_problems(key: str) -> list[str]:
+    """A problem unless `key` may be a field's name."""
+    return [] if key.strip() else ["text_key is empty: name the field that holds the text, text_key=text"]
+
+
+def text_problems(**values: str | None) -> list[str]:
+    """A problem for each named text that is not UTF-8: bytes of another encoding came with the command."""
+    return [
+        f"{name} = {value!r:.60} is not UTF-8 text: the terminal or script has another encoding"
+        for name, value in values.items()
+        if value is not None and any("\ud800" <= character <= "\udfff" for character in value)
+    ]
+
+
 #: Formats of a checkpoint on disk: a NeMo-2 directory, a `.nemo` archive, a Hugging Face directory.
 FORMATS = ("nemo2", "nemo1", "hf")
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from nemo_minitron.config.base import Config, at_least, one_of
+from nemo_minitron.config.base import Config, at_least, one_of, text_key_problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -12,7 +12,10 @@ class DataConfig(Config):
     output: str = "???"
     """Folder to make: {train,validation,test}.{bin,idx}, tokenizer/, and for the embedded corpus questions.jsonl."""
     source: str = "embedded"
-    """`embedded`, `wikitext103`, or the path of a folder or file (.txt, .jsonl with `text`, .parquet with `text`)."""
+    """`embedded`, `wikitext103`, or the path of a folder or file: .txt, .tokens, .md, .jsonl, .json, .parquet; all but
+    the last also as .gz or .zst."""
+    text_key: str = "text"
+    """Field of JSON rows, or column of parquet files, that holds the text; a field inside another behind a dot, a.b."""
     domain: str = "encyclopedic"
     """Of the embedded corpus: `broad` (for pretraining) or `encyclopedic` (the flow's own)."""
     words: int = 2_000_000
@@ -33,6 +36,7 @@ class DataConfig(Config):
     def problems(self) -> list[str]:
         found = at_least(1, workers=self.workers, words=self.words, limit_documents=self.limit_documents)
         found += one_of("domain", self.domain, ("broad", "encyclopedic"))
+        found += text_key_problems(self.text_key)
         if self.tokenizer is None and self.vocab_size < 300:
             found.append(f"vocab_size = {self.vocab_size} must be at least 300: 256 bytes, special tokens and merges")
         if self.output == "???":

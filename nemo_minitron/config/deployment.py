@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import field
 from pathlib import Path
 
-from nemo_minitron.config.base import Config, at_least, one_of
+from nemo_minitron.config.base import Config, at_least, one_of, text_key_problems
 from nemo_minitron.config.checkpoints import missing_source, overlap, unnamed
 
 QFORMATS = ("fp8", "int4_awq", "int8_sq", "bf16")
@@ -26,10 +26,15 @@ class CalibrationDataConfig(Config):
     """The text on which the ranges of activations are measured."""
 
     source: str | None = None
-    """A folder that `minitron data` made, a text file or a folder of them (.txt, .jsonl, .parquet), `wikitext103` or
+    """A folder that `minitron data` made, a text file or a folder of them as in `minitron data`, `wikitext103` or
     `embedded`; not needed with qformat=bf16."""
+    text_key: str = "text"
+    """Field of JSON rows, or column of parquet files, that holds the text; a field inside another behind a dot, a.b."""
     tokenizer: str | None = None
     """Tokenizer of a text: Hugging Face name or directory; none: the checkpoint's own."""
+
+    def problems(self) -> list[str]:
+        return text_key_problems(self.text_key)
 
 
 @dataclasses.dataclass(kw_only=True)

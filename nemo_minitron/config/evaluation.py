@@ -5,7 +5,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.base import Config, at_least, one_of
+from nemo_minitron.config.base import Config, at_least, one_of, text_key_problems, text_problems
 from nemo_minitron.config.checkpoints import unnamed
 
 DTYPES = ("auto", "32", "bf16", "fp16")
@@ -68,6 +68,8 @@ class EvaluateConfig(InferenceSettings):
     corpus: str = "embedded"
     """Text of perplexity and facts: `embedded`, `wikitext103`, a text file or folder as in `minitron data`, or a folder
     that `minitron data` made (its manifest says which text that was)."""
+    text_key: str = "text"
+    """With corpus=PATH: field or column that holds the text, as in `minitron data`."""
     domain: str = "encyclopedic"
     """With corpus=embedded: `encyclopedic` or `broad`."""
     words: int = 1_000_000
@@ -90,7 +92,8 @@ class EvaluateConfig(InferenceSettings):
     allow_code: bool = False
     """Let HumanEval and its like run the code that models write, on this machine, without a sandbox."""
     articles: str = "cnn_dailymail"
-    """Of summarization: `cnn_dailymail`, or a .jsonl file with `article` and `highlights` (or `text` and `summary`)."""
+    """Of summarization: `cnn_dailymail`, or a .jsonl, .json or .parquet file with `article` and `highlights` (or `text`
+    and `summary`)."""
     max_new_tokens: int = 100
     """Of summarization: tokens to generate."""
     max_input_tokens: int = 923
@@ -108,6 +111,7 @@ class EvaluateConfig(InferenceSettings):
         found = super().problems()
         found += missing_models(self.models, "at least one checkpoint") + names_problems(self.names, self.models)
         found += [] if self.output is None else unnamed(self.output)
+        found += text_key_problems(self.text_key) + text_problems(prompt_suffix=self.prompt_suffix)
         found += [] if self.task_names else ["tasks is empty: name at least one, tasks=perplexity"]
         found += one_of("split", self.split, SPLITS) + one_of("domain", self.domain, ("broad", "encyclopedic"))
         found += at_least(
@@ -151,6 +155,7 @@ class GenerateConfig(InferenceSettings):
             found.append("model is missing: name the checkpoint, model=PATH")
         if self.prompt is None or not self.prompt.strip():
             found.append('prompt is empty: give the text to continue, prompt="To be or not to be,"')
+        found += text_problems(prompt=self.prompt)
         found += at_least(1, max_new_tokens=self.max_new_tokens, top_k=self.top_k)
         found += [] if self.temperature > 0 else [f"temperature = {self.temperature} must be above 0"]
         found += [] if 0 < self.top_p <= 1 else [f"top_p = {self.top_p} must be above 0 and at most 1"]

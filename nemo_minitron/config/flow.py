@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import field
 from typing import Any
 
-from nemo_minitron.config.base import Config, at_least, one_of
+from nemo_minitron.config.base import Config, at_least, one_of, text_key_problems
 from nemo_minitron.config.instructions import InstructConfig, PeftConfig
 from nemo_minitron.config.training import KDConfig
 
@@ -40,6 +40,8 @@ class FlowDataConfig(Config):
 
     source: str = "embedded"
     """`embedded`, `wikitext103`, or a path, as in `minitron data`."""
+    text_key: str = "text"
+    """With a path: field or column that holds the text, as in `minitron data`."""
     pretrain_words: int = 2_000_000
     """Words of the broad embedded corpus, on which the teacher of init=random is made when source=embedded."""
     words: int = 1_000_000
@@ -54,7 +56,8 @@ class FlowDataConfig(Config):
     """Processes that tokenise."""
 
     def problems(self) -> list[str]:
-        return at_least(1, words=self.words, pretrain_words=self.pretrain_words, workers=self.workers)
+        found = at_least(1, words=self.words, pretrain_words=self.pretrain_words, workers=self.workers)
+        return found + text_key_problems(self.text_key)
 
 
 @dataclasses.dataclass(kw_only=True)

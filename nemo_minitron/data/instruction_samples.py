@@ -41,6 +41,7 @@ class Samples:
         template: the template that was used.
         counts: rows, and what became of those that were too long, by split.
         files: files that were read, for the manifest.
+        notes: what a user should know of files that were not.
     """
 
     train: list[Sample]
@@ -48,6 +49,7 @@ class Samples:
     template: str
     counts: dict[str, dict[str, int]]
     files: dict[str, str]
+    notes: list[str]
 
     def longest(self) -> int:
         """Labels of the longest sample."""
@@ -77,7 +79,7 @@ def make_samples(data: Instructions, config: InstructConfig, tokenizer: Any, seq
                 f"all {len(rows)} rows of the {split} split are longer than {seq_length} tokens or have nothing to "
                 "learn; give a longer model.data.seq_length"
             )
-    return Samples(**found, template=template, counts=counts, files=data.files)
+    return Samples(**found, template=template, counts=counts, files=data.files, notes=data.notes)
 
 
 def chosen_template(name: str, tokenizer: Any, alpaca: bool) -> str:

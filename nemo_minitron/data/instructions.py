@@ -1,26 +1,26 @@
-"""Instructions and answers from LMFlow's, NeMo's and alpaca's files, as conversations by split. Reads JSON only."""
+"""Instructions and answers from LMFlow's, NeMo's and alpaca's files, as conversations by split."""
 
 import dataclasses
-import json
+import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_minitron.config import InstructConfig
+from nemo_minitron.data import files
+from nemo_minitron.data.rows import KINDS, Malformed, Row, Several, kind_of, rows_of, sound, whole
+from nemo_minitron.data.rows import rows as rows_in
+from nemo_minitron.data.sources import BESIDE, INSTANCES, split_of
 from nemo_minitron.errors import DataError
 
-#: Split -> names that its file or folder may have.
-NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval"),
-}
-SUFFIXES = (".json", ".jsonl")
+#: What a message calls the files that are read.
+KNOWN = (*KINDS, "and the first two as .gz or .zst")
 ROLES = ("system", "user", "assistant")
 TEXT = "text"
 #: Problems of one message.
 SHOWN = 5
+logger = logging.getLogger(__name__)
 
 
 class Turn(NamedTuple):
@@ -42,12 +42,14 @@ class Instructions:
     Attributes:
         alpaca: whether every row of the training split came in alpaca's form.
         files: the files that were read, by a name for the manifest.
+        notes: what a user should know of files that were not.
     """
 
     train: list[list[Turn]]
     validation: list[list[Turn]]
     alpaca: bool
     files: dict[str, str]
+    notes: list[str]
 
 
 def read_instructions(path: str, config: InstructConfig, seed: int) -> Instructions:
@@ -56,15 +58,15 @@ def read_instructions(path: str, config: InstructConfig, seed: int) -> Instructi
     Raises:
         DataError: nothing is there, or rows are malformed: file, row and field of the first few of them.
     """
-    found = split_files(Path(path))
+    found, notes = split_files(Path(path).expanduser())
     rows: dict[str, list[list[Turn]]] = {"train": [], "validation": []}
-    files, forms, problems = {}, set(), []
+    read, forms, problems = {}, set(), []
     for split in rows:
         for number, file in enumerate(found.get(split, [])):
             form, conversations, wrong = _read_file(file, config.format)
             rows[split] += conversations
             problems += wrong
-            files[f"instructions-{split}{number}"] = str(file)
+            read[f"instructions-{split}{number}"] = str(file)
             forms |= {form} if split == "train" else set()
     if problems:
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
@@ -74,40 +76,42 @@ def read_instructions(path: str, config: InstructConfig, seed: int) -> Instructi
             raise DataError(f"{', '.join(map(str, files_of_split))}: no rows")
     if "validation" not in found:
         rows["train"], rows["validation"] = _carve(rows["train"], config.validation_share, seed, path)
-    return Instructions(**rows, alpaca=forms == {"alpaca"}, files=files)
+    for note in notes:
+        logger.warning("%s", note)
+    return Instructions(**rows, alpaca=forms == {"alpaca"}, files=read, notes=notes)
 
 
-def split_files(path: Path) -> dict[str, list[Path]]:
-    """Split -> its files: a file is all training; in a folder, names of files or of folders say the split.
+def split_files(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """Split -> its files, and notes on files that are not trained on.
 
-    Files of other names in a folder are training files. The test split is told apart, so that it is not trained on.
+    A file is all training; in a folder, names of files or of folders say the split. Files of other names in a folder
+    are training files. The test split is told apart, so that it is not trained on.
     """
     if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise DataError(f"{path} is neither .json nor .jsonl")
-        return {"train": [path]}
+        if files.kind(path) not in KINDS:
+            raise DataError(f"{path} is neither .json nor .jsonl; read are {', '.join(KNOWN)}")
+        return {"train": [path]}, []
     if not path.is_dir():
         raise DataError(f"model.data.instructions={path} does not exist")
+    inside = [file for file in files.files_in(path) if not BESIDE.fullmatch(file.name)]
+    chosen = [file for file in inside if files.kind(file) in KINDS and file.is_file()]
+    notes = files.left_out(path, [file for file in inside if file not in set(chosen)], KNOWN)
+    chosen, copies = files.without_copies(chosen)
     found: dict[str, list[Path]] = {}
-    for entry in sorted(path.iterdir()):
-        named = split_name(entry.stem if entry.is_file() else entry.name)
-        if entry.is_file() and entry.suffix in SUFFIXES:
-            found.setdefault(named or "train", []).append(entry)
-        elif entry.is_dir() and named:
-            inside = [file for file in sorted(entry.iterdir()) if file.suffix in SUFFIXES]
-            if inside:
-                found.setdefault(named, []).extend(inside)
+    for file in chosen:
+        found.setdefault(split_of(file.relative_to(path)) or "train", []).append(file)
     if "train" not in found:
         raise DataError(
-            f"{path} has no training data: no .json or .jsonl file in it, nor in a folder train/ "
-            "(files named after validation or test are not trained on)"
+            "\n  ".join(
+                [
+                    f"{path} has no training data: no file in it that is named after no split or after training (files "
+                    f"named after validation or test are not trained on); read are {', '.join(KNOWN)}",
+                    *notes,
+                ]
+            )
         )
-    return found
-
-
-def split_name(name: str) -> str | None:
-    """The split that a file's or folder's name says, if it does."""
-    return next((split for split, names in NAMES.items() if name.lower() in names), None)
+    unused = [f"{file} is the test split: it is not read" for file in found.get("test", [])]
+    return found, notes + copies + unused
 
 
 def _carve(rows: list[list[Turn]], share: float, seed: int, path: str) -> tuple[list, list]:
@@ -118,61 +122,40 @@ def _carve(rows: list[list[Turn]], share: float, seed: int, path: str) -> tuple[
     return [row for number, row in enumerate(rows) if number not in kept], [rows[number] for number in sorted(kept)]
 
 
-class Malformed(Exception):
-    """A row that is not what its format says: which field, and what is wrong with it."""
-
-
 def _read_file(file: Path, form: str) -> tuple[str, list[list[Turn]], list[str]]:
     """The format, the conversations, and a message for each malformed row of one file."""
-    try:
-        content = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        return form, [], [f"{file}: byte {error.start} is not UTF-8"]
-    parsed = _whole(content)
-    if isinstance(parsed, dict) and ("instances" in parsed or "type" in parsed):
-        return _read_lmflow(file, parsed, form)
+    value = Several if files.kind(file) == ".parquet" else whole(file)
+    if isinstance(value, dict) and (INSTANCES in value or "type" in value):
+        return _read_lmflow(file, value, form)
     if form == "lmflow":
         return form, [], [f"{file}: not an object with `type` and `instances`, as LMFlow's files are"]
-    rows = _json_rows(parsed) if isinstance(parsed, list) else _jsonl_rows(content)
-    found, chosen, wrong = [], form, []
-    for number, row in rows:
-        chosen = _form_of(row) if chosen == "auto" else chosen
-        turns = row if isinstance(row, Malformed) else _turns(READERS.get(chosen, _unknown), row)
+    if isinstance(value, Malformed) and files.kind(file) == ".jsonl":
+        value = Several  # each line says what is wrong with it
+    rows = list(rows_in(file) if value is Several else rows_of(file, value))
+    said = (_form_of(row.value) for row in rows)
+    chosen = next((found for found in said if found != "auto"), form) if form == "auto" else form
+    return chosen, *_conversations(file, rows, READERS.get(chosen, _unknown))
+
+
+def _conversations(
+    file: Path, rows: Iterable[Row], reader: Callable[[Any], list[Turn]]
+) -> tuple[list[list[Turn]], list[str]]:
+    """What `reader` makes of the rows, and a message for each that is malformed."""
+    found, wrong = [], []
+    for row in rows:
+        turns = row.value if isinstance(row.value, Malformed) else _turns(reader, row.value)
         if isinstance(turns, Malformed):
-            wrong.append(f"{file}, row {number}: {turns}")
+            wrong.append(f"{file}, row {row.number}: {turns}")
         else:
             found.append(turns)
-    return chosen, found, wrong
+    return found, wrong
 
 
-def _turns(reader: Callable[[Any], list[Turn]], row: Any) -> "list[Turn] | Malformed":
+def _turns(reader: Callable[[Any], list[Turn]], row: Any) -> list[Turn] | Malformed:
     try:
         return reader(row)
     except Malformed as problem:
         return problem
-
-
-def _whole(content: str) -> Any:
-    """The content as one JSON value; None where it is not one."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _json_rows(rows: list) -> Iterator[tuple[int, Any]]:
-    yield from enumerate(rows, 1)
-
-
-def _jsonl_rows(content: str) -> Iterator[tuple[int, Any]]:
-    """Line number and value of each line; a Malformed where it is no JSON."""
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield number, Malformed(f"not JSON ({error})")
 
 
 def _form_of(row: Any) -> str:
@@ -184,26 +167,23 @@ def _form_of(row: Any) -> str:
 
 
 def _unknown(row: Any) -> list[Turn]:
-    fields = f"has the fields {', '.join(map(str, row))}" if isinstance(row, dict) else "is not an object"
+    fields = (
+        f"has the fields {', '.join(f'{name:.60}' for name in list(row)[:SHOWN])}"
+        if isinstance(row, dict)
+        else "is not an object"
+    )
     raise Malformed(f"{fields}; known are instruction and output, input and output, messages")
 
 
 def _read_lmflow(file: Path, content: dict, form: str) -> tuple[str, list[list[Turn]], list[str]]:
-    kind, instances = content.get("type"), content.get("instances")
+    kind, instances = content.get("type"), content.get(INSTANCES)
     if form not in ("auto", "lmflow"):
         return form, [], [f"{file}: is LMFlow's (type, instances), not {form}'s"]
     if not isinstance(kind, str) or kind not in LMFLOW:
-        return "lmflow", [], [f"{file}: type is {kind!r}; known are {', '.join(LMFLOW)}"]
+        return "lmflow", [], [f"{file}: type is {kind!r:.60}; known are {', '.join(LMFLOW)}"]
     if not isinstance(instances, list):
         return "lmflow", [], [f"{file}: instances is not a list"]
-    found, wrong = [], []
-    for number, row in enumerate(instances, 1):
-        turns = _turns(LMFLOW[kind], row)
-        if isinstance(turns, Malformed):
-            wrong.append(f"{file}, row {number}: {turns}")
-        else:
-            found.append(turns)
-    return "lmflow", found, wrong
+    return "lmflow", *_conversations(file, rows_of(file, instances), LMFLOW[kind])
 
 
 def _text(row: Any, field: str, *, optional: bool = False) -> str:
@@ -213,13 +193,8 @@ def _text(row: Any, field: str, *, optional: bool = False) -> str:
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        raise Malformed(f"field {field} " + ("is missing" if field not in row else f"is {_kind(value)}, not text"))
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), "null")
+        raise Malformed(f"field {field} " + ("is missing" if field not in row else f"is {kind_of(value)}, not text"))
+    return sound(value, f"field {field}")
 
 
 def _text_only(row: Any) -> list[Turn]:
@@ -250,7 +225,7 @@ def _conversation(row: Any) -> list[Turn]:
         except Malformed as problem:
             raise Malformed(f"field messages, message {number}: {problem}") from None
         if role not in ROLES:
-            raise Malformed(f"field messages, message {number}: role is {role!r}; known are {', '.join(ROLES)}")
+            raise Malformed(f"field messages, message {number}: role is {role!r:.60}; known are {', '.join(ROLES)}")
     while turns and turns[-1].role != "assistant":
         turns.pop()  # nothing after the last answer is learnt
     if not turns:

@@ -12,9 +12,10 @@ from nemo_minitron.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation", "test")
 HEADER = b"MMIDIDX\x00\x00"
-#: Megatron's codes of token types -> bytes a token.
-TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
-UNSIGNED_16 = 8
+VERSION = 1
+#: Megatron's codes of token types -> NumPy's names; it has floating-point ones besides, which no token is.
+TOKEN_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+TOKEN_BYTES = {code: int(name[-1]) for code, name in TOKEN_TYPES.items()}
 
 
 class IndexHeader(NamedTuple):
@@ -94,18 +95,37 @@ def read_header(prefix: str) -> IndexHeader:
             raise DataError(
                 f"{index} is not an index of Megatron's, or is truncated; make it again with `minitron data`"
             )
-        _, code, sequences, documents = struct.unpack("<QBQQ", head[len(HEADER) :])
-        lengths = file.read(4 * sequences)
-    expected = len(head) + 12 * sequences + 8 * documents
-    if code not in TOKEN_BYTES or index.stat().st_size < expected:
+        version, code, sequences, documents = struct.unpack("<QBQQ", head[len(HEADER) :])
+        expected = len(head) + 12 * sequences + 8 * documents
+        whole = version == VERSION and code in TOKEN_BYTES and index.stat().st_size >= expected
+        rest = file.read(expected - len(head)) if whole else b""
+    if not whole or not _consistent(rest, sequences, TOKEN_BYTES[code]):
         raise DataError(f"{index} is truncated or damaged; make it again with `minitron data`")
-    tokens = int(numpy.frombuffer(lengths, dtype="<i4").sum(dtype=numpy.int64))
-    if tokens_file.stat().st_size < tokens * TOKEN_BYTES[code]:
+    tokens = int(numpy.frombuffer(rest, dtype="<i4", count=sequences).sum(dtype=numpy.int64))
+    if tokens_file.stat().st_size != tokens * TOKEN_BYTES[code]:
         raise DataError(
-            f"{tokens_file} is truncated: {tokens_file.stat().st_size} bytes, the index says {tokens} tokens of "
-            f"{TOKEN_BYTES[code]}; make it again with `minitron data`"
+            f"{tokens_file} is truncated, or {index.name} is another's: {tokens_file.stat().st_size} bytes, the index "
+            f"says {tokens} tokens of {TOKEN_BYTES[code]}; make it again with `minitron data`"
         )
     return IndexHeader(code, sequences, documents, tokens)
+
+
+def _consistent(data: bytes, sequences: int, token_bytes: int) -> bool:
+    """Whether an index's lengths, the pointers behind them and the documents' first sequences are of one dataset."""
+    import numpy
+
+    lengths = numpy.frombuffer(data, dtype="<i4", count=sequences)
+    pointers = numpy.frombuffer(data, dtype="<i8", count=sequences, offset=4 * sequences)
+    firsts = numpy.frombuffer(data, dtype="<i8", offset=12 * sequences)
+    ends = numpy.cumsum(lengths, dtype=numpy.int64) * token_bytes
+    return (
+        bool((lengths >= 0).all())
+        and numpy.array_equal(pointers[1:], ends[:-1])
+        and not pointers[:1].any()
+        and len(firsts) > 0
+        and (firsts[0], firsts[-1]) == (0, sequences)
+        and bool((numpy.diff(firsts) >= 0).all())
+    )
 
 
 def check_fits(prefixes: dict[str, list], *, seq_length: int, vocab_size: int) -> None:
@@ -126,10 +146,12 @@ def check_fits(prefixes: dict[str, list], *, seq_length: int, vocab_size: int) -
                 f"({', '.join(own)}); give a shorter model.data.seq_length or more text"
             )
         for path, header in zip(own, headers):
-            kind = numpy.uint16 if header.code == UNSIGNED_16 else numpy.int32
-            if TOKEN_BYTES[header.code] != numpy.dtype(kind).itemsize or not header.tokens:
+            if not header.tokens:
                 continue
-            highest = int(numpy.memmap(f"{path}.bin", dtype=kind, mode="r", shape=(header.tokens,)).max())
+            stream = numpy.memmap(f"{path}.bin", dtype=TOKEN_TYPES[header.code], mode="r", shape=(header.tokens,))
+            lowest, highest = int(stream.min()), int(stream.max())
+            if lowest < 0:
+                raise DataError(f"{path}.bin is damaged: it holds the token {lowest}; make it again, `minitron data`")
             if highest >= vocab_size:
                 raise DataError(
                     f"{path} holds the token {highest}, but the model's embedding has {vocab_size} rows: the data was "

@@ -1,27 +1,33 @@
 """Corpora: the embedded one, WikiText-103 from the hub, or the user's own files, as documents by split."""
 
+import collections
 import dataclasses
 import itertools
-import json
 import logging
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.config import DataConfig
+from nemo_minitron.data import files
+from nemo_minitron.data.rows import Malformed, Row, Several, field, json_lines, parquet_rows, rows_of, text_of, whole
 from nemo_minitron.errors import DataError
 
 SPLITS = ("train", "validation", "test")
-SUFFIXES = (".txt", ".tokens", ".jsonl", ".parquet")
+PLAIN = (".txt", ".tokens", ".md")
+KINDS = (*PLAIN, ".jsonl", ".json", ".parquet")
+#: What a message calls them.
+KNOWN = (*KINDS, "and all but .parquet as .gz or .zst")
 NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "heldout", "eval"),
 }
-#: Files that lie beside a corpus and are none.
-NOT_TEXT = re.compile(r"(?i)^(readme|licen[cs]e|copying|notice|changelog)")
+#: Files that lie beside a corpus and are none; what else is plain text and begins with such a word is none either.
+BESIDE = re.compile(r"(?i)(readme|licen[cs]e|copying|notice|changelog)(\.(md|rst|txt))?")
+#: LMFlow's list of rows.
+INSTANCES = "instances"
 #: ` = Title = ` starts a document of WikiText's; ` = = Section = = ` does not.
 TITLE = re.compile(r"^\s*= [^=].*[^=] =\s*$")
 #: One document in so many goes to a split that has to be carved out of another.
@@ -40,12 +46,20 @@ class Corpus:
     Attributes:
         splits: split -> a call that starts the documents from the first.
         inputs: name -> file that is read, for the manifest.
-        notes: what a user should know of how the splits came about.
+        notes: what a user should know of how the splits came about, and of files that are left out.
+        blank: file -> rows or documents without text that the last whole pass left out of it; 0: it is empty.
     """
 
     splits: dict[str, Documents]
     inputs: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    blank: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def note(self, notes: list[str]) -> None:
+        """Keeps notes, and tells them the user."""
+        self.notes += notes
+        for note in notes:
+            logger.warning("%s", note)
 
 
 def open_corpus(config: DataConfig) -> Corpus:
@@ -59,7 +73,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     elif config.source == "wikitext103":
         corpus = _wikitext103()
     else:
-        corpus = _files(Path(config.source).expanduser(), config.seed)
+        corpus = _files(Path(config.source).expanduser(), config.seed, config.text_key)
     if config.limit_documents is not None:
         corpus.splits = {
             split: lambda documents=documents: itertools.islice(documents(), config.limit_documents)
@@ -68,9 +82,25 @@ def open_corpus(config: DataConfig) -> Corpus:
     for split in SPLITS:
         if next(corpus.splits[split](), None) is None:
             raise DataError(f"the {split} split of {config.source} is empty: there is no text in it")
-    for note in corpus.notes:
-        logger.warning("%s", note)
+    notes, corpus.notes = corpus.notes, []
+    corpus.note(notes)
     return corpus
+
+
+def read_through(corpus: Corpus) -> None:
+    """Reads the user's files once, so that one that is broken half-way is refused before any long work.
+
+    Rows without text are counted and noted.
+    """
+    if corpus.inputs:
+        for documents in corpus.splits.values():
+            collections.deque(documents(), maxlen=0)
+        corpus.note(
+            [
+                f"{file}: {count} without text, left out" if count else f"{file} is empty"
+                for file, count in sorted(corpus.blank.items())
+            ]
+        )
 
 
 def _embedded(config: DataConfig) -> Corpus:
@@ -115,42 +145,67 @@ def split_of(path: Path) -> str | None:
     return None
 
 
-def _files(source: Path, seed: int) -> Corpus:
-    files = _text_files(source)
+def _files(source: Path, seed: int, key: str) -> Corpus:
+    paths, notes = _text_files(source, key)
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
     unnamed = []
-    for file in files:
-        split = split_of(file.relative_to(source) if source.is_dir() else Path(file.name))
-        (found[split] if split else unnamed).append(file)
-    notes = [f"{file} names no split: it is training text" for file in unnamed if len(unnamed) < len(files)]
+    for path in paths:
+        split = split_of(path.relative_to(source) if source.is_dir() else Path(path.name))
+        (found[split] if split else unnamed).append(path)
+    notes += [f"{path} names no split: it is training text" for path in unnamed if len(unnamed) < len(paths)]
     found["train"] += unnamed
-    whole = {split: _reader(paths) for split, paths in found.items() if paths}
+    blank: dict[str, int] = {}
+    whole = {split: _reader(own, key, blank) for split, own in found.items() if own}
     splits, carved = _fill(whole, source, seed)
-    inputs = {f"file{number}": str(file) for number, file in enumerate(files)}
-    return Corpus(splits=splits, inputs=inputs, notes=notes + carved)
+    inputs = {f"file{number}": str(path) for number, path in enumerate(paths)}
+    return Corpus(splits=splits, inputs=inputs, notes=notes + carved, blank=blank)
 
 
-def read_documents(source: Path) -> Iterator[str]:
-    """All documents of a file or folder, whatever split its name says; raises DataError where there is no text."""
-    yield from _reader(_text_files(source))()
+def read_documents(source: Path, key: str = "text") -> Iterator[str]:
+    """All documents of a file or folder, whatever split its name says; raises DataError where there is no text.
+
+    Args:
+        key: the field or column that holds the text of JSON and parquet files.
+    """
+    yield from _reader(_text_files(source, key)[0], key, {})()
 
 
-def _text_files(source: Path) -> list[Path]:
+def _text_files(source: Path, key: str) -> tuple[list[Path], list[str]]:
+    """The files that hold text, and notes on those that are left out."""
     if not source.exists():
         raise DataError(f"the corpus {source} does not exist; give a folder or file, embedded, or wikitext103")
     if source.is_file():
-        if source.suffix not in SUFFIXES:
-            raise DataError(f"{source} is not a text that is known here: {', '.join(SUFFIXES)}")
-        return [source]
-    files = sorted(
-        path
-        for path in source.rglob("*")
-        if path.is_file() and path.suffix in SUFFIXES and not NOT_TEXT.match(path.name)
-        and not any(part.startswith(".") for part in path.relative_to(source).parts)
-    )  # fmt: skip
-    if not files:
-        raise DataError(f"{source} holds no text: files must end in {', '.join(SUFFIXES)}")
-    return files
+        if files.kind(source) not in KINDS:
+            raise DataError(f"{source} is not a text that is known here: {', '.join(KNOWN)}")
+        return [source], []
+    chosen, others, notes = [], [], []
+    for path in files.files_in(source):
+        if BESIDE.fullmatch(path.name):
+            continue
+        plain = files.kind(path) in PLAIN
+        if not path.is_file() or files.kind(path) not in KINDS or (plain and BESIDE.match(path.name)):
+            others.append(path)
+        elif files.kind(path) == ".json" and _describes(path, key):
+            notes.append(f"{path} is left out: it is one object, and has no field {key!r}")
+        else:
+            chosen.append(path)
+    notes += files.left_out(source, others, KNOWN)
+    if not chosen:
+        raise DataError("\n  ".join([f"{source} holds no text: files must end in {', '.join(KNOWN)}", *notes]))
+    chosen, copies = files.without_copies(chosen)
+    return chosen, notes + copies
+
+
+def _describes(path: Path, key: str) -> bool:
+    """Whether a .json file is one object without text, as those are that describe a data set."""
+    value = whole(path)
+    if not isinstance(value, dict) or INSTANCES in value:
+        return False
+    try:
+        field(value, key)
+    except Malformed:
+        return True
+    return False
 
 
 def _fill(whole: dict[str, Documents], source: Path, seed: int) -> tuple[dict[str, Documents], list[str]]:
@@ -188,13 +243,31 @@ def _carved(documents: Iterable[str], seed: int, every: int, places: set[int]) -
             yield document
 
 
-def _reader(paths: list[Path]) -> Documents:
+def _reader(paths: list[Path], key: str, blank: dict[str, int]) -> Documents:
+    """A call that starts the documents of `paths`; `blank` gets how many of a file had no text, 0 where it had none."""
+
     def documents() -> Iterator[str]:
         for path in paths:
-            read = READERS.get(path.suffix, lambda path: _text(path, alone=len(paths) == 1))
-            yield from (document for document in read(path) if document.strip())
+            count, empty = 0, True
+            for document in _documents(path, key, alone=len(paths) == 1):
+                empty = False
+                if document.strip():
+                    yield document
+                else:
+                    count += 1
+            if count or empty:
+                blank[str(path)] = count
 
     return documents
+
+
+def _documents(path: Path, key: str, *, alone: bool) -> Iterator[str]:
+    if files.kind(path) in PLAIN:
+        return _text(path, alone=alone)
+    if files.kind(path) == ".parquet":
+        return _parquet(path, key)
+    rows = json_lines(path) if files.kind(path) == ".jsonl" else _json(path)
+    return (text_of(row, key) for row in rows)
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
@@ -210,62 +283,37 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
         yield "\n".join(document)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-
-
 def _text(path: Path, *, alone: bool) -> Iterator[str]:
     """Documents of a text file: WikiText's articles; without headings the whole file, or the blocks between its blank
     lines if it is large or the only file of its split."""
-    if any(TITLE.match(line) for line in _lines(path)):
-        yield from articles(_lines(path))
+    if any(TITLE.match(line) for line in files.lines(path)):
+        yield from articles(files.lines(path))
     elif not alone and path.stat().st_size <= WHOLE_FILE_BYTES:
-        yield "".join(_lines(path))
+        yield "".join(files.lines(path))
     else:
-        for blank, lines in itertools.groupby(_lines(path), key=lambda line: not line.strip()):
+        for blank, lines in itertools.groupby(files.lines(path), key=lambda line: not line.strip()):
             if not blank:
                 yield "".join(lines).rstrip("\n")
 
 
-def _jsonl(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise DataError(f'{path}:{number} is not a JSON object with a field "text"')
-        yield text
+def _json(path: Path) -> Iterator[Row]:
+    """Rows of a .json file: an array's, one object, LMFlow's texts, or JSON lines."""
+    value = whole(path)
+    if value is Several:
+        return json_lines(path)
+    if not isinstance(value, dict) or INSTANCES not in value:
+        return rows_of(path, value)
+    if value.get("type") != "text_only" or not isinstance(value[INSTANCES], list):
+        raise DataError(
+            f"{path}: LMFlow's type {value.get('type')!r:.60} is no text; text_only with a list of instances is, and "
+            "rows of instructions are trained on with model.data.instructions"
+        )
+    return rows_of(path, value[INSTANCES])
 
 
-def _parquet(path: Path) -> Iterator[str]:
-    """Rows of a parquet file's column `text`: documents, or WikiText's lines as the hub stores them."""
-    rows = _rows(path)
+def _parquet(path: Path, key: str) -> Iterator[str]:
+    """Rows of a parquet file's column: documents, or WikiText's lines as the hub stores them."""
+    rows = (text_of(row, key) for row in parquet_rows(path, key))
     head = list(itertools.islice(rows, 1000))
     documents = articles if any(TITLE.match(row) for row in head) else iter
     yield from documents(itertools.chain(head, rows))
-
-
-def _rows(path: Path) -> Iterator[Any]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            raise DataError(f"{path} has no column `text`; it has {', '.join(file.schema_arrow.names)}")
-        for batch in file.iter_batches(columns=["text"]):
-            yield from (row or "" for row in batch.column(0).to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a parquet file that can be read: {str(error).splitlines()[0]}") from None
-
-
-READERS = {".jsonl": _jsonl, ".parquet": _parquet}

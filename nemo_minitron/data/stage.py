@@ -1,6 +1,5 @@
 """`minitron data`: a corpus becomes Megatron's indexed datasets, with its tokenizer beside them."""
 
-import collections
 import dataclasses
 import json
 import math
@@ -9,7 +8,7 @@ from typing import Any
 
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.config import DataConfig
-from nemo_minitron.data.sources import SPLITS, Corpus, open_corpus
+from nemo_minitron.data.sources import SPLITS, Corpus, open_corpus, read_through
 from nemo_minitron.jobs import Job
 
 TOKENIZER, QUESTIONS = "tokenizer", "questions.jsonl"
@@ -43,7 +42,7 @@ def _work(partial: Path, config: DataConfig, corpus: Corpus, given: Any) -> dict
     from nemo_minitron.data.indexed import write_indexed
     from nemo_minitron.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 
-    _read_through(corpus)
+    read_through(corpus)
     folder = partial / TOKENIZER
     if given is None:
         train_bpe(corpus.splits["train"](), config.vocab_size, folder)
@@ -60,13 +59,6 @@ def _work(partial: Path, config: DataConfig, corpus: Corpus, given: Any) -> dict
         "metrics": metrics,
         "details": {"prefixes": {split: split for split in SPLITS}, "tokenizer": TOKENIZER, "notes": corpus.notes},
     }
-
-
-def _read_through(corpus: Corpus) -> None:
-    """Reads the user's files once, so that one that is broken half-way is refused before any of the long work."""
-    if corpus.inputs:
-        for documents in corpus.splits.values():
-            collections.deque(documents(), maxlen=0)
 
 
 def unigram_perplexity(train: Path, test: Path, vocab_size: int) -> float:

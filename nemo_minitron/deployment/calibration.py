@@ -117,8 +117,9 @@ def _documents(config: QuantizeConfig, open_corpus: Callable) -> tuple[Callable[
     if source.is_file():
         from nemo_minitron.data.sources import read_documents
 
-        return (lambda: read_documents(source)), {"data": str(source)}
-    corpus = open_corpus(DataConfig(output="-", source=config.data.source, seed=config.seed))
+        return (lambda: read_documents(source, config.data.text_key)), {"data": str(source)}
+    data = DataConfig(output="-", source=config.data.source, text_key=config.data.text_key, seed=config.seed)
+    corpus = open_corpus(data)
     return corpus.splits["train"], corpus.inputs
 
 

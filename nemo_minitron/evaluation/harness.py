@@ -151,7 +151,12 @@ def data_config(config: EvaluateConfig) -> DataConfig:
     place = Path(config.corpus).expanduser()
     if not (place / "manifest.json").is_file():
         return DataConfig(
-            source=config.corpus, domain=config.domain, words=config.words, seed=config.corpus_seed, output=""
+            source=config.corpus,
+            text_key=config.text_key,
+            domain=config.domain,
+            words=config.words,
+            seed=config.corpus_seed,
+            output="",
         )
     manifest = Manifest.read(place)
     if manifest.stage != "data":

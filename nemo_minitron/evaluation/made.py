@@ -2,15 +2,12 @@
 checker it would fetch from the hub."""
 
 import contextlib
-import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-from nemo_minitron.errors import DataError
 
 XLSUM, HUMANEVAL = "csebuetnlp/xlsum", "openai/openai_humaneval"
 HUMANEVAL_SECONDS = 10
@@ -84,35 +81,21 @@ def _xlsum_rows(task_data: str | None, split: str) -> list[dict[str, str]]:
     if task_data is None:
         found = datasets.load_dataset(XLSUM, "english", split=split, revision="refs/convert/parquet")
         return [{"text": row["text"], "summary": row["summary"]} for row in found]
+    from nemo_minitron.data.files import files_in, kind
+    from nemo_minitron.data.rows import records
     from nemo_minitron.data.sources import split_of
 
     folder = folder_of(task_data, XLSUM)
     files = [
         file
-        for file in sorted(folder.rglob("*"))
-        if file.suffix in (".parquet", ".jsonl") and split_of(file.relative_to(folder)) == split
+        for file in files_in(folder)
+        if kind(file) in (".parquet", ".jsonl") and split_of(file.relative_to(folder)) == split
         and "english" in str(file.relative_to(folder))
     ]  # fmt: skip
-    rows = [row for file in files for row in read_rows(file) if row.get("text") and row.get("summary")]
+    rows = [row for file in files for row in records(file) if row.get("text") and row.get("summary")]
     if not rows:
         raise FileNotFoundError(f"{folder} holds no English {split} articles with text and summary")
     return [{"text": row["text"], "summary": row["summary"]} for row in rows]
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a .parquet or .jsonl file; raises DataError where it is neither."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        if file.suffix == ".parquet":
-            return parquet.read_table(file).to_pylist()
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(f"{file} cannot be read: {first_line(error)}") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{file} holds lines that are no JSON objects")
-    return rows
 
 
 def _given(rows: dict[str, list[dict[str, Any]]]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.errors import DataError
 from nemo_minitron.evaluation.loading import Loaded
-from nemo_minitron.evaluation.made import first_line, folder_of, own_cache, read_rows
+from nemo_minitron.evaluation.made import first_line, folder_of, own_cache
 
 TASK = "summarization"
 DATASET = "abisee/cnn_dailymail"
@@ -52,11 +52,14 @@ def load_articles(config: EvaluateConfig) -> list[Article]:
 
 
 def _file(path: Path) -> list[dict[str, Any]]:
+    from nemo_minitron.data.files import kind
+    from nemo_minitron.data.rows import KINDS, records
+
     path = path.expanduser()
-    if not path.is_file() or path.suffix not in (".jsonl", ".parquet"):
-        what = "is no .jsonl or .parquet file" if path.is_file() else "does not exist"
+    if not path.is_file() or kind(path) not in KINDS:
+        what = f"is no {', '.join(KINDS)} file" if path.is_file() else "does not exist"
         raise DataError(f"articles={path} {what}; give a .jsonl file with article and highlights, or cnn_dailymail")
-    return read_rows(path)
+    return records(path)
 
 
 def _cnn_dailymail(task_data: str | None) -> list[dict[str, Any]]:

@@ -120,7 +120,7 @@ def _work(
             **_rows(inputs),
         },
         "timings": {"training_seconds": seconds, "tokens_per_second": history["tokens_per_second"]},
-        "details": {"architecture": architecture.to_dict()},
+        "details": {"architecture": architecture.to_dict()} | _notes(inputs),
     }
 
 
@@ -145,6 +145,11 @@ def _save(
         tokenizer=inputs.tokenizer,
         generation=generation,
     )
+
+
+def _notes(inputs: Inputs) -> dict[str, Any]:
+    """Files of instructions that were not read, for the manifest's details."""
+    return {"notes": inputs.samples.notes} if inputs.samples else {}
 
 
 def _rows(inputs: Inputs) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The data stage: the same text, tokens and splits, whoever reads them; what is no corpus is refused."""
 
+import gzip
 import itertools
 import json
 import re
@@ -13,7 +14,7 @@ from nemo_minitron.data import embedded
 from nemo_minitron.data.indexed import Encoder, _encoded
 from nemo_minitron.data.module import check_fits, read_header, resolve_prefixes
 from nemo_minitron.data.samples import consecutive_sequences, token_stream
-from nemo_minitron.data.sources import articles, open_corpus, split_of
+from nemo_minitron.data.sources import articles, open_corpus, read_documents, read_through, split_of
 from nemo_minitron.data.stage import prepare
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import ConfigError, DataError, EngineError
@@ -366,3 +367,164 @@ def test_data_that_was_replaced_gets_a_new_sample_order(made, parallel, tmp_path
         data = nemos_module({"train": prefix, "validation": prefix}, folder / "tokenizer", tmp_path / "index")
         folders.append(data.index_mapping_dir)
     assert folders[0] != folders[1]
+
+
+def corpus_of(folder, source=None, **settings):
+    """The documents of each split, and the corpus, of a folder of files."""
+    corpus = open_corpus(small(folder / "out", source=str(source or folder), **settings))
+    read_through(corpus)
+    return {split: list(documents()) for split, documents in corpus.splits.items()}, corpus
+
+
+def packed(text: str) -> dict[str, bytes]:
+    """A text as the files that may hold it, by the end of their names."""
+    import pyarrow
+
+    data = text.encode()
+    zstd = pyarrow.compress(data, codec="zstd", asbytes=True)
+    return {"": data, ".gz": gzip.compress(data), ".GZ": gzip.compress(data[:9]) + gzip.compress(data[9:]),
+            ".zst": zstd, ".Zst": b"\x50\x2a\x4d\x18\x01\0\0\0x" + zstd}  # fmt: skip
+
+
+def test_every_form_of_a_text_gives_the_same_documents(tmp_path):
+    texts = [f"Nr. {number} ü" for number in range(5)]
+    rows = [{"text": text} for text in texts]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    forms = {
+        "a.TXT": "\n\n".join(texts), "a.md": "\n\n\n".join(texts), "a.jsonl": lines, "b.JSONL": f"\ufeff{lines}",
+        "a.json": json.dumps(rows, indent=2), "b.json": json.dumps(texts), "c.json": lines,
+        "d.json": json.dumps({"type": "text_only", "instances": rows}), "e.jsonl": lines.replace("\n", "\r\n"),
+        "f.jsonl": "".join(f"{json.dumps(text)}\n" for text in texts), "b.txt": "\ufeff" + "\r\n\r\n".join(texts),
+    }  # fmt: skip
+    for name, text in forms.items():
+        for suffix, data in packed(text).items():
+            path = tmp_path / f"{name}{suffix}"
+            path.write_bytes(data)
+            assert [text.strip() for text in read_documents(path)] == texts, path.name
+
+
+def test_what_is_left_out_of_a_folder_is_named_and_counted(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("nemo_minitron.data.sources.logger.warning", lambda form, note: told.append(note))
+    folder = tmp_path / "corpus"
+    (folder / "deep").mkdir(parents=True)
+    row = '{"text": "a b"}\n'
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.jsonl").write_text(row * 3)
+    for name in ("train.jsonl", "deep/valid_2.jsonl"):
+        (folder / f"{name}.gz").write_bytes(gzip.compress((row * 3).encode()))
+    (folder / "train-2.json").write_text('[{"text": "c"}, {"text": ""}, {"text": null}]')
+    (folder / "train-3.jsonl").write_text("\n")
+    for name in ("README.md", "LICENSE", ".hidden.txt"):
+        (folder / name).write_text("no text of the corpus")
+    for number in range(7):
+        (folder / "deep" / f"{number}.pdf").write_text("x")
+    (folder / "names").write_text("x")
+    (folder / "README_zh.md").write_text("x")
+    (folder / "dataset_info.json").write_text('{"features": {"text": {"dtype": "string"}}}')
+    (folder / "gone.txt").symlink_to(folder / "nowhere.txt")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "train.txt").write_text("Linked .")
+    (folder / "linked").symlink_to(outside)
+    (outside / "around").symlink_to(folder)
+    found, corpus = corpus_of(tmp_path, folder)
+    assert sorted(found["train"]) == ["Linked .", *["a b"] * 3, "c"]
+    assert found["validation"] == ["a b"] * 6 and found["test"] == ["a b"] * 3
+    said = "\n".join(corpus.notes)
+    for note in (
+        "files left out, .pdf: 7 (deep/0.pdf, deep/1.pdf, deep/2.pdf, deep/3.pdf, deep/4.pdf and 2 more)",
+        "files left out, without a suffix: 1 (names)",
+        "files left out, plain text about it: 1 (README_zh.md)",
+        "files left out, broken links: 1 (gone.txt)",
+        "train.jsonl.gz is left out: it holds what",
+        "dataset_info.json is left out: it is one object, and has no field 'text'",
+        "train-2.json: 2 without text, left out",
+        "train-3.jsonl is empty",
+    ):
+        assert note in said, note
+    assert len(corpus.notes) == 8 and told == corpus.notes
+
+
+def test_what_was_left_out_stands_in_the_manifest(tmp_path, made):
+    folder, _ = made
+    (tmp_path / "corpus").mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / "corpus" / f"{split}.jsonl").write_text('{"text": "a b"}\n{"text": " "}\n')
+    (tmp_path / "corpus" / "more.docx").write_text("x")
+    settings = {"source": str(tmp_path / "corpus"), "tokenizer": str(folder / "tokenizer")}
+    notes = prepare(small(tmp_path / "out", **settings)).details["notes"]
+    assert "more.docx" in notes[0] and sum("1 without text" in note for note in notes[1:]) == 3 == len(notes) - 1
+
+
+def test_the_text_is_where_text_key_says(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"a": {"b": f"Nr. {number}", "n": number}, "a.c": "x", "text": 3} for number in range(4)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert list(read_documents(tmp_path / name, "a.b")) == [f"Nr. {number}" for number in range(4)]
+        assert list(read_documents(tmp_path / name, "a.c")) == ["x"] * 4
+        for key, message in (("content", r"'?a\.b'?, '?a\.n'?, '?a\.c'?, '?text'?; name .*text_key=NAME"),
+                             ("a.n", "a.n is .*(number|int64), not text"), ("a", "an object|no column 'a'"),
+                             ("a.b.c", "a.b.c")):  # fmt: skip
+            with pytest.raises(DataError, match=message):
+                list(read_documents(tmp_path / name, key))
+
+
+def test_columns_of_parquet_hold_text_or_are_refused(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    texts, path = ["a", None, "ü"], tmp_path / "a.parquet"
+    text = pyarrow.array(texts)
+    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary(), "dictionary"):
+        column = text.dictionary_encode() if kind == "dictionary" else text.cast(kind)
+        parquet.write_table(pyarrow.table({"text": column}), path)
+        assert list(read_documents(path)) == ["a", "ü"], kind
+    for values in ([["a"]], [1], [1.5], [None], [{}], [True]):
+        parquet.write_table(pyarrow.table({"text": values + [None]} if values != [{}] else {"text": [{"a": 1}]}), path)
+        with pytest.raises(DataError, match=r"a.parquet(: column text is of type| has no column 'text', but text\.a)"):
+            list(read_documents(path))
+    for kind in (pyarrow.binary(), pyarrow.string()):
+        broken = pyarrow.Array.from_buffers(kind, 2, pyarrow.array([b"a", b"b\xff"]).buffers())
+        parquet.write_table(pyarrow.table({"text": broken}), path)
+        with pytest.raises(DataError, match=r"a.parquet, row 2: .* is not UTF-8 \(its byte 1\)"):
+            list(read_documents(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b \\ud83d"}\n', "a.jsonl:2: field text holds \\ud83d (its character 2)"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, "a.jsonl:2: not JSON that can be read (nested too deeply)"),
+        ("a.json", b'{"text": ' + b'{"a":' * 100_000, "a.json: not JSON that can be read (nested too deeply)"),
+        ("a.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n", "a.jsonl:1: not JSON that can be read (Exceeds"),
+        ("a.jsonl", b'{"text": ["a"]}\n', "a.jsonl:1: field text is a list, not text"),
+        ("a.jsonl", b"[1]\n", "a.jsonl:1: is not an object"),
+        ("a.json", b'[{"text": "a"}, {"txt": "b"}]', "a.json, row 2: has no field 'text', but 'txt'"),
+        ("a.json", b'[\n{"text": "a"},\n{"text" "b"}]', "a.json: not JSON (Expecting ':' delimiter: line 3, column 9)"),
+        ("a.json", b'{"type": "text2text", "instances": []}', "a.json: LMFlow's type 'text2text' is no text"),
+        ("a.txt", b"a\n" * 9000 + b"b\xff", "a.txt:9001: byte 18001 is not UTF-8"),
+        (
+            "a.jsonl",
+            '{"text": "a"}'.encode("utf-16"),
+            "a.jsonl:1: byte 0 is not UTF-8; convert it first, iconv -f UTF-16 ",
+        ),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a.txt is a pointer of Git LFS"),
+        ("a.txt.gz", packed("ab" * 999)[".gz"][:-9], "a.txt.gz is not a whole gzip file (Compressed file ended"),
+        ("a.txt.gz", b"plain", "a.txt.gz is not a whole gzip file (Not a gzipped file"),
+        ("a.txt.gz", b"", "a.txt.gz is not a whole gzip file (it is empty)"),
+        ("a.txt.zst", packed("ab" * 999)[".zst"][:-3], "a.txt.zst is not a whole zstd file (Truncated"),
+        ("a.txt.zst", b"", "a.txt.zst is not a whole zstd file (it is empty)"),
+        ("a.txt.gz", gzip.compress(b"a\n" * 9000 + b"b\xff"), "a.txt.gz:9001: byte 18001 is not UTF-8"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_with_its_place(tmp_path, name, data, expected):
+    (tmp_path / name).write_bytes(data)
+    for source in (tmp_path / name, tmp_path):
+        with pytest.raises(DataError) as caught:
+            list(read_documents(source))
+        assert expected in str(caught.value) and "\n" not in str(caught.value)

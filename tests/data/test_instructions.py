@@ -285,3 +285,50 @@ def test_a_pass_gives_every_sample_once_and_padding_weighs_nothing(tmp_path, tok
         assert tokenizer.decode(answer).startswith("It is ") and answer[-1] == tokenizer.eos_token_id
     once = Padded(found, 32, 16, repeat=False, seed=5, padding=0)
     assert [float(once[number]["loss_mask"].sum()) > 0 for number in range(16)] == [True] * 12 + [False] * 4
+
+
+def test_files_are_read_compressed_in_any_case_and_as_parquet_and_others_are_named(tmp_path):
+    import gzip
+
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"input": asked, "output": answer} for asked, answer in PAIRS]
+    folder = tmp_path / "d"
+    (folder / "more").mkdir(parents=True)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines(rows[:3]).encode()))
+    (folder / "b.JSON").write_text(json.dumps(rows[3:5], indent=1))
+    (folder / "b.json.gz").write_bytes(gzip.compress(json.dumps(rows[5:6]).encode()))
+    (folder / "c.json.zst").write_bytes(pyarrow.compress(lines(rows[6:8]).encode(), codec="zstd", asbytes=True))
+    parquet.write_table(pyarrow.Table.from_pylist(rows[8:10]), folder / "more" / "train-00000-of-00001.parquet")
+    (folder / "valid-1.jsonl").write_text(lines(rows[10:]))
+    (folder / "valid-1.jsonl.gz").write_bytes(gzip.compress(lines(rows[10:]).encode()))
+    (folder / "test-00000-of-00001.jsonl").write_text("not read\n")
+    (folder / "README.md").write_text("about")
+    (folder / "notes.csv").write_text("input,output\n")
+    found = read_instructions(str(folder), InstructConfig(), 1)
+    assert (sorted(found.train), found.validation) == (sorted(WANTED[:10]), WANTED[10:])
+    assert len(found.files) == 6 and len(found.notes) == 3
+    for place, note in enumerate(
+        ("left out, .csv: 1 (notes.csv)", "valid-1.jsonl.gz is left out: it holds", "is not read")
+    ):
+        assert note in found.notes[place]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'{"input": "a", "output": "b \\udc00"}\n', r"a.jsonl, row 1: field output holds \udc00 (its char"),
+        ("a.json", b'[{"input": "a",\n "output" 3}]', "a.json, row 1: not JSON (Expecting ':' delimiter: line 2, colu"),
+        ("a.json", b"[" * 100_000, "a.json, row 1: not JSON that can be read (nested too deeply)"),
+        ("a.jsonl", b'\n{"input": "a"\n', "a.jsonl, row 2: not JSON"),
+        ("a.jsonl", b'{"input": "a", "output": "b"}\n{"input": "a\xff"}\n', "a.jsonl:2: byte 42 is not UTF-8"),
+        ("a.jsonl.gz", b"{}", "a.jsonl.gz is not a whole gzip file"),
+        ("a.parquet", b"PAR1", "a.parquet is not a parquet file that can be read"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        read_instructions(str(tmp_path / name), InstructConfig(), 1)
+    assert message in str(caught.value)

@@ -343,6 +343,22 @@ def test_damage_done_by_an_export_is_found_and_nothing_is_left(shelf, tmp_path, 
     assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
 
 
+def test_the_calibration_text_is_read_by_its_key(shelf, tmp_path):
+    from nemo_minitron.deployment.calibration import prepare
+
+    source, text = model(shelf, "llama", torch.bfloat16), (shelf / "text.txt").read_text()
+    rows = [json.dumps({"body": {"en": part}}) + "\n" for part in text.split("\n\n")]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text("".join(rows) * 20)
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    drawn = []
+    for file, key in (("rows.jsonl", "body.en"), ("rows", "body.en"), (shelf / "text.txt", "text")):
+        data = c.CalibrationDataConfig(source=str(tmp_path / file), text_key=key)
+        config = settings(shelf, source, tmp_path / "out", qformat="fp8", data=data)
+        drawn.append(prepare(config, open_checkpoint(source)).draw())
+    assert torch.equal(drawn[0], drawn[2]) and drawn[1].shape == drawn[0].shape
+
+
 @pytest.mark.parametrize("name", ["llama", "nemotron"])
 def test_calibration_ranges_are_those_of_the_text(name, shelf, tmp_path):
     """input_scale of FP8 is the largest input of the layer over 448, measured here with a hook."""

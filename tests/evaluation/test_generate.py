@@ -54,6 +54,7 @@ def test_sampling_follows_the_seed(small_models, capsys):
     [
         (["/nowhere", PROMPT], "/nowhere does not exist"),
         (["{llama2}", ""], "prompt is empty"),
+        (["{llama2}", "caf\udce9"], "prompt = 'caf\\udce9' is not UTF-8 text"),
         (["{llama2}"], "prompt is empty"),
         (["{llama2}", PROMPT, "temperature=0.5"], "no effect on greedy decoding"),
         (["{llama2}", "word " * 200], "the model's length is 64"),

@@ -68,6 +68,19 @@ def test_perplexities_are_those_of_the_logits(small_models, corpus, capsys, give
     assert found["token_perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
 
 
+def test_the_text_is_read_by_its_key(small_models, corpus, tmp_path, capsys):
+    folder, texts = corpus
+    for split in ("train", "validation", "test"):
+        rows = [json.loads(line)["text"] for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+        (tmp_path / f"{split}.json").write_text(json.dumps([{"body": {"en": text}} for text in rows]))
+    found = []
+    for source, key in ((folder, "text"), (tmp_path, "body.en")):
+        arguments = [str(small_models["llama2"]), "tasks=perplexity", f"corpus={source}", f"text_key={key}", "--json"]
+        assert main(["evaluate", *arguments]) == 0
+        found.append(json.loads(capsys.readouterr().out)["results"])
+    assert found[0] == found[1]
+
+
 def test_the_standard_error_is_that_of_a_bootstrap_over_documents():
     rng = random.Random(3)
     counts = [rng.randint(50, 400) for _ in range(300)]
