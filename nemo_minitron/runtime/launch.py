@@ -173,13 +173,9 @@ def worker(stage: str, config_class: str, config_file: str) -> int:
         tell_parent(error)
         return error.exit_code
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and (
-            missing := missing_package(error, f"rank {rank()} of {stage}", (ENGINE,))
-        ):
-            tell_parent(missing)
-            return missing.exit_code
-        where = traceback.format_exc(limit=-3)
-        tell_parent(EngineError(f"rank {rank()} of {stage} failed: {type(error).__name__}: {error}\n{where}"))
+        where, who = traceback.format_exc(limit=-3), f"rank {rank()} of {stage}"
+        missing = isinstance(error, ModuleNotFoundError) and missing_package(error, who, (ENGINE,))
+        tell_parent(missing or EngineError(f"{who} failed: {type(error).__name__}: {error}\n{where}"))
         raise
     return 0
 
