@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from nemo_minitron import __version__
 from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.packages import ENGINE, EVALUATE, missing_package
 
 
 class Option(NamedTuple):
@@ -45,6 +46,7 @@ class Command:
         positionals: setting and name in the usage line of each argument that may be given without `key=`; a last name
             that ends in `...` takes all further ones as a list.
         options: options that stand for settings.
+        extras: extras of this package that bring what it needs beyond the core dependencies.
         launched: whether `--launch` takes it to torchrun's ranks or to Slurm, and `--dry-run` shows what would be done.
         afterwards: command to run next, with `{output}` for where the result lies.
     """
@@ -53,6 +55,7 @@ class Command:
     summary: str
     positionals: tuple[tuple[str, str], ...] = ()
     options: tuple[Option, ...] = ()
+    extras: tuple[str, ...] = (ENGINE,)
     launched: bool = False
     afterwards: str = ""
 
@@ -84,6 +87,7 @@ COMMANDS = {
         "nemo_minitron.flow:run_flow",
         "all of it in order, from data to a table of results",
         options=(Option("--dry-run", "dry_run", "print the resolved plan and touch nothing"),),
+        extras=(ENGINE, EVALUATE),
         launched=True,
     ),
     "convert": Command(
@@ -123,18 +127,21 @@ COMMANDS = {
         "what checkpoints know: perplexity, facts, published tasks",
         positionals=(("models", "MODEL..."),),
         options=(Option("--json", "json", "print JSON"),),
+        extras=(EVALUATE,),
     ),
     "generate": Command(
         "nemo_minitron.evaluation.generate:generate",
         "text from a checkpoint of any format",
         positionals=(("model", "MODEL"), ("prompt", "PROMPT")),
         options=(Option("--json", "json", "print JSON"),),
+        extras=(EVALUATE,),
     ),
     "benchmark": Command(
         "nemo_minitron.evaluation.speed:benchmark",
         "size, speed and memory of checkpoints, as ratios to the first",
         positionals=(("models", "MODEL..."),),
         options=(Option("--json", "json", "print JSON"),),
+        extras=(EVALUATE,),
     ),
     "report": Command(
         "nemo_minitron.reporting:report",
@@ -186,15 +193,21 @@ def run(name: str, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         say("interrupted", sys.stderr)
         return INTERRUPTED
-    except MinitronError as error:
-        _tell_parent(error)
-        _report(str(error), options.debug)
-        return error.exit_code
+    except ModuleNotFoundError as error:
+        return _failed(missing_package(error, f"minitron {name}", COMMANDS[name].extras) or error, options.debug)
     except Exception as error:
-        _tell_parent(error)
-        what = f"internal error: {type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
-        _report(what if options.debug else f"{what} (run again with --debug)", options.debug)
-        return INTERNAL_ERROR
+        return _failed(error, options.debug)
+
+
+def _failed(error: Exception, debug: bool) -> int:
+    """Tells of an error that ends the command; returns the exit code."""
+    _tell_parent(error)
+    if isinstance(error, MinitronError):
+        _report(str(error), debug)
+        return error.exit_code
+    what = f"internal error: {type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
+    _report(what if debug else f"{what} (run again with --debug)", debug)
+    return INTERNAL_ERROR
 
 
 def overview() -> str:

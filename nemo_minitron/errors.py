@@ -46,6 +46,10 @@ class EngineError(MinitronError):
     """The hardware, the parallel layout or the installed libraries cannot do what was asked."""
 
 
+class MissingPackageError(EngineError):
+    """A package that is asked for is not installed, or not in the version that is needed."""
+
+
 class NonFiniteLossError(MinitronError):
     """Training met a loss that is not a number or infinite."""
 

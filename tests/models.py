@@ -35,12 +35,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def build(name: str, dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
-    """A model with random weights, norms and biases included."""
+def build(name: str, dtype: torch.dtype, seed: int = 0, **sizes: Any) -> torch.nn.Module:
+    """A model with random weights, norms and biases included; `sizes` go before the family's."""
     import transformers
 
     kind, changes = FAMILIES[name]
-    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **changes})
+    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **changes, **sizes})
     torch.manual_seed(seed)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
@@ -49,9 +49,9 @@ def build(name: str, dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
     return model.to(dtype).eval()
 
 
-def save(name: str, dtype: torch.dtype, folder: Path, shard: str = "5GB") -> Path:
+def save(name: str, dtype: torch.dtype, folder: Path, shard: str = "5GB", **sizes: Any) -> Path:
     """Saves it as a Hugging Face directory."""
-    build(name, dtype).save_pretrained(folder, max_shard_size=shard)
+    build(name, dtype, **sizes).save_pretrained(folder, max_shard_size=shard)
     return folder
 
 

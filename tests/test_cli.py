@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.compose import SCHEMAS, leaf_values, read, setting_docs
 from nemo_minitron.config import FlowConfig
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.packages import NAME
 
 ROOT = Path(__file__).resolve().parents[1]
+NAMED = ["model.restore_from_path=teacher", "prune.drop_layers=[1]", "export.save_path=cut"]
 HEAVY = ("torch", "numpy", "hydra", "omegaconf", "nemo", "megatron", "modelopt", "transformers")
 
 
@@ -210,6 +213,30 @@ def test_errors_are_one_message_and_a_code(stage, capsys, raised, code, message)
     stage.result = raised
     assert cli.main(["flow"]) == code
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    "command, missing, code, message",
+    [
+        ("flow", "torch.nothing", 1, f"lacks: pip install '{NAME}[engine,evaluate]'\n"),
+        ("evaluate", "torch.nothing", 1, f"lacks: pip install '{NAME}[evaluate]'\n"),
+        ("evaluate", "megatron.nothing", 1, f"lacks: pip install '{NAME}[engine]'\n"),
+        ("prune", "numpy.nothing", 1, f"lacks: pip install {NAME}\n"),
+        ("prune", "transformer_engine.pytorch", 1, "needs transformer_engine, which is not installed here\n"),
+        ("prune", "nemo_minitron.nothing", 70, "No module named 'nemo_minitron.nothing' (run again with --debug)\n"),
+        ("prune", "packaging.nothing", 70, "No module named 'packaging.nothing' (run again with --debug)\n"),
+    ],
+)
+def test_a_missing_module_says_what_to_install(stage, capsys, command, missing, code, message):
+    stage.result = ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+    needed = {"evaluate": ["models=[m]"], "prune": NAMED}.get(command, [])
+    assert cli.main([command, *needed]) == code
+    told = capsys.readouterr().err
+    assert told.endswith(message) and told.count("\n") == 1
+    if message.startswith("lacks"):
+        package = missing.partition(".")[0].replace("megatron", "megatron-core")
+        held = f"{package} {metadata.version(package)}, installed here"
+        assert told.startswith(f"minitron {command} needs {missing}, which {held}, lacks")
 
 
 @pytest.mark.parametrize("raised", [CheckpointError("no weights"), RuntimeError("bad")])

@@ -16,7 +16,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints import canonical, files, huggingface, nemo1, nemo2
 from nemo_minitron.checkpoints.quantized import Quantization
 from nemo_minitron.checkpoints.tensors import Lazy
-from nemo_minitron.checkpoints.tokenizers import Tokenizer
+from nemo_minitron.checkpoints.tokenizers import FOR_SENTENCEPIECE, Tokenizer
 from nemo_minitron.errors import CheckpointError
 
 NEMO1, NEMO2, HF = "nemo1", "nemo2", "hf"
@@ -89,7 +89,7 @@ def _start(tensor: Lazy) -> bytes:
 
 def _cached(tokenizer: Tokenizer) -> Path:
     """The tokenizer's files in a folder of their own, named by their content."""
-    digest = hashlib.sha256(tokenizer.kind.encode())
+    digest = hashlib.sha256(f"{tokenizer.kind}{FOR_SENTENCEPIECE}".encode())
     for name in sorted(tokenizer.files):
         digest.update(f"\0{name}\0".encode() + hashlib.sha256(tokenizer.files[name].read()).digest())
     folder = _cache() / digest.hexdigest()[:32]

@@ -8,13 +8,13 @@ from typing import Any
 from nemo_minitron.architecture import human
 from nemo_minitron.checkpoints import FORMATS, Checkpoint, huggingface, open_checkpoint
 from nemo_minitron.checkpoints.files import folder_files
+from nemo_minitron.checkpoints.precision import FLOATS, count_not_finite
 from nemo_minitron.checkpoints.quantized import Quantization
 from nemo_minitron.checkpoints.tensors import BLOCK, Lazy
 from nemo_minitron.config import InspectConfig
 
 #: Tensor-parallel sizes that people use; what they do not divide is worth a word.
 RANKS = 8
-FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 def inspect(config: InspectConfig) -> None:
@@ -103,13 +103,7 @@ def not_finite(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _count(tensor: Lazy) -> int:
-    import torch
-
-    buffer, total = memoryview(bytearray(BLOCK)), 0
-    for block in tensor.blocks(buffer):
-        values = torch.frombuffer(block, dtype=getattr(torch, tensor.dtype))
-        total += int(values.numel() - values.isfinite().sum())
-    return total
+    return sum(count_not_finite(block, tensor.dtype) for block in tensor.blocks(memoryview(bytearray(BLOCK))))
 
 
 def render(described: dict[str, Any]) -> str:

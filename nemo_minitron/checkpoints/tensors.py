@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.pickles import ITEM_SIZES
+from nemo_minitron.checkpoints.precision import cast
 from nemo_minitron.errors import CheckpointError
 
 BLOCK = 8 << 20
@@ -382,11 +383,8 @@ class Cast(Lazy):
         return self.inner.shape
 
     def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
-        import torch
-
         for block in self.inner.blocks(buffer[: len(buffer) // 16 * 16 or len(buffer)]):
-            values = torch.frombuffer(block, dtype=getattr(torch, self.inner.dtype))
-            yield memoryview(values.to(getattr(torch, self.dtype)).view(torch.uint8).numpy())
+            yield cast(block, self.inner.dtype, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,10 +21,10 @@ MODEL = "tokenizer.model"
 HUB_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 HUB_TIMEOUT = 5.0
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-#: What lets transformers take a bare SentencePiece model.
+#: What lets transformers take a bare SentencePiece model; `legacy` gives its own ids to text that begins with a space.
 FOR_SENTENCEPIECE = {
     "tokenizer_class": "LlamaTokenizer",
-    "legacy": False,
+    "legacy": True,
     "add_bos_token": True,
     "add_eos_token": False,
 }

@@ -41,7 +41,7 @@ def resolve(verify: str, source: Checkpoint) -> str:
         return verify
     if source.quantization is not None:
         return "tensors"
-    engines = all(importlib.util.find_spec(name) for name in ("megatron", "nemo"))
+    engines = all(importlib.util.find_spec(name) for name in ("torch", "transformers", "megatron", "nemo"))
     return "logits" if engines and fits_in_memory(source) and source.architecture.family in FAMILIES else "tensors"
 
 

@@ -15,8 +15,9 @@ from nemo_minitron.config import QuantizeConfig
 from nemo_minitron.deployment import calibration, export, serving
 from nemo_minitron.deployment.calibration import FEW_SAMPLES, Calibration
 from nemo_minitron.deployment.formats import shape_problems
-from nemo_minitron.errors import ConfigError, EngineError
+from nemo_minitron.errors import ConfigError
 from nemo_minitron.jobs import Job
+from nemo_minitron.packages import require
 
 BF16_BYTES = 2
 #: Settings that say where things are, not what comes out.
@@ -30,7 +31,8 @@ def quantize(config: QuantizeConfig) -> Manifest:
 
     Raises:
         ConfigError, CheckpointError, DataError: what is asked for cannot be, before any work.
-        EngineError: ModelOpt is missing, or what it wrote is not what it should be; nothing is left then.
+        MissingPackageError: ModelOpt is not installed.
+        EngineError: what ModelOpt wrote is not what it should be; nothing is left then.
         OutputExistsError: the output was made from something else.
     """
     source = open_checkpoint(config.source, "checkpoint to quantise")
@@ -57,14 +59,12 @@ def quantize(config: QuantizeConfig) -> Manifest:
 
 def check(config: QuantizeConfig, source: Checkpoint) -> None:
     """Raises ConfigError or CheckpointError where the model cannot be written or served as asked."""
-    from importlib.util import find_spec
-
     write_config(source.architecture, export.DTYPE)
     problems = shape_problems(source.architecture, config)
     if problems:
         raise ConfigError(problems, "minitron quantize")
-    if find_spec("modelopt") is None and (config.calibrates or config.export == "trtllm"):
-        raise EngineError("ModelOpt is not installed: pip install nvidia-modelopt, or work in the NeMo container")
+    if config.calibrates or config.export == "trtllm":
+        require("modelopt", "minitron quantize")
     if config.accelerator == "gpu":
         export.device_of(config)
     measured = source.architecture.activation == "squared_relu" and config.qformat in ("fp8", "int8_sq")

@@ -25,6 +25,7 @@ from nemo_minitron.artifacts import PARTIAL_KEY, Manifest, write_json
 from nemo_minitron.config import Config, TrainerConfig
 from nemo_minitron.errors import EngineError, MinitronError
 from nemo_minitron.jobs import Job, disk_has_room
+from nemo_minitron.packages import ENGINE, missing_package, require
 from nemo_minitron.runtime.preemption import STOP_FILE, passed_on
 
 Work = Callable[[Path], dict[str, Any]]
@@ -111,6 +112,7 @@ def _wait_for_result(job: Job) -> None:
 
 
 def _torchrun(stage: str, config: Config, ranks: int) -> None:
+    require("torch", f"{stage} on {ranks} ranks")
     with tempfile.TemporaryDirectory(prefix="minitron-") as folder:
         config_file, error_file = Path(folder) / "config.json", Path(folder) / "error.json"
         write_json(config_file, dataclasses.asdict(config))
@@ -171,8 +173,9 @@ def worker(stage: str, config_class: str, config_file: str) -> int:
         tell_parent(error)
         return error.exit_code
     except Exception as error:
-        where = traceback.format_exc(limit=-3)
-        tell_parent(EngineError(f"rank {rank()} of {stage} failed: {type(error).__name__}: {error}\n{where}"))
+        where, who = traceback.format_exc(limit=-3), f"rank {rank()} of {stage}"
+        missing = isinstance(error, ModuleNotFoundError) and missing_package(error, who, (ENGINE,))
+        tell_parent(missing or EngineError(f"{who} failed: {type(error).__name__}: {error}\n{where}"))
         raise
     return 0
 

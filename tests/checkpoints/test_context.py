@@ -195,7 +195,7 @@ def test_a_tokenizer_of_files_is_found_wherever_the_checkpoint_is(tokenizer, tmp
 
 
 def test_a_sentencepiece_model_is_found_wherever_the_checkpoint_is(tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece")
+    import sentencepiece
     from nemo.lightning.io import load_context
 
     (tmp_path / "text").write_text("to be or not to be that is the question\n" * 50)

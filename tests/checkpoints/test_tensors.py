@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_minitron.checkpoints.precision import FLOATS, count_not_finite
 from nemo_minitron.checkpoints.tensors import BLOCK, Bytes, Cast, Chunk, Chunked, Resized, Runs, in_memory, whole
 from nemo_minitron.errors import CheckpointError
 
@@ -88,3 +89,37 @@ def test_bytes_never_reach_outside():
         Bytes(Path("x"), 0, 10).part(5, 6)
     with pytest.raises(CheckpointError, match="reach outside"):
         Bytes(Path("x"), 0, 10).part(-1, 2)
+
+
+NUMBERS = {
+    "bfloat16": torch.arange(1 << 16).to(torch.int32).to(torch.uint16).view(torch.bfloat16),
+    "float16": torch.arange(1 << 16).to(torch.int32).to(torch.uint16).view(torch.float16),
+    # Every upper half of a float32 above lower halves around the tie of rounding to bfloat16, and to float16.
+    "float32": torch.stack(
+        [(torch.arange(1 << 16) << 16 | low).to(torch.uint32) for low in (0, 1, 0x1000, 0x3000, 0x7FFF, 0x8000, 0x8001)]
+    ).view(torch.float32),
+    "float64": torch.randn(1 << 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    * 10.0 ** torch.linspace(-50, 50, 1 << 12, dtype=torch.float64),
+    "float8_e4m3fn": torch.arange(1 << 8).to(torch.uint8).view(torch.float8_e4m3fn),
+    "int8": torch.arange(-128, 128).to(torch.int8),
+    "int64": torch.arange(-(1 << 30), 1 << 30, 999_983),
+}
+
+
+@pytest.mark.parametrize("target", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("source", NUMBERS)
+def test_every_cast_is_torchs_own(source, target):
+    values = NUMBERS[source].flatten()
+    found = Cast(in_memory(values), target).read()
+    expected = values.to(getattr(torch, target))
+    assert found.dtype == expected.dtype
+    assert torch.equal(found.isnan(), expected.isnan())
+    number = ~expected.isnan()
+    same = {2: torch.int16, 4: torch.int32}[found.element_size()]
+    assert torch.equal(found[number].view(same), expected[number].view(same))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_is_not_finite_is_counted_as_torch_does(dtype):
+    values = NUMBERS[dtype].flatten()
+    assert count_not_finite(memoryview(raw(values)), dtype) == int((~values.isfinite()).sum())
