@@ -85,6 +85,22 @@ def layout_of(trainer: TrainerConfig, model: ModelConfig | PruneModelConfig) -> 
     )
 
 
+def check_length(tokens: int, layout: Layout) -> None:
+    """Checks that a sample's tokens can be spread as the layout asks: context parallel deals 2 chunks to every rank.
+
+    Raises:
+        EngineError: with the equation that fails.
+    """
+    chunks = 2 * layout.context_parallel if layout.context_parallel > 1 else 1
+    chunks *= layout.tensor_parallel if layout.sequence_parallel else 1
+    rest = tokens % chunks
+    if rest:
+        raise EngineError(
+            f"samples of {tokens} tokens do not fit the layout: sequence and context parallel need a multiple of "
+            f"{chunks} ({tokens} mod {chunks} = {rest}); give model.data.seq_length={tokens - rest or chunks}"
+        )
+
+
 def check_fits(architecture: Architecture, layout: Layout, role: str = "model") -> None:
     """Checks that the sizes of a model can be divided as the layout asks.
 
