@@ -18,11 +18,11 @@ from nemo_minitron.runtime.ranks import load_model, parallel_ranks
 from nemo_trainer import CPU, restore, train_and_save, weights_of
 
 
-def stages(wanted: list[list[Any]]) -> dict[str, Any]:
-    """Runs each (function, configuration class, configuration); the metrics by the function's name."""
+def stages(wanted: dict[str, list[Any]]) -> dict[str, Any]:
+    """Runs each (function, configuration class, configuration); their metrics."""
     return {
-        function.rpartition(":")[2]: _load(function)(from_dict(_load(kind), values)).metrics
-        for function, kind, values in wanted
+        name: _load(function)(from_dict(_load(kind), values)).metrics
+        for name, (function, kind, values) in wanted.items()
     }
 
 
