@@ -85,6 +85,6 @@ def mean_loss(model: Any, sequences: Any, batch: int) -> float:
 
     if len(mine):
         run_forward(model, mine, batch, take)
-    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     total = from_last_stage(total, 2)
     return float(total[0] / total[1])

@@ -11,7 +11,7 @@ from nemo_minitron.data.instructions import read_instructions
 from nemo_minitron.data.module import check_fits as check_data
 from nemo_minitron.data.module import data_module, paths, resolve_prefixes
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.runtime.layout import Layout, check_fits, layout_of
+from nemo_minitron.runtime.layout import Layout, check_fits, check_length, layout_of
 
 LOG = "logs/engine.log"
 TOKENIZER, CHECKPOINTS, TENSORBOARD = "tokenizer", "checkpoints", "tensorboard"
@@ -92,6 +92,7 @@ def training_inputs(config: StageConfig, architecture: Architecture, own_tokeniz
     missing = [split for split in ("train", "validation") if split not in prefixes]
     if missing:
         raise ConfigError(f"model.data.data_prefix has no {' and no '.join(missing)} split")
+    check_length(length, layout)
     check_data(prefixes, seq_length=length, vocab_size=architecture.vocab_size)
     return Inputs(prefixes=prefixes, seq_length=length, tokenizer=tokenizer, layout=layout)
 
@@ -105,9 +106,9 @@ def _instruction_inputs(
     rows = read_instructions(config.model.data.instructions, config.instruct, config.seed)
     samples = make_samples(rows, config.instruct, load_tokenizer(tokenizer), length)
     check_vocabulary(samples, architecture.vocab_size)
-    return Inputs(
-        prefixes={}, seq_length=padded_length(samples, length), tokenizer=tokenizer, layout=layout, samples=samples
-    )
+    padded = padded_length(samples, length)
+    check_length(padded, layout)
+    return Inputs(prefixes={}, seq_length=padded, tokenizer=tokenizer, layout=layout, samples=samples)
 
 
 def nemo_tokenizer(name: str) -> Any:

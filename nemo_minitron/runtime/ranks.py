@@ -71,10 +71,12 @@ def run_forward(model: Any, sequences: Any, batch: int, take: Callable[[Any, Any
     Args:
         sequences: tokens [n, s + 1]; the last column is only a label.
         batch: samples a forward pass.
-        take: called on the last stage with (losses a token [b, s], batch's index).
+        take: called on the last stage with (losses a token [b, s], batch's index); s is this rank's share of the
+            tokens under context parallel.
     """
     import torch
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import get_batch_on_this_cp_rank
 
     length = sequences.shape[1] - 1
     schedule = get_forward_backward_func()
@@ -85,7 +87,8 @@ def run_forward(model: Any, sequences: Any, batch: int, take: Callable[[Any, Any
         tokens = tokens.to(device)
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # [b, s]
         positions = torch.arange(length, device=device).expand_as(inputs)
-        output = model(input_ids=inputs, position_ids=positions, attention_mask=None, labels=labels)
+        share = get_batch_on_this_cp_rank({"input_ids": inputs, "position_ids": positions, "labels": labels})
+        output = model(**share, attention_mask=None)
 
         def collect(output: Any) -> tuple[Any, dict[str, Any]]:
             if take is not None:

@@ -6,7 +6,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.config import ModelConfig, TrainerConfig, layout_problems
 from nemo_minitron.errors import EngineError
 from nemo_minitron.runtime.engine import uneven_stages
-from nemo_minitron.runtime.layout import Layout, check_fits, layout_of
+from nemo_minitron.runtime.layout import Layout, check_fits, check_length, layout_of
 
 LLAMA = Architecture(
     num_layers=4, hidden_size=128, ffn_hidden_size=256, num_attention_heads=6, num_query_groups=2, kv_channels=32,
@@ -20,6 +20,14 @@ def test_sizes_that_do_not_divide_are_named_together():
     message = str(caught.value)
     assert "teacher" in message and "6 mod 4 = 2" in message and "num_query_groups 2" in message
     assert "4 layers cannot be spread over 8" in message
+
+
+def test_samples_that_do_not_divide_are_refused():
+    layout = Layout(cuda=True, bf16=True, devices=8, tensor_parallel=2, context_parallel=4, sequence_parallel=True)
+    check_length(4096, layout)
+    check_length(100, Layout(cuda=False, bf16=False, devices=2, tensor_parallel=2))
+    with pytest.raises(EngineError, match="100 mod 16 = 4.*seq_length=96"):
+        check_length(100, layout)
 
 
 def test_gpus_that_are_not_there_are_refused():

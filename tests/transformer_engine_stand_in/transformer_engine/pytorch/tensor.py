@@ -1,0 +1,5 @@
+"""Quantised tensors: a class that no tensor is of."""
+
+
+class QuantizedTensor:
+    pass
