@@ -9,6 +9,7 @@ from nemo_minitron.checkpoints import HF, NEMO2, Checkpoint
 from nemo_minitron.checkpoints.canonical import EMBEDDING, OUTPUT
 from nemo_minitron.checkpoints.families import FAMILIES
 from nemo_minitron.checkpoints.tensors import BLOCK, Lazy, Resized
+from nemo_minitron.checkpoints.transformers_model import load_model
 from nemo_minitron.errors import CheckpointError
 
 STRENGTH = ("none", "tensors", "logits")
@@ -115,13 +116,10 @@ def _by_transformers(checkpoint: Checkpoint, tokens: Any) -> Any:
     import torch
     import transformers
 
-    kind = getattr(transformers, FAMILIES[checkpoint.architecture.family].architecture)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        model = kind.from_pretrained(
-            str(checkpoint.path), torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-        ).eval()
+        model = load_model(checkpoint, torch.float32)
         with torch.no_grad():
             return model(tokens).logits.float()
     finally:
