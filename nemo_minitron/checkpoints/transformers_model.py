@@ -24,8 +24,23 @@ def model_class(family: str) -> Any:
 
 
 def model_config(architecture: Architecture, dtype: str, generation: Mapping[str, Any] = MappingProxyType({})) -> Any:
-    """transformers' configuration of a model; arguments and errors are those of `write_config`."""
-    return model_class(architecture.family).config_class(**write_config(architecture, dtype, generation))
+    """transformers' configuration of a model.
+
+    Args:
+        dtype, generation: as `write_config` takes them.
+
+    Raises:
+        CheckpointError: transformers has no class for it, or its version does not take these sizes.
+    """
+    import transformers
+
+    described = write_config(architecture, dtype, generation)
+    try:
+        return model_class(architecture.family).config_class(**described)
+    except Exception as error:  # transformers 5 has errors of its own, of no common kind
+        raise CheckpointError(
+            f"transformers {transformers.__version__} does not take {architecture.describe()}: {_last_line(error)}"
+        ) from error
 
 
 def load_model(checkpoint: Checkpoint, dtype: Any) -> Any:
@@ -70,8 +85,12 @@ def _generation(checkpoint: Checkpoint) -> Any:
     try:
         return GenerationConfig(**said)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{checkpoint.path}: transformers does not take its settings of generation: {reason}; mend "
+            f"{checkpoint.path}: transformers does not take its settings of generation: {_last_line(error)}; mend "
             "generation_config.json"
         ) from None
+
+
+def _last_line(error: Exception) -> str:
+    """What an error of several lines comes to."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
