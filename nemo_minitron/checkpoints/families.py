@@ -12,6 +12,7 @@ from typing import Any
 from nemo_minitron.architecture import Architecture, RopeScaling
 from nemo_minitron.checkpoints import described
 from nemo_minitron.checkpoints.described import shown
+from nemo_minitron.checkpoints.tokenizers import SPECIAL_TOKENS
 from nemo_minitron.errors import CheckpointError
 
 #: Canonical name inside a layer -> Hugging Face names inside a layer. Biases and norm biases follow their weights.
@@ -36,8 +37,6 @@ SIZES = {
     "num_attention_heads": "num_attention_heads", "vocab_size": "vocab_size", "seq_length": "max_position_embeddings",
 }  # fmt: skip
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu2": "squared_relu", "gelu": "gelu"}
-#: Keys of config.json that say nothing about the shape, and that transformers has values of its own for.
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 #: Where Nemotron's configurations keep the share of each head that is rotated.
 ROTARY_SHARES = ("partial_rotary_factor", "rope_percent", "rope_percentage")
 #: Keys of rope_scaling and rope_parameters that say how the frequencies are scaled.

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints import generation as settings_of_generation
 from nemo_minitron.checkpoints import quantized, safetensors_file, tokenizers
 from nemo_minitron.checkpoints.canonical import EMBEDDING, LAYERS, OUTPUT, layer_shapes, outer_shapes
 from nemo_minitron.checkpoints.described import shown
-from nemo_minitron.checkpoints.families import FAMILIES, OUTER, SPECIAL_TOKENS, layer_names, read_config, write_config
+from nemo_minitron.checkpoints.families import FAMILIES, OUTER, layer_names, read_config, write_config
 from nemo_minitron.checkpoints.files import Files, folder_files
-from nemo_minitron.checkpoints.tensors import Joined, Lazy, Resized, Runs, concatenate
+from nemo_minitron.checkpoints.tensors import Joined, Lazy, Resized, Runs, concatenate, same_bits
 from nemo_minitron.errors import CheckpointError
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HF_LAYERS = "model.layers."
 #: Buffers that older checkpoints carry.
@@ -39,8 +40,9 @@ def read_json(files: Files, name: str) -> dict[str, Any]:
     return loaded
 
 
-def read(files: Files) -> tuple[Architecture, dict[str, Any], dict[str, Any], dict[str, Lazy]]:
-    """Architecture, config.json, generation settings and canonical tensors; reads headers only.
+def read(files: Files) -> tuple[Architecture, dict[str, Any], dict[str, Lazy]]:
+    """Architecture, generation settings and canonical tensors; reads headers only, but for an output layer that is
+    stored though it is tied to the embedding.
 
     Raises:
         CheckpointError: the family is unknown, a shard is missing or damaged, or a tensor is missing.
@@ -54,14 +56,13 @@ def read(files: Files) -> tuple[Architecture, dict[str, Any], dict[str, Any], di
         )
     quantization = quantization_of(files, config)
     architecture = read_config(config, source)
-    generation = {key: config[key] for key in SPECIAL_TOKENS if config.get(key) is not None}
-    if GENERATION in files:
-        generation |= {k: v for k, v in read_json(files, GENERATION).items() if k != "transformers_version"}
+    special = {key: config[key] for key in tokenizers.SPECIAL_TOKENS if config.get(key) is not None}
+    generation = settings_of_generation.checked(special, source) | settings_of_generation.read(files)
     stored: Mapping[str, Lazy] = _stored(files)
     if quantization is not None:
         stored = quantized.dequantized(stored, quantization, files.where)
     tensors = _canonical(stored, architecture, files.where)
-    return architecture, config, generation, tensors
+    return architecture, generation, tensors
 
 
 def quantization_of(files: Files, config: dict[str, Any] | None = None) -> quantized.Quantization | None:
@@ -164,7 +165,7 @@ def _canonical(stored: Mapping[str, Lazy], a: Architecture, where: Path) -> dict
     """Tensors by canonical name; raises CheckpointError naming what is missing or left over."""
     left = {name: tensor for name, tensor in stored.items() if not name.endswith(BUFFERS)}
     if a.share_embeddings_and_output_weights:
-        left.pop(OUTER[OUTPUT], None)
+        _check_tied(left.pop(OUTER[OUTPUT], None), left.get(OUTER[EMBEDDING]), where)
     found: dict[str, Lazy] = {}
     problems = []
     for name, (theirs, shape) in hf_names(a).items():
@@ -185,6 +186,16 @@ def _canonical(stored: Mapping[str, Lazy], a: Architecture, where: Path) -> dict
             f"{where} does not hold the weights that its config.json describes: {'; '.join(problems[:6])}{more}"
         )
     return found
+
+
+def _check_tied(output: Lazy | None, embedding: Lazy | None, where: Path) -> None:
+    """Raises CheckpointError where an output layer is stored that is not the embedding, to which it is tied."""
+    if output is not None and embedding is not None and not same_bits(output, embedding):
+        raise CheckpointError(
+            f"{where}: {OUTER[OUTPUT]} differs from {OUTER[EMBEDDING]}, and tie_word_embeddings makes them one, so "
+            "that its values would be lost: state tie_word_embeddings=false in config.json if they are the model's, or "
+            "take the tensor out"
+        )
 
 
 def hf_names(a: Architecture) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
@@ -323,14 +334,21 @@ def write(
 ) -> None:
     """Writes config.json, generation_config.json, tokenizer and weights into `folder`.
 
+    Special tokens that `generation` does not name are the tokenizer's.
+
     Raises:
-        CheckpointError: transformers has no class that computes what this architecture does.
+        CheckpointError: transformers has no class that computes what this architecture does, or the tokenizer's files
+            do not go with it.
     """
-    config = write_config(architecture, next(iter(tensors.values())).dtype, generation)
+    stated = settings_of_generation.completed(
+        generation, tokenizer, architecture.vocab_size - architecture.vocab_padding
+    )
+    config = write_config(architecture, next(iter(tensors.values())).dtype, stated)
     exported = export_tensors(tensors, architecture)
     folder.mkdir(parents=True, exist_ok=True)
     _dump(folder / CONFIG, config)
-    _dump(folder / GENERATION, {"_from_model_config": True, **generation} if not generation else dict(generation))
+    own = {} if generation else {"_from_model_config": True}
+    _dump(folder / settings_of_generation.FILE, own | stated)
     if tokenizer is not None:
         tokenizer.copy_to(folder)
     files = shards(exported, shard_bytes)

@@ -11,7 +11,8 @@ from typing import Any
 
 from nemo_minitron.checkpoints import HF, Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.convert import progress
-from nemo_minitron.checkpoints.huggingface import CONFIG, GENERATION
+from nemo_minitron.checkpoints.generation import FILE as GENERATION
+from nemo_minitron.checkpoints.huggingface import CONFIG
 from nemo_minitron.checkpoints.tensors import Cast
 from nemo_minitron.checkpoints.transformers_model import load_model
 from nemo_minitron.checkpoints.write import write_checkpoint
