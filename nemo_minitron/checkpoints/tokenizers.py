@@ -121,29 +121,36 @@ class Tokenizer:
 
     @functools.cached_property
     def _vocabulary(self) -> dict[str, int]:
-        """Token -> id, with the tokens that are added to the vocabulary; empty where the files do not say."""
-        definition, config = self._json(DEFINITION), self._json(CONFIG)
-        base = _ids_of_model(definition.get("model"))
-        if not base and MODEL in self.files and DEFINITION not in self.files:
-            try:
-                base = {piece: number for number, piece in enumerate(self._sentencepiece().pieces)}
-            except CheckpointError:
-                base = {}
-        base = base or self._json("vocab.json")
-        if not base:
-            return {}
-        listed = definition.get("added_tokens")
-        added = {
-            token.get("content"): token.get("id")
-            for token in (listed if isinstance(listed, list) else [])
-            if isinstance(token, dict)
-        }
-        decoder = config.get("added_tokens_decoder")
-        for number, token in (decoder if isinstance(decoder, dict) else {}).items():
-            if isinstance(token, dict) and number.isdecimal():
-                added[token.get("content")] = int(number)
-        found = {**base, **self._json(ADDED), **added}
+        """Token -> id, with the tokens that are added to the vocabulary; empty where the files do not say.
+
+        Where there is a tokenizer.json, it alone counts, as in transformers.
+        """
+        definition = self._json(DEFINITION)
+        found: dict[Any, Any]
+        if DEFINITION in self.files:
+            found = _ids_of_model(definition.get("model"))
+            added = definition.get("added_tokens")
+            tokens = [token for token in (added if isinstance(added, list) else []) if isinstance(token, dict)]
+            found = found and found | {token.get("content"): token.get("id") for token in tokens}
+        else:
+            found = self._pieces() or self._json("vocab.json")
+            decoder = self._json(CONFIG).get("added_tokens_decoder")
+            listed = {
+                token.get("content"): int(number)
+                for number, token in (decoder if isinstance(decoder, dict) else {}).items()
+                if isinstance(token, dict) and number.isdecimal()
+            }
+            found = found and {**found, **self._json(ADDED), **listed}
         return {text: number for text, number in found.items() if isinstance(text, str) and type(number) is int}
+
+    def _pieces(self) -> dict[str, int]:
+        """Token -> id of a SentencePiece model; empty where there is none, or it is of another kind or damaged."""
+        if MODEL not in self.files:
+            return {}
+        try:
+            return {piece: number for number, piece in enumerate(self._sentencepiece().pieces)}
+        except CheckpointError:
+            return {}
 
     def _json(self, name: str) -> dict[str, Any]:
         """A mapping in a file of JSON; an empty one where there is none."""

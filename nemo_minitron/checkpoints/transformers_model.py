@@ -39,7 +39,7 @@ def model_config(architecture: Architecture, dtype: str, generation: Mapping[str
         return model_class(architecture.family).config_class(**described)
     except Exception as error:  # transformers 5 has errors of its own, of no common kind
         raise CheckpointError(
-            f"transformers {transformers.__version__} does not take {architecture.describe()}: {_last_line(error)}"
+            f"transformers {transformers.__version__} does not take {architecture.describe()}: {last_line(error)}"
         ) from error
 
 
@@ -86,11 +86,11 @@ def _generation(checkpoint: Checkpoint) -> Any:
         return GenerationConfig(**said)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(
-            f"{checkpoint.path}: transformers does not take its settings of generation: {_last_line(error)}; mend "
+            f"{checkpoint.path}: transformers does not take its settings of generation: {last_line(error)}; mend "
             "generation_config.json"
         ) from None
 
 
-def _last_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
     """What an error of several lines comes to."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

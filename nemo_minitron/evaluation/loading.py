@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.families import write_config
 from nemo_minitron.checkpoints.transformers_model import load_model
 from nemo_minitron.config import InferenceSettings
-from nemo_minitron.errors import CheckpointError, EngineError
+from nemo_minitron.errors import CheckpointError, DataError, EngineError
 
 DTYPES = {"32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -86,6 +86,17 @@ def load_tokenizer_of(checkpoint: Checkpoint, settings: InferenceSettings) -> An
     if name is None:
         raise CheckpointError(f"the checkpoint {checkpoint.path} has no tokenizer: give one, tokenizer=DIR")
     return load_tokenizer(name)
+
+
+def check_tokens(ids: Iterable[int], loaded: Loaded) -> None:
+    """Raises DataError where one of the tokens has no row in the model's embedding."""
+    architecture = loaded.checkpoint.architecture
+    rows, largest = architecture.vocab_size - architecture.vocab_padding, max(ids, default=0)
+    if largest >= rows:
+        raise DataError(
+            f"the tokenizer makes the token {largest}, and the embedding of {loaded.checkpoint.path} has {rows} rows: "
+            "it is another model's; give tokenizer=DIR with the model's own"
+        )
 
 
 def _dtype(checkpoint: Checkpoint, settings: InferenceSettings, device: str) -> Any:
