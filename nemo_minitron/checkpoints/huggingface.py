@@ -164,6 +164,10 @@ def _stored(files: Files) -> dict[str, Runs]:
 def _canonical(stored: Mapping[str, Lazy], a: Architecture, where: Path) -> dict[str, Lazy]:
     """Tensors by canonical name; raises CheckpointError naming what is missing or left over."""
     left = {name: tensor for name, tensor in stored.items() if not name.endswith(BUFFERS)}
+    if a.num_layers > len(left):
+        raise CheckpointError(
+            f"{where} has {len(left)} tensors, too few for the {a.num_layers} layers of its config.json"
+        )
     if a.share_embeddings_and_output_weights:
         _check_tied(left.pop(OUTER[OUTPUT], None), left.get(OUTER[EMBEDDING]), where)
     found: dict[str, Lazy] = {}

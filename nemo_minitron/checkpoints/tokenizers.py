@@ -234,7 +234,7 @@ def in_folder(files: Files, name: str | None = None) -> Tokenizer | None:
     config = tokenizer._json(CONFIG)
     common = _common_words(config)
     if common != config:
-        data = (json.dumps(common, indent=2, ensure_ascii=False) + "\n").encode()
+        data = (json.dumps(common, indent=2) + "\n").encode()
         found[CONFIG] = InMemory(found[CONFIG].path, 0, len(data), data)
     if not config.get("tokenizer_class") and MODEL_CONFIG in files:
         found[MODEL_CONFIG] = files[MODEL_CONFIG]
