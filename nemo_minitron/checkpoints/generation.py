@@ -48,8 +48,14 @@ def checked(settings: dict[str, Any], source: Any) -> dict[str, Any]:
 def completed(settings: Mapping[str, Any], tokenizer: Tokenizer | None, tokens: int) -> dict[str, Any]:
     """The settings, with the tokenizer's special tokens where they name none.
 
+    A token that ends a text and pads as well is the end only: transformers pads with the end where nothing is named for
+    it, and does not train the embedding of what is.
+
     Args:
         tokens: of the model's vocabulary; others than these are not added.
     """
     known = tokenizer.special_tokens() if tokenizer is not None else {}
+    begin, end, pad = SPECIAL_TOKENS
+    if known.get(pad) in (known.get(begin), known.get(end)):
+        known.pop(pad, None)
     return {name: number for name, number in known.items() if number < tokens} | dict(settings)

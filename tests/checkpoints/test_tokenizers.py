@@ -303,9 +303,13 @@ def test_special_tokens_that_a_checkpoint_does_not_name_are_the_tokenizers(tmp_p
 
     start = trained(model_with(tmp_path / "start"))
     expected = by_transformers(start).eos_token_id
-    end = through_all(start, tmp_path)["hf"]
-    for found in (AutoConfig.from_pretrained(end), GenerationConfig.from_pretrained(end)):
-        assert [getattr(found, name) for name in tokenizers.SPECIAL_TOKENS] == [expected] * 3
+    for pad, name in ((None, "pads-with-the-end"), ("b", "pads-with-another")):
+        config = json.loads((start / "tokenizer_config.json").read_text())
+        (start / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": pad or config["pad_token"]}))
+        end = through_all(start, tmp_path / name)["hf"]
+        ids = [expected, expected, by_transformers(end).pad_token_id if pad else None]
+        for found in (AutoConfig.from_pretrained(end), GenerationConfig.from_pretrained(end)):
+            assert [getattr(found, token) for token in tokenizers.SPECIAL_TOKENS] == ids
     bare = run(model_with(tmp_path / "bare"), tmp_path / "end", to="hf")
     for found in (AutoConfig.from_pretrained(bare), GenerationConfig.from_pretrained(bare)):
         assert found.bos_token_id is None and found.eos_token_id is None
