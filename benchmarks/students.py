@@ -137,9 +137,14 @@ def save(model: Any, folder: Path) -> None:
 
 
 def load(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
+    """transformers' model of a checkpoint, in the dtype of its weights."""
+    import torch
 
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.checkpoints.transformers_model import load_model
+
+    checkpoint = open_checkpoint(folder)
+    return load_model(checkpoint, getattr(torch, checkpoint.dtype))
 
 
 def prune_config(teacher: Path, data: Path, output: Path, samples: int, seed: int, **targets: Any) -> Any:

@@ -222,10 +222,11 @@ def overview() -> str:
 
 
 def say(message: str, stream: Any = None) -> None:
-    """Prints on rank 0 only; a reader that has left (`| head`) ends nothing but the printing."""
+    """Prints on rank 0 only; a reader that has left (`| head`) ends nothing but the printing. Half of a character, as
+    damaged JSON can hold, is shown by its number."""
     if _rank() != 0:
         return
-    stream = stream or sys.stdout
+    stream, message = stream or sys.stdout, message.encode("utf-8", "backslashreplace").decode()
     try:
         print(message, file=stream, flush=True)
     except BrokenPipeError:

@@ -6,8 +6,6 @@ Nothing here imports NeMo or Megatron, and no weight is read before it is asked 
 import dataclasses
 import functools
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints import canonical, files, huggingface, nemo1, nemo2
 from nemo_minitron.checkpoints.quantized import Quantization
 from nemo_minitron.checkpoints.tensors import Lazy
-from nemo_minitron.checkpoints.tokenizers import FOR_SENTENCEPIECE, Tokenizer
+from nemo_minitron.checkpoints.tokenizers import TEMPLATES, Tokenizer, cached
 from nemo_minitron.errors import CheckpointError
 
 NEMO1, NEMO2, HF = "nemo1", "nemo2", "hf"
@@ -74,7 +72,7 @@ class Checkpoint:
         found = self.tokenizer_files
         if found is None or not found.files:
             return found.name if found else None
-        return str(_cached(found))
+        return str(cached(found))
 
 
 def _start(tensor: Lazy) -> bytes:
@@ -85,36 +83,6 @@ def _start(tensor: Lazy) -> bytes:
         if len(found) == START_BYTES:
             break
     return found
-
-
-def _cached(tokenizer: Tokenizer) -> Path:
-    """The tokenizer's files in a folder of their own, named by their content."""
-    digest = hashlib.sha256(f"{tokenizer.kind}{FOR_SENTENCEPIECE}".encode())
-    for name in sorted(tokenizer.files):
-        digest.update(f"\0{name}\0".encode() + hashlib.sha256(tokenizer.files[name].read()).digest())
-    folder = _cache() / digest.hexdigest()[:32]
-    if not folder.is_dir():
-        cache = folder.parent
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache) as beside:
-            tokenizer.copy_to(Path(beside) / "tokenizer")
-            try:
-                os.rename(Path(beside) / "tokenizer", folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise
-    return folder
-
-
-def _cache() -> Path:
-    """The user's cache of tokenizers; in a home that cannot be written to, a folder of this process."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_minitron" / "tokenizers"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        if os.access(cache, os.W_OK):
-            return cache
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="minitron-"))
 
 
 def open_checkpoint(path: str | Path, role: str = "checkpoint", *, quantized: bool = False) -> Checkpoint:
@@ -187,14 +155,14 @@ def _open_nemo1(path: Path) -> Checkpoint:
         keep, found = files.unzipped(path)
     else:
         found = files.archive_files(path)
-    architecture, _, tokenizer, tensors = nemo1.read(found)
+    architecture, tokenizer, generation, tensors = nemo1.read(found)
     return Checkpoint(
         path=path,
         format=NEMO1,
         architecture=architecture,
         tensors=canonical.check(tensors, architecture, path),
         tokenizer_files=tokenizer,
-        generation={},
+        generation=generation,
         size=found.size(),
         layout=nemo1.layout(found),
         keep=keep,
@@ -217,8 +185,8 @@ def _open_nemo2(path: Path) -> Checkpoint:
 
 
 def _open_hf(path: Path) -> Checkpoint:
-    found = files.folder_files(path, deep=False)
-    architecture, _, generation, tensors = huggingface.read(found)
+    found = files.folder_files(path, deep=False, entered=(TEMPLATES,))
+    architecture, generation, tensors = huggingface.read(found)
     return Checkpoint(
         path=path,
         format=HF,

@@ -77,6 +77,11 @@ def oddities(checkpoint: Checkpoint) -> list[str]:
             f"heads {a.num_attention_heads} x head size {a.kv_channels} = {a.num_attention_heads * a.kv_channels}, not "
             f"the hidden size {a.hidden_size}: pruned in width, or made so; readers must take the head size as it is"
         )
+    if a.family == "llama" and a.hidden_size % a.num_attention_heads:
+        found.append(
+            f"the hidden size {a.hidden_size} is no multiple of the {a.num_attention_heads} heads: transformers 4 runs "
+            "it, transformers 5 refuses such a Llama"
+        )
     if len({tensor.dtype for tensor in checkpoint.tensors.values()}) > 1:
         found.append("tensors have different precisions")
     if a.vocab_padding:

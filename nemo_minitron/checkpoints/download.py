@@ -6,6 +6,7 @@ safetensors, JSON and the files of tokenizers.
 """
 
 import dataclasses
+import glob
 import os
 import pty
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_minitron.artifacts import MANIFEST, PARTIAL_KEY, Manifest
+from nemo_minitron.checkpoints import tokenizers
 from nemo_minitron.config import HF_SOURCE, NGC_SOURCE, DownloadConfig
 from nemo_minitron.errors import CheckpointError, EngineError, MinitronError
 from nemo_minitron.jobs import Job
@@ -253,8 +255,7 @@ def from_hub(job: Job, repo: str, revision: str) -> dict[str, Any]:
             repo,
             revision=listing.commit,
             local_dir=folder,
-            allow_patterns=list(HUB_FILES),
-            ignore_patterns=list(HUB_COPIES),
+            allow_patterns=[glob.escape(name) for name in listing.sizes],
             tqdm_class=_terminal_bars(),
         )
     except Exception as error:
@@ -278,6 +279,7 @@ def _hub_listing(repo: str, revision: str) -> Listing:
         raise _hub_error(error, repo, revision) from error
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
     wanted = list(filter_repo_objects(sizes, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_COPIES)))
+    wanted += [name for name in sizes if "/" in name and tokenizers.is_file(name)]
     if "config.json" not in wanted or not any(name.endswith(".safetensors") for name in wanted):
         raise CheckpointError(
             f"hf://{repo}: revision {revision} is no model in safetensors: it needs config.json and *.safetensors, "

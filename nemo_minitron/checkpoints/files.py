@@ -18,6 +18,8 @@ from nemo_minitron.checkpoints.tensors import Bytes, whole
 from nemo_minitron.errors import CheckpointError
 
 GZIP = b"\x1f\x8b"
+#: How a file starts that Git Large File Storage left out, and how long it can be (git-lfs, docs/spec.md).
+LFS_POINTER, LFS_LIMIT = b"version https://git-lfs.github.com/spec/v1", 1024
 TEXT_LIMIT = 64 << 20
 MEMBER_LIMIT = 4_000_000
 #: Weights hardly compress; what unpacks to more than so many times its size is no checkpoint.
@@ -44,6 +46,7 @@ class Files:
     def __getitem__(self, name: str) -> Bytes:
         if name not in self._found:
             raise CheckpointError(f"{self.where} has no {name}: it is not a whole checkpoint")
+        refuse_pointer(self._found[name], f"{self.where}: {name}")
         return self._found[name]
 
     def text(self, name: str) -> str:
@@ -67,14 +70,24 @@ class Files:
         return sum(data.length for data in self._found.values())
 
 
-def folder_files(folder: Path, *, deep: bool = True) -> Files:
-    """All files in `folder`, and below it if `deep`.
+def refuse_pointer(data: Bytes, what: str) -> None:
+    """Raises CheckpointError where a file is the text that Git leaves in place of a large one."""
+    if len(LFS_POINTER) <= data.length < LFS_LIMIT and data.part(0, len(LFS_POINTER)).read() == LFS_POINTER:
+        raise CheckpointError(
+            f"{what} is a Git-LFS pointer, not the file itself: run `git lfs pull` in that repository (git lfs install "
+            "first where Git does not know it), or download it with `minitron download hf://...`"
+        )
+
+
+def folder_files(folder: Path, *, deep: bool = True, entered: tuple[str, ...] = ()) -> Files:
+    """All files in `folder`, and below it if `deep`, or else in those of its folders that are `entered`.
 
     Files may be links, as in the cache of the Hugging Face hub; folders that are links are not entered.
     """
     found = {}
     for root, folders, names in os.walk(folder):
-        folders[:] = sorted(folders) if deep else []
+        wanted = folders if deep else entered if Path(root) == Path(folder) else ()
+        folders[:] = sorted(set(folders).intersection(wanted))
         for name in sorted(names):
             path = Path(root) / name
             if path.is_file():
@@ -89,6 +102,7 @@ def archive_files(path: Path) -> Files:
         CheckpointError: it is no tar archive, is truncated, or has members that a checkpoint does not have.
     """
     size = whole(path).length
+    refuse_pointer(whole(path), str(path))
     found: dict[str, Bytes] = {}
     try:
         with open_archive(path) as archive:

@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints import generation as settings_of_generation
 from nemo_minitron.checkpoints import quantized, safetensors_file, tokenizers
 from nemo_minitron.checkpoints.canonical import EMBEDDING, LAYERS, OUTPUT, layer_shapes, outer_shapes
 from nemo_minitron.checkpoints.described import shown
 from nemo_minitron.checkpoints.families import FAMILIES, OUTER, layer_names, read_config, write_config
 from nemo_minitron.checkpoints.files import Files, folder_files
-from nemo_minitron.checkpoints.tensors import Joined, Lazy, Resized, Runs, concatenate
+from nemo_minitron.checkpoints.tensors import Joined, Lazy, Resized, Runs, concatenate, same_bits
 from nemo_minitron.errors import CheckpointError
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HF_LAYERS = "model.layers."
 #: Buffers that older checkpoints carry.
 BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
-#: Keys of config.json that say nothing about the shape but are wanted again in an export.
-CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def is_huggingface(path: Path) -> bool:
@@ -41,8 +40,9 @@ def read_json(files: Files, name: str) -> dict[str, Any]:
     return loaded
 
 
-def read(files: Files) -> tuple[Architecture, dict[str, Any], dict[str, Any], dict[str, Lazy]]:
-    """Architecture, config.json, generation settings and canonical tensors; reads headers only.
+def read(files: Files) -> tuple[Architecture, dict[str, Any], dict[str, Lazy]]:
+    """Architecture, generation settings and canonical tensors; reads headers only, but for an output layer that is
+    stored though it is tied to the embedding.
 
     Raises:
         CheckpointError: the family is unknown, a shard is missing or damaged, or a tensor is missing.
@@ -56,14 +56,13 @@ def read(files: Files) -> tuple[Architecture, dict[str, Any], dict[str, Any], di
         )
     quantization = quantization_of(files, config)
     architecture = read_config(config, source)
-    generation = {key: config[key] for key in CARRIED if config.get(key) is not None}
-    if GENERATION in files:
-        generation |= {k: v for k, v in read_json(files, GENERATION).items() if k != "transformers_version"}
+    special = {key: config[key] for key in tokenizers.SPECIAL_TOKENS if config.get(key) is not None}
+    generation = settings_of_generation.checked(special, source) | settings_of_generation.read(files)
     stored: Mapping[str, Lazy] = _stored(files)
     if quantization is not None:
         stored = quantized.dequantized(stored, quantization, files.where)
     tensors = _canonical(stored, architecture, files.where)
-    return architecture, config, generation, tensors
+    return architecture, generation, tensors
 
 
 def quantization_of(files: Files, config: dict[str, Any] | None = None) -> quantized.Quantization | None:
@@ -96,6 +95,19 @@ def stored_tensors(folder: Path) -> dict[str, Runs]:
     return _stored(folder_files(Path(folder), deep=False))
 
 
+def mapped_tensors(folder: Path, a: Architecture) -> dict[str, Any]:
+    """The tensors of a plain directory (torch.Tensor) by their Hugging Face names, as views of its files: what is in
+    them is read where it is used."""
+    from safetensors import safe_open
+
+    wanted = {name for theirs, _ in hf_names(a).values() for name in theirs}
+    found: dict[str, Any] = {}
+    for file in weight_files(folder_files(Path(folder), deep=False)):
+        with safe_open(Path(folder) / file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in wanted & set(opened.keys())}
+    return found
+
+
 def stored_quantized(folder: Path) -> tuple[dict[str, Runs], quantized.Quantization]:
     """The stored tensors of a quantised directory and how they are quantised; see `dequantized`."""
     files = folder_files(Path(folder), deep=False)
@@ -110,23 +122,40 @@ def tokenizer(files: Files) -> tokenizers.Tokenizer | None:
     return tokenizers.in_folder(files)
 
 
-def _stored(files: Files) -> dict[str, Runs]:
-    """Every tensor of every shard, by its Hugging Face name."""
+def weight_files(files: Files) -> list[str]:
+    """Names of the files with weights: one, or else those that the index names; so transformers looks for them.
+
+    Raises:
+        CheckpointError: there are none, or the index is damaged.
+    """
+    if SINGLE in files:
+        return [SINGLE]
     if INDEX not in files:
-        if SINGLE not in files:
-            found = [name for name in files.names() if name.endswith((".bin", ".safetensors", ".pth"))]
-            hint = f"; there are {', '.join(found[:4])}" if found else ""
-            raise CheckpointError(f"{files.where} has neither {SINGLE} nor {INDEX}{hint}: it is not a whole checkpoint")
-        return safetensors_file.read(files[SINGLE])
+        found = [name for name in files.names() if name.endswith((".bin", ".safetensors", ".pth"))]
+        hint = f"; there are {', '.join(found[:4])}" if found else ""
+        raise CheckpointError(f"{files.where} has neither {SINGLE} nor {INDEX}{hint}: it is not a whole checkpoint")
+    shards = sorted(set(_weight_map(files).values()))
+    for shard in shards:
+        if "/" in shard or shard.startswith("."):
+            raise CheckpointError(f"{files.where}/{INDEX} names the file {shard}, which is outside the checkpoint")
+    return shards
+
+
+def _weight_map(files: Files) -> dict[str, str]:
+    """Tensor -> file, of the index."""
     places = read_json(files, INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(value, str) for value in places.values()):
         raise CheckpointError(f"{files.where}/{INDEX} has no weight_map")
+    return places
+
+
+def _stored(files: Files) -> dict[str, Runs]:
+    """Every tensor of every file of weights, by its Hugging Face name."""
+    names = weight_files(files)
     found: dict[str, Runs] = {}
-    for shard in sorted(set(places.values())):
-        if "/" in shard or shard.startswith("."):
-            raise CheckpointError(f"{files.where}/{INDEX} names the file {shard}, which is outside the checkpoint")
-        found |= safetensors_file.read(files[shard])
-    missing = sorted(places.keys() - found.keys())
+    for name in names:
+        found |= safetensors_file.read(files[name])
+    missing = sorted(_weight_map(files).keys() - found.keys()) if names != [SINGLE] else []
     if missing:
         raise CheckpointError(f"{files.where}: the index names {', '.join(missing[:6])}, which no shard holds")
     return found
@@ -135,8 +164,12 @@ def _stored(files: Files) -> dict[str, Runs]:
 def _canonical(stored: Mapping[str, Lazy], a: Architecture, where: Path) -> dict[str, Lazy]:
     """Tensors by canonical name; raises CheckpointError naming what is missing or left over."""
     left = {name: tensor for name, tensor in stored.items() if not name.endswith(BUFFERS)}
+    if a.num_layers > len(left):
+        raise CheckpointError(
+            f"{where} has {len(left)} tensors, too few for the {a.num_layers} layers of its config.json"
+        )
     if a.share_embeddings_and_output_weights:
-        left.pop(OUTER[OUTPUT], None)
+        _check_tied(left.pop(OUTER[OUTPUT], None), left.get(OUTER[EMBEDDING]), where)
     found: dict[str, Lazy] = {}
     problems = []
     for name, (theirs, shape) in hf_names(a).items():
@@ -157,6 +190,16 @@ def _canonical(stored: Mapping[str, Lazy], a: Architecture, where: Path) -> dict
             f"{where} does not hold the weights that its config.json describes: {'; '.join(problems[:6])}{more}"
         )
     return found
+
+
+def _check_tied(output: Lazy | None, embedding: Lazy | None, where: Path) -> None:
+    """Raises CheckpointError where an output layer is stored that is not the embedding, to which it is tied."""
+    if output is not None and embedding is not None and not same_bits(output, embedding):
+        raise CheckpointError(
+            f"{where}: {OUTER[OUTPUT]} differs from {OUTER[EMBEDDING]}, and tie_word_embeddings makes them one, so "
+            "that its values would be lost: state tie_word_embeddings=false in config.json if they are the model's, or "
+            "take the tensor out"
+        )
 
 
 def hf_names(a: Architecture) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
@@ -295,15 +338,21 @@ def write(
 ) -> None:
     """Writes config.json, generation_config.json, tokenizer and weights into `folder`.
 
+    Special tokens that `generation` does not name are the tokenizer's.
+
     Raises:
-        CheckpointError: transformers has no class that computes what this architecture does.
+        CheckpointError: transformers has no class that computes what this architecture does, or the tokenizer's files
+            do not go with it.
     """
-    config = write_config(architecture, next(iter(tensors.values())).dtype)
+    stated = settings_of_generation.completed(
+        generation, tokenizer, architecture.vocab_size - architecture.vocab_padding
+    )
+    config = write_config(architecture, next(iter(tensors.values())).dtype, stated)
     exported = export_tensors(tensors, architecture)
-    config |= {key: generation[key] for key in CARRIED if key in generation}
     folder.mkdir(parents=True, exist_ok=True)
     _dump(folder / CONFIG, config)
-    _dump(folder / GENERATION, {"_from_model_config": True, **generation} if not generation else dict(generation))
+    own = {} if generation else {"_from_model_config": True}
+    _dump(folder / settings_of_generation.FILE, own | stated)
     if tokenizer is not None:
         tokenizer.copy_to(folder)
     files = shards(exported, shard_bytes)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from nemo_minitron.architecture import Architecture, RopeScaling
-from nemo_minitron.checkpoints import canonical, described, tokenizers, torch_dist, zarr_store
+from nemo_minitron.checkpoints import canonical, described, generation, tokenizers, torch_dist, zarr_store
 from nemo_minitron.checkpoints.archive_writer import ArchiveWriter
 from nemo_minitron.checkpoints.files import Files
 from nemo_minitron.checkpoints.tensors import Chunked, Lazy
@@ -58,8 +58,8 @@ def read_yaml(files: Files) -> dict[str, Any]:
     return config
 
 
-def read(files: Files) -> tuple[Architecture, dict[str, Any], tokenizers.Tokenizer | None, dict[str, Lazy]]:
-    """Architecture, configuration, tokenizer and canonical tensors; reads no weights.
+def read(files: Files) -> tuple[Architecture, tokenizers.Tokenizer | None, dict[str, Any], dict[str, Lazy]]:
+    """Architecture, tokenizer, generation settings and canonical tensors; reads no weights.
 
     Raises:
         CheckpointError: the configuration is incomplete, or the weights are missing, damaged or of another model.
@@ -74,7 +74,7 @@ def read(files: Files) -> tuple[Architecture, dict[str, Any], tokenizers.Tokeniz
     source = f"{files.where}/{CONFIG}"
     architecture = _architecture(config, rows, source)
     padding = _padding(config, rows, tokenizer)
-    return architecture.with_sizes(vocab_padding=padding or None), config, tokenizer, tensors
+    return architecture.with_sizes(vocab_padding=padding or None), tokenizer, generation.read(files), tensors
 
 
 def layout(files: Files) -> str:
@@ -306,11 +306,13 @@ def write(
     architecture: Architecture,
     tensors: Mapping[str, Lazy],
     tokenizer: tokenizers.Tokenizer | None,
+    settings: Mapping[str, Any],
     weights: str = "torch_dist",
 ) -> None:
     """Writes a `.nemo` archive.
 
     Args:
+        settings: of generation; NeMo passes over the member that keeps them.
         weights: ``torch_dist`` or ``zarr``.
     """
     dtype = next(iter(tensors.values())).dtype
@@ -318,6 +320,9 @@ def write(
         archive = ArchiveWriter(file)
         with archive.create(CONFIG) as member:
             member.write(write_yaml(architecture, dtype, tokenizer, weights).encode())
+        if settings:
+            with archive.create(generation.FILE) as member:
+                member.write((json.dumps(dict(settings), indent=2) + "\n").encode())
         if tokenizer is not None:
             folder = "" if tokenizer.kind == tokenizers.SENTENCEPIECE else f"{TOKENIZER_FOLDER}/"
             for name, data in tokenizer.files.items():

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture, RopeScaling
-from nemo_minitron.checkpoints import canonical, described, tokenizers, torch_dist, zarr_store
+from nemo_minitron.checkpoints import canonical, described, generation, tokenizers, torch_dist, zarr_store
 from nemo_minitron.checkpoints.files import Files
 from nemo_minitron.checkpoints.tensors import Chunked, Lazy
 from nemo_minitron.errors import CheckpointError
 
 CONTEXT, WEIGHTS = "context", "weights"
-MODEL_YAML, GENERATION = "model.yaml", "artifacts/generation_config.json"
+MODEL_YAML, GENERATION = "model.yaml", f"artifacts/{generation.FILE}"
 PREFIX = "module."
 #: Where a conversion notes, in the context's `extra`, how many rows of the vocabulary are padding.
 PADDING = "vocab_padding"
@@ -95,7 +95,12 @@ def read(files: Files) -> tuple[Architecture, tokenizers.Tokenizer | None, dict[
     architecture = described.architecture(family, fields, source)
     tokenizer = _tokenizer(context)
     padding = _padding(context, values, architecture.vocab_size, tokenizer)
-    return architecture.with_sizes(vocab_padding=padding or None), tokenizer, _generation(context), tensors
+    return (
+        architecture.with_sizes(vocab_padding=padding or None),
+        tokenizer,
+        generation.read(context, GENERATION),
+        tensors,
+    )
 
 
 def _fields(family: str, class_name: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -135,17 +140,6 @@ def _stored(weights: Files) -> dict[str, Chunked]:
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             backend = json.loads(weights.text("metadata.json"))["sharded_backend"]
     return zarr_store.tensors(weights) if backend == "zarr" else torch_dist.tensors(weights)
-
-
-def _generation(context: Files) -> dict[str, Any]:
-    """Generation settings, where the checkpoint came from Hugging Face and kept them."""
-    if GENERATION not in context:
-        return {}
-    with contextlib.suppress(ValueError, RecursionError):
-        loaded = json.loads(context.text(GENERATION))
-        if isinstance(loaded, dict):
-            return {key: value for key, value in loaded.items() if key != "transformers_version"}
-    return {}
 
 
 def _tokenizer(context: Files) -> tokenizers.Tokenizer | None:
@@ -296,5 +290,5 @@ def nemo_model(architecture: Architecture, tokenizer_dir: str | None = None) -> 
     from nemo.collections.llm.gpt.model.base import HAVE_TE
 
     config = nemo_config(architecture, **({} if HAVE_TE else {"apply_rope_fusion": False}))
-    tokenizer = AutoTokenizer(tokenizer_dir, use_fast=True) if tokenizer_dir else None
+    tokenizer = AutoTokenizer(tokenizers.loadable(tokenizer_dir), use_fast=True) if tokenizer_dir else None
     return getattr(llm, CLASSES[architecture.family][0])(config, tokenizer=tokenizer)

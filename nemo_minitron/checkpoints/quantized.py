@@ -67,7 +67,7 @@ def recognise(config: Mapping[str, Any], beside: Mapping[str, Any] | None, sourc
     """
     stated = config.get(CONFIG_KEY)
     side = beside.get("quantization") if isinstance(beside, Mapping) else None
-    if stated is None and side is None:
+    if stated in (None, {}) and side is None:
         return None
     stated, side = (entry if isinstance(entry, Mapping) else {} for entry in (stated, side))
     method = stated.get("quant_method", "modelopt" if side else "unnamed")

@@ -61,6 +61,23 @@ class Bytes:
             os.close(file)
 
 
+@dataclasses.dataclass(frozen=True)
+class InMemory(Bytes):
+    """Bytes that were made of those of a file.
+
+    Attributes:
+        data: the bytes; `path` is where they come from.
+    """
+
+    data: bytes = b""
+
+    def read(self) -> bytes:
+        return self.data
+
+    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
+        yield memoryview(self.data)
+
+
 def _fill(file: int, view: memoryview, offset: int, path: Path) -> None:
     filled = 0
     while filled < len(view):
@@ -139,6 +156,27 @@ class Lazy(abc.ABC):
         if tensor.numel():
             self.read_into(memoryview(tensor.view(torch.uint8).numpy().reshape(-1)))
         return tensor
+
+
+def same_bits(one: Lazy, other: Lazy) -> bool:
+    """Whether two tensors are the same in shape, dtype and every bit; reads them up to the first difference."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    buffers = memoryview(bytearray(BLOCK)), memoryview(bytearray(BLOCK))
+    first, second = _rebuffer(one, buffers[0]), _rebuffer(other, buffers[1])
+    return all(a == b for a, b in zip(first, second, strict=True))
+
+
+def _rebuffer(tensor: Lazy, buffer: memoryview, size: int = 1 << 20) -> Iterator[bytes]:
+    """The tensor's bytes in pieces of equal size, whatever blocks they come in."""
+    rest = bytearray()
+    for block in tensor.blocks(buffer):
+        rest += block
+        whole = len(rest) // size * size
+        for start in range(0, whole, size):
+            yield bytes(rest[start : start + size])
+        del rest[:whole]
+    yield bytes(rest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 from nemo_minitron.checkpoints import HF, NEMO2, Checkpoint
 from nemo_minitron.checkpoints.canonical import EMBEDDING, OUTPUT
 from nemo_minitron.checkpoints.families import FAMILIES
-from nemo_minitron.checkpoints.tensors import BLOCK, Lazy, Resized
+from nemo_minitron.checkpoints.tensors import Lazy, Resized, same_bits
+from nemo_minitron.checkpoints.transformers_model import load_model
 from nemo_minitron.errors import CheckpointError
 
 STRENGTH = ("none", "tensors", "logits")
@@ -59,30 +60,10 @@ def compare_tensors(expected: Mapping[str, Lazy], result: Checkpoint, seed: int)
         wanted, found = expected[name], result.tensors[name]
         if name in (EMBEDDING, OUTPUT) and wanted.shape[0] > found.shape[0]:
             wanted = Resized(wanted, found.shape[0])
-        if not _equal(wanted, found):
+        if not same_bits(wanted, found):
             raise CheckpointError(f"{result.path}: {name} is not what was to be written; the conversion went wrong")
         compared += wanted.nbytes
     return {"tensors_compared": len(names), "bytes_compared": compared}
-
-
-def _equal(one: Lazy, other: Lazy) -> bool:
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    buffers = memoryview(bytearray(BLOCK)), memoryview(bytearray(BLOCK))
-    first, second = _rebuffer(one, buffers[0]), _rebuffer(other, buffers[1])
-    return all(a == b for a, b in zip(first, second, strict=True))
-
-
-def _rebuffer(tensor: Lazy, buffer: memoryview, size: int = 1 << 20) -> Any:
-    """The tensor's bytes in pieces of equal size, whatever blocks they come in."""
-    rest = bytearray()
-    for block in tensor.blocks(buffer):
-        rest += block
-        whole = len(rest) // size * size
-        for start in range(0, whole, size):
-            yield bytes(rest[start : start + size])
-        del rest[:whole]
-    yield bytes(rest)
 
 
 def compare_logits(source: Checkpoint, result: Checkpoint, seed: int, tolerance: float = TOLERANCE) -> dict[str, Any]:
@@ -115,13 +96,10 @@ def _by_transformers(checkpoint: Checkpoint, tokens: Any) -> Any:
     import torch
     import transformers
 
-    kind = getattr(transformers, FAMILIES[checkpoint.architecture.family].architecture)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        model = kind.from_pretrained(
-            str(checkpoint.path), torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-        ).eval()
+        model = load_model(checkpoint, torch.float32)
         with torch.no_grad():
             return model(tokens).logits.float()
     finally:

@@ -44,7 +44,7 @@ def write_checkpoint(
     """
     tensors = canonical.check(tensors, architecture, "the model to write")
     if form == "nemo1":
-        nemo1.write(path, architecture, tensors, tokenizer, weights)
+        nemo1.write(path, architecture, tensors, tokenizer, generation, weights)
     elif form == "hf":
         huggingface.write(path, architecture, tensors, tokenizer, generation, shard_bytes)
     else:

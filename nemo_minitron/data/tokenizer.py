@@ -1,17 +1,13 @@
 """Tokenizers: a Hugging Face name or directory, or a byte-level BPE trained here."""
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints import tokenizers
 from nemo_minitron.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
-FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt",
-    "added_tokens.json", "generation_config.json", "chat_template.jinja",
-)  # fmt: skip
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
@@ -53,28 +49,29 @@ def load_tokenizer(name: str) -> Any:
     looks_like_path = Path(name).exists() or name.startswith((".", "/", "~"))
     if looks_like_path and not Path(name).is_dir():
         raise DataError(f"the tokenizer {name} is not a directory; give one with a tokenizer.json or tokenizer.model")
+    place = tokenizers.loadable(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        tokenizer = AutoTokenizer.from_pretrained(place, use_fast=True, trust_remote_code=False)
+        tokenizer.decode(tokenizer("a").input_ids)  # some of what is wrong shows only then
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a file that is not what it should be: the Rust library has errors of no kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         remedy = (
-            "give a directory with a tokenizer.json or tokenizer.model"
+            "give a directory with a whole tokenizer.json or tokenizer.model"
             if looks_like_path
             else "it is not a local directory, and the hub did not give it: check name, network and login, or download "
             "it and give the directory"
         )
-        raise DataError(f"the tokenizer {name} cannot be loaded ({reason}); {remedy}") from None
+        raise DataError(f"the tokenizer {name} cannot be loaded ({reason}); {remedy}") from error
     if tokenizer.eos_token_id is None:
         raise DataError(f"the tokenizer {name} has no end-of-sequence token, which ends each document")
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Any, name: str, folder: Path) -> None:
-    """Puts a tokenizer's files into `folder`: a directory's own as they are, a hub's as transformers saves them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Puts a tokenizer's files into `folder`: a directory's own, a hub's as transformers saves them."""
     if Path(name).is_dir():
-        for file in FILES:
-            if (Path(name) / file).is_file():
-                shutil.copyfile(Path(name) / file, folder / file)
-        return
-    tokenizer.save_pretrained(str(folder))
+        tokenizers.from_directory(name).copy_to(folder)
+    else:
+        tokenizer.save_pretrained(str(folder))

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoints import HF, Checkpoint
+from nemo_minitron.checkpoints import HF, Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.convert import progress
-from nemo_minitron.checkpoints.families import FAMILIES
-from nemo_minitron.checkpoints.huggingface import CONFIG, GENERATION
+from nemo_minitron.checkpoints.generation import FILE as GENERATION
+from nemo_minitron.checkpoints.huggingface import CONFIG
 from nemo_minitron.checkpoints.tensors import Cast
+from nemo_minitron.checkpoints.transformers_model import load_model
 from nemo_minitron.checkpoints.write import write_checkpoint
 from nemo_minitron.config import QuantizeConfig
 from nemo_minitron.deployment.formats import DECODERS, MODELOPT
@@ -64,18 +65,15 @@ def device_of(config: QuantizeConfig) -> str:
     return "cuda" if there and config.accelerator != "cpu" else "cpu"
 
 
-def load(folder: Path, family: str, device: str) -> Any:
+def load(folder: Path, device: str) -> Any:
     """transformers' model of a plain directory, in bf16, ready for inference."""
     import torch
     import transformers
 
-    kind = getattr(transformers, FAMILIES[family].architecture)
-    model = kind.from_pretrained(
-        str(folder), torch_dtype=getattr(torch, DTYPE), use_safetensors=True, local_files_only=True
-    )
+    model = load_model(open_checkpoint(folder), getattr(torch, DTYPE))
     # Settings of generation are copied as they are; transformers would refuse to save some that it reads.
     model.generation_config = transformers.GenerationConfig()
-    return model.to(device).eval()
+    return model.to(device)
 
 
 def calibrate(model: Any, sequences: Any, config: QuantizeConfig) -> None:

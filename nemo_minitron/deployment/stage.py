@@ -91,7 +91,7 @@ def _work(partial: Path, config: QuantizeConfig, source: Checkpoint, text: Calib
     lap("convert")
     if config.calibrates or config.export == "trtllm":
         with export.chatter_to(partial / export.LOG):
-            model = export.load(plain, source.architecture.family, device)
+            model = export.load(plain, device)
             if text is not None:
                 export.calibrate(model, text.draw(), config)
             lap("calibrate")

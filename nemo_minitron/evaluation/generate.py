@@ -4,9 +4,11 @@ import json
 import time
 from typing import Any
 
+from nemo_minitron.checkpoints.tokenizers import SPECIAL_TOKENS
+from nemo_minitron.checkpoints.transformers_model import last_line
 from nemo_minitron.config import GenerateConfig
-from nemo_minitron.errors import ConfigError
-from nemo_minitron.evaluation.loading import Loaded, load, open_all
+from nemo_minitron.errors import CheckpointError, ConfigError
+from nemo_minitron.evaluation.loading import Loaded, check_tokens, load, open_all
 
 
 def generate(config: GenerateConfig) -> None:
@@ -46,10 +48,12 @@ def continuation(loaded: Loaded, config: GenerateConfig) -> tuple[list[int], int
 
     Raises:
         ConfigError: the prompt fills the model's length.
+        DataError: one of its tokens has no row in the embedding.
     """
     import torch
 
     encoded = loaded.tokenizer(config.prompt, return_tensors="pt").to(loaded.model.device)
+    check_tokens(encoded.input_ids[0].tolist(), loaded)
     prompt_tokens = encoded.input_ids.shape[1]
     longest = loaded.checkpoint.architecture.seq_length
     if prompt_tokens >= longest:
@@ -57,14 +61,33 @@ def continuation(loaded: Loaded, config: GenerateConfig) -> tuple[list[int], int
             f"prompt has {prompt_tokens} tokens, the model's length is {longest}: shorten it", "minitron generate"
         )
     torch.manual_seed(config.seed)
-    with torch.no_grad():
-        made = loaded.model.generate(
-            input_ids=encoded.input_ids,
-            attention_mask=encoded.attention_mask,
-            max_new_tokens=min(config.max_new_tokens, longest - prompt_tokens),
-            **_decoding(config, loaded),
-        )
-    return made[0].tolist(), prompt_tokens
+    options = {"max_new_tokens": min(config.max_new_tokens, longest - prompt_tokens), **_decoding(config, loaded)}
+    return generated(loaded, encoded.input_ids, encoded.attention_mask, **options), prompt_tokens
+
+
+def generated(loaded: Loaded, tokens: Any, mask: Any, **options: Any) -> list[int]:
+    """The tokens [1, s] and what the model makes of them.
+
+    Args:
+        options: of transformers' generate; they go before the checkpoint's own settings.
+
+    Raises:
+        CheckpointError: transformers does not generate with the checkpoint's settings.
+    """
+    import torch
+
+    one_text = {"num_return_sequences": 1, "return_dict_in_generate": False}
+    try:
+        with torch.no_grad():
+            made = loaded.model.generate(input_ids=tokens, attention_mask=mask, **one_text, **options)
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
+        if not loaded.checkpoint.generation.keys() - SPECIAL_TOKENS:
+            raise
+        raise CheckpointError(
+            f"{loaded.checkpoint.path}: transformers does not generate with its settings of generation "
+            f"({last_line(error)}); mend or remove generation_config.json"
+        ) from error
+    return made[0].tolist()
 
 
 def ends_and_padding(loaded: Loaded) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from nemo_minitron.checkpoints import FORMATS, Checkpoint
 from nemo_minitron.config import DataConfig, EvaluateConfig
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.evaluation import facts, perplexity, suite, summarization
-from nemo_minitron.evaluation.loading import Loaded, display_names, load, open_all, quiet_transformers
+from nemo_minitron.evaluation.loading import Loaded, check_tokens, display_names, load, open_all, quiet_transformers
 from nemo_minitron.evaluation.results import render, rows_of
 from nemo_minitron.jobs import Job
 
@@ -255,10 +255,24 @@ def language_model(loaded: Loaded, config: EvaluateConfig, reuse: bool = True) -
 
     Args:
         reuse: use logits of equal texts again.
+
+    Raises:
+        DataError: later, where a text has a token that the model's embedding has no row for.
     """
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(
+    class Checked(HFLM):
+        def tok_encode(self, *arguments: Any, **options: Any) -> list[int]:
+            ids = super().tok_encode(*arguments, **options)
+            check_tokens(ids, loaded)
+            return ids
+
+        def tok_batch_encode(self, *arguments: Any, **options: Any) -> Any:
+            ids, mask = super().tok_batch_encode(*arguments, **options)
+            check_tokens([int(ids.max())], loaded)
+            return ids, mask
+
+    return Checked(
         pretrained=loaded.model,
         tokenizer=loaded.tokenizer,
         backend="causal",

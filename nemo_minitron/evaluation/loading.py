@@ -2,15 +2,15 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoints import HF, Checkpoint, open_checkpoint
-from nemo_minitron.checkpoints.families import FAMILIES, write_config
-from nemo_minitron.checkpoints.huggingface import export_tensors
+from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
+from nemo_minitron.checkpoints.families import write_config
+from nemo_minitron.checkpoints.transformers_model import load_model
 from nemo_minitron.config import InferenceSettings
-from nemo_minitron.errors import CheckpointError, EngineError
+from nemo_minitron.errors import CheckpointError, DataError, EngineError
 
 DTYPES = {"32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -39,8 +39,7 @@ def open_all(paths: list[str], settings: InferenceSettings, *, tokenizers: bool 
     """
     found = [open_checkpoint(path, quantized=True) for path in paths]
     for path, checkpoint in zip(paths, found):
-        if checkpoint.format != HF:
-            write_config(checkpoint.architecture, checkpoint.dtype)
+        write_config(checkpoint.architecture, checkpoint.dtype)
         if tokenizers and settings.tokenizer is None and checkpoint.tokenizer_files is None:
             raise CheckpointError(f"the checkpoint {path} has no tokenizer: give one, tokenizer=DIR")
     resolve_device(settings.device)
@@ -75,7 +74,7 @@ def load(checkpoint: Checkpoint, settings: InferenceSettings, *, tokenizer: bool
     device = resolve_device(settings.device)
     found = load_tokenizer_of(checkpoint, settings) if tokenizer else None
     with quiet_transformers():
-        model = _model(checkpoint, _dtype(checkpoint, settings, device))
+        model = load_model(checkpoint, _dtype(checkpoint, settings, device))
     return Loaded(model=model.to(device).eval(), tokenizer=found, checkpoint=checkpoint)
 
 
@@ -89,39 +88,23 @@ def load_tokenizer_of(checkpoint: Checkpoint, settings: InferenceSettings) -> An
     return load_tokenizer(name)
 
 
+def check_tokens(ids: Iterable[int], loaded: Loaded) -> None:
+    """Raises DataError where one of the tokens has no row in the model's embedding."""
+    architecture = loaded.checkpoint.architecture
+    rows, largest = architecture.vocab_size - architecture.vocab_padding, max(ids, default=0)
+    if largest >= rows:
+        raise DataError(
+            f"the tokenizer makes the token {largest}, and the embedding of {loaded.checkpoint.path} has {rows} rows: "
+            "it is another model's; give tokenizer=DIR with the model's own"
+        )
+
+
 def _dtype(checkpoint: Checkpoint, settings: InferenceSettings, device: str) -> Any:
     import torch
 
     if settings.dtype != "auto":
         return getattr(torch, DTYPES[str(settings.dtype)])
     return torch.float32 if device == "cpu" else getattr(torch, checkpoint.dtype)
-
-
-def _model(checkpoint: Checkpoint, dtype: Any) -> Any:
-    import transformers
-
-    kind = getattr(transformers, FAMILIES[checkpoint.architecture.family].architecture)
-    if checkpoint.format == HF and not checkpoint.quantization:  # transformers does not read ModelOpt's formats
-        return kind.from_pretrained(
-            str(checkpoint.path), torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-    described = write_config(checkpoint.architecture, checkpoint.dtype)
-    state = {
-        name: tensor.read() for name, tensor in export_tensors(checkpoint.tensors, checkpoint.architecture).items()
-    }
-    config = kind.config_class(**described)
-    model, report = kind.from_pretrained(
-        None, config=config, state_dict=state, torch_dtype=dtype, output_loading_info=True
-    )
-    problems = [f"{what.replace('_', ' ')}: {', '.join(sorted(map(str, report[what])))}" for what in report
-                if report[what] and what != "error_msgs"]  # fmt: skip
-    if problems:
-        raise CheckpointError(f"{checkpoint.path} does not fit transformers' {kind.__name__}: {'; '.join(problems)}")
-    if checkpoint.generation:
-        # Without what transformers notes of itself there (`_from_model_config`): it would look for more of that.
-        said = {name: value for name, value in checkpoint.generation.items() if not name.startswith("_")}
-        model.generation_config = transformers.GenerationConfig(**said)
-    return model
 
 
 @contextlib.contextmanager

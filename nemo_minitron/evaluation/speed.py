@@ -273,12 +273,11 @@ def _rehearse(family: str, device: str) -> None:
     """Loads and runs a model of a few hundred numbers, so that what libraries import and set up on the way does not
     count as the memory of the one that is measured."""
     import torch
-    import transformers
     from transformers import DynamicCache
 
-    from nemo_minitron.checkpoints.families import FAMILIES
+    from nemo_minitron.checkpoints.transformers_model import model_class
 
-    kind = getattr(transformers, FAMILIES[family].architecture)
+    kind = model_class(family)
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
              "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}  # fmt: skip
     config = kind.config_class(**sizes)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.errors import DataError
-from nemo_minitron.evaluation.loading import Loaded
+from nemo_minitron.evaluation.loading import Loaded, check_tokens
 from nemo_minitron.evaluation.made import first_line, folder_of, own_cache
 
 TASK = "summarization"
@@ -137,23 +137,24 @@ def _prompt(loaded: Loaded, article: Article, config: EvaluateConfig) -> Any:
             f"{config.max_new_tokens}: give a smaller max_new_tokens"
         )
     article_tokens = loaded.tokenizer(article.text, truncation=True, max_length=room).input_ids
+    check_tokens(article_tokens + suffix, loaded)
     return torch.tensor([article_tokens + suffix], device=loaded.model.device)
 
 
 def _generate(loaded: Loaded, prompt: Any, config: EvaluateConfig) -> list[int]:
     import torch
 
-    from nemo_minitron.evaluation.generate import ends_and_padding
+    from nemo_minitron.evaluation.generate import ends_and_padding, generated
 
-    with torch.no_grad():
-        made = loaded.model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=config.max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            **ends_and_padding(loaded),
-        )
-    return made[0, prompt.shape[1] :].tolist()
+    made = generated(
+        loaded,
+        prompt,
+        torch.ones_like(prompt),
+        max_new_tokens=config.max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        **ends_and_padding(loaded),
+    )
+    return made[prompt.shape[1] :]

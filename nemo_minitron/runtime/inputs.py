@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints.tokenizers import loadable
 from nemo_minitron.config import StageConfig
 from nemo_minitron.data.instruction_samples import Samples, check_vocabulary, make_samples, padded_length
 from nemo_minitron.data.instructions import read_instructions
@@ -115,7 +116,7 @@ def nemo_tokenizer(name: str) -> Any:
     """NeMo's wrapper of a Hugging Face tokenizer."""
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-    return AutoTokenizer(name, use_fast=True)
+    return AutoTokenizer(loadable(name), use_fast=True)
 
 
 def build_data(config: StageConfig, inputs: Inputs, tokenizer: Any, partial: Path) -> Any:

@@ -194,6 +194,18 @@ def test_a_tokenizer_of_files_is_found_wherever_the_checkpoint_is(tokenizer, tmp
     assert model_yaml(context)["tokenizer"]["pretrained_model_name"] == "nemo_tokenizer"
 
 
+def test_nemo_takes_a_tokenizer_that_transformers_5_wrote(tokenizer, tmp_path, monkeypatch):
+    from nemo_minitron.runtime.inputs import nemo_tokenizer
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copy_into(tmp_path, tokenizer, "newer")
+    config = json.loads((tmp_path / "newer" / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<eos>"]}
+    (tmp_path / "newer" / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = nemo_tokenizer(str(tmp_path / "newer"))
+    assert loaded.text_to_ids("to be or not to be") == [2, 3, 4, 5, 2, 3] and loaded.eos_id == 1
+
+
 def test_a_sentencepiece_model_is_found_wherever_the_checkpoint_is(tmp_path):
     import sentencepiece
     from nemo.lightning.io import load_context

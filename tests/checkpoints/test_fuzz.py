@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import random
 import resource
 import shutil
@@ -15,10 +16,19 @@ import pytest
 import torch
 from test_hostile import make, weights
 
+from models import save
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
+from nemo_minitron.cli import main
+from nemo_minitron.data.tokenizer import train_bpe
 from nemo_minitron.errors import MinitronError
 
 CASES = 300
+#: Of directories whose descriptions are damaged, each run by transformers.
+RUNS = 120
+TEXT = "to be or not to be, that is the question"
+#: What nobody expects in place of a value.
+JUNK = (None, True, False, -1, 0, 1, 7, 2**31 - 1, 2**31, 2**63, -(2**70), 0.0, -0.5, 1e308, float("nan"), float("inf"),
+        "", "x", "0", "\ud800", "a" * 300, [], [None], [[]], [0, 1], {}, {"": None}, {"content": 3})  # fmt: skip
 SECONDS = 20
 MEMORY = 512 << 20
 KINDS = ("nemo1", "zarr", "ckpt", "nemo2", "hf", "archive", "gzip")
@@ -105,7 +115,7 @@ def neutral(found: Checkpoint) -> dict:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_checkpoints_are_refused_or_read_rightly(kind, tmp_path):
-    chance = random.Random(f"20 {kind}")
+    chance = random.Random(f"4 {kind}")
     good = prepared(kind, tmp_path)
     original = open_checkpoint(good)
     outcomes: Counter[str] = Counter()
@@ -132,3 +142,103 @@ def test_damaged_checkpoints_are_refused_or_read_rightly(kind, tmp_path):
     assert outcomes["refused"] > CASES // 10, outcomes
     assert open_checkpoint(good).architecture == original.architecture
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY
+
+
+def places(value, path=()) -> list[tuple]:
+    """The path of every value in a JSON document."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, child in items for found in ((*path, key), *places(child, (*path, key)))]
+
+
+def other_words(data: bytes, chance: random.Random) -> bytes:
+    """A JSON document with one value, near its root more often than not, gone or replaced."""
+    document = json.loads(data)
+    found = places(document)
+    depth = chance.choice(sorted({len(path) for path in found}))
+    path = chance.choice([path for path in found if len(path) == depth])
+    holder = document
+    for key in path[:-1]:
+        holder = holder[key]
+    if chance.random() < 0.2:
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = chance.choice(JUNK)
+    return json.dumps(document).encode()
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory) -> Path:
+    """A small model with a tokenizer, and the words that transformers 5 has for some of it."""
+    folder = save("llama31", torch.float32, tmp_path_factory.mktemp("described") / "model")
+    train_bpe([TEXT] * 10, 259, folder)
+    config = json.loads((folder / "config.json").read_text())
+    scaling = {**config["rope_scaling"], "rope_theta": config["rope_theta"]}
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": scaling, "sliding_window": None}))
+    settings = {"bos_token_id": 0, "eos_token_id": [0, 1], "temperature": 0.7, "top_p": 0.9, "top_k": 5,
+                "repetition_penalty": 1.1, "max_length": 32}  # fmt: skip
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    added = json.loads((folder / "tokenizer_config.json").read_text())
+    added |= {"extra_special_tokens": ["<|endoftext|>"], "tokenizer_class": "TokenizersBackend"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(added))
+    return folder
+
+
+DESCRIPTIONS = {
+    "config": ("config.json",),
+    "generation": ("generation_config.json",),
+    "tokenizer": ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+}
+
+
+@pytest.mark.parametrize("kind", DESCRIPTIONS)
+def test_damaged_descriptions_are_refused_or_lose_nothing(kind, described, tmp_path, monkeypatch, capsys):
+    """Through `generate`: one message, or the same model. What a tokenizer's files say leaves as it came, and means to
+    this package what it means to transformers."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    chance = random.Random(f"4 {kind}")
+    original = open_checkpoint(described)
+    outcomes: Counter[str] = Counter()
+    for case in range(RUNS):
+        victim = described / chance.choice(DESCRIPTIONS[kind])
+        whole = victim.read_bytes()
+        damaged = other_words(whole, chance) if chance.random() < 0.7 else bytes(damage(bytearray(whole), chance))
+        victim.write_bytes(damaged)
+        try:
+            with no_longer_than(SECONDS), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                code = main(["generate", str(described), TEXT, "max_new_tokens=2", "--json"])
+                said = capsys.readouterr()
+                assert code in (0, 1, 2), said.err
+                assert code == 0 or (said.err.strip() and len(said.err) < 4000 and not said.out)
+                outcomes["read" if code == 0 else "refused"] += 1
+                if code == 0:
+                    found = open_checkpoint(described)
+                    judge_shape(found, original)
+                    if kind == "tokenizer":
+                        judge_tokenizer(found, described, victim.name, damaged, json.loads(said.out))
+                    elif kind == "generation":
+                        kept = json.loads(damaged)
+                        assert all(found.generation[name] == kept[name] or kept[name] != kept[name] for name in kept)
+        except BaseException as error:
+            kept = shutil.copy(victim, tmp_path / f"case-{case}")
+            raise AssertionError(f"case {case}, {victim.name} ({kept}): {type(error).__name__}: {error}") from error
+        finally:
+            victim.write_bytes(whole)
+    assert outcomes["refused"] > RUNS // 10 and outcomes["read"] > RUNS // 10, outcomes
+
+
+def judge_shape(found: Checkpoint, original: Checkpoint) -> None:
+    assert found.tensors.keys() == original.tensors.keys()
+    for name in SHAPES:
+        assert getattr(found.architecture, name) == getattr(original.architecture, name), name
+
+
+def judge_tokenizer(found: Checkpoint, folder: Path, name: str, damaged: bytes, said: dict) -> None:
+    """What is used is what lies there: the same bytes, and the tokens that transformers makes of them."""
+    from transformers import AutoTokenizer
+
+    contents = found.tokenizer_files.contents()
+    if name != "tokenizer_config.json":
+        assert contents[name] == damaged
+    theirs = AutoTokenizer.from_pretrained(found.tokenizer)
+    assert said["prompt_tokens"] == len(theirs(TEXT).input_ids)

@@ -51,7 +51,7 @@ def make(folder: Path, kind: str) -> Path:
         torch.save({f"model.{name}": value for name, value in weights().items()}, folder / "model_weights.ckpt")
         return folder
     archive = folder.with_suffix(".nemo")
-    nemo1.write(archive, ARCHITECTURE, tensors, None, "zarr" if kind == "zarr" else "torch_dist")
+    nemo1.write(archive, ARCHITECTURE, tensors, None, {}, "zarr" if kind == "zarr" else "torch_dist")
     with tarfile.open(archive) as opened:
         opened.extractall(folder, filter="data")
     return folder

@@ -303,7 +303,7 @@ def test_modelopt_packs_160_columns_wrong_without_a_word_and_so_they_are_refused
     assert "nearest legal: prune.hidden_size=128 or prune.hidden_size=256" in str(refused.value)
     assert not list(tmp_path.iterdir())
 
-    loaded = export.load(source, "llama", "cpu")
+    loaded = export.load(source, "cpu")
     config = settings(shelf, source, tmp_path / "out", qformat="int4_awq")
     with export.chatter_to(tmp_path / "log"):
         export.calibrate(loaded, torch.randint(0, 300, (4, 32)), config)
