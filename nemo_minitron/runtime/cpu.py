@@ -12,6 +12,9 @@ microseconds on every operation and follows neither threads nor processes.
 import contextlib
 import functools
 import importlib
+import importlib.util
+import os
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +24,7 @@ FACTORIES = (
     "tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "linspace", "eye", "rand", "randn", "randint",
     "randperm", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
 )  # fmt: skip
+LIBRARIES = ("torch", "megatron.core", "nemo.lightning")
 MISSING = object()
 _active = False
 
@@ -29,16 +33,21 @@ class Redirect(NamedTuple):
     """One attribute that is replaced.
 
     Attributes:
-        owner: dotted path of the module or class.
+        owner: dotted path of the module or class. A library that is not installed has nothing to redirect.
         name: the attribute.
-        build: makes the replacement from the original (which is None where the attribute does not exist).
+        build: makes the replacement from the original.
         why: the reason.
+        needed: whether every version that is supported has the attribute, so that its absence is an error; otherwise
+            a version without it, or without its owner, is left as it is.
+        only_missing: the attribute is made where it does not exist (`build` gets MISSING), and kept where it does.
     """
 
     owner: str
     name: str
     build: Callable[[Any], Any]
     why: str
+    needed: bool = True
+    only_missing: bool = False
 
 
 def is_cuda_device(value: Any) -> bool:
@@ -157,16 +166,33 @@ def _seed_model_parallel(original: Callable) -> Callable:
     return call
 
 
-def _gather_scalars(original: Callable) -> Callable:
-    """gloo's all_gather_into_tensor takes no tensors without dimensions; ModelOpt's layer drop passes one."""
+def _gather_flat(original: Callable) -> Callable:
+    """gloo's all_gather_into_tensor takes no 0-d input, and an output of the input's shape only, larger in the first
+    dimension; NCCL's counts elements. ModelOpt's layer drop passes a scalar, its importance (2, 4) for (8)."""
 
     @functools.wraps(original)
     def call(output_tensor: Any, input_tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        if input_tensor.dim() == 0:
-            input_tensor = input_tensor.view(1)
+        if output_tensor.is_contiguous():
+            output_tensor, input_tensor = output_tensor.view(-1), input_tensor.reshape(-1)
         return original(output_tensor, input_tensor, *args, **kwargs)
 
     return call
+
+
+def _memory(pages: str) -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)
+
+
+def _properties(original: Callable) -> Callable:
+    """What is asked of a device's properties, answered for this machine, which has no compute capability."""
+    found = types.SimpleNamespace(
+        name="cpu", major=0, minor=0, total_memory=_memory("SC_PHYS_PAGES"), multi_processor_count=os.cpu_count() or 1
+    )
+    return _returns(found)(original)
+
+
+def _free_memory(original: Callable) -> Callable:
+    return lambda device=None: (_memory("SC_AVPHYS_PAGES"), _memory("SC_PHYS_PAGES"))
 
 
 def redirects() -> list[Redirect]:
@@ -191,8 +217,13 @@ def redirects() -> list[Redirect]:
         Redirect(torch_cuda, "is_initialized", _returns(True), "NeMo's checkpoint reader asserts it"),
         Redirect(torch_cuda, "synchronize", _returns(None), streams),
         Redirect(torch_cuda, "empty_cache", _returns(None), "there is no caching allocator"),
-        Redirect(torch_cuda, "max_memory_allocated", _returns(0), "there is no caching allocator"),
-        Redirect(torch_cuda, "max_memory_reserved", _returns(0), "there is no caching allocator"),
+        *(
+            Redirect(torch_cuda, name, _returns(0), "there is no caching allocator")
+            for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+        ),
+        Redirect(torch_cuda, "mem_get_info", _free_memory, "ModelOpt asks how much is free; on a CPU, of the machine"),
+        Redirect(torch_cuda, "get_device_properties", _properties, "ModelOpt and NeMo ask for memory and kind"),
+        Redirect(torch_cuda, "get_device_capability", _returns((0, 0)), "NeMo chooses by the kind of GPU"),
         Redirect(torch_cuda, "Stream", _stream_class, streams),
         Redirect(torch_cuda, "Event", _stream_class, streams),
         Redirect(torch_cuda, "stream", _stream_class, streams),
@@ -208,7 +239,19 @@ def redirects() -> list[Redirect]:
             lambda original: lambda new_state, device=-1, graph_safe=False: set_rng_state(new_state),
             "sets the state of a CUDA generator",
         ),
-        Redirect("torch.distributed", "all_gather_into_tensor", _gather_scalars, "gloo refuses 0-d inputs"),
+        Redirect(
+            "torch.distributed", "all_gather_into_tensor", _gather_flat,
+            "gloo refuses 0-d inputs and outputs of another shape",
+        ),
+        Redirect(
+            "megatron.core.inference.communication_utils", "_is_cuda", _returns(None),
+            "asserts that a tensor is on a CUDA device", needed=False,
+        ),
+        Redirect(
+            "megatron.core.transformer.moe.moe_utils", "te_general_gemm", lambda original: None,
+            "mixture-of-experts routing asks whether it is None, which is imported with Transformer Engine only",
+            needed=False, only_missing=True,
+        ),
         Redirect(
             "nemo.lightning.megatron_init", "_set_random_seed", _seed_model_parallel,
             "NeMo seeds Megatron's random states only where it counts CUDA devices",
@@ -222,11 +265,43 @@ def redirects() -> list[Redirect]:
 
 
 def _resolve(path: str) -> Any:
+    """The module or class of a dotted path, MISSING where there is none."""
     try:
         return importlib.import_module(path)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if not f"{path}.".startswith(f"{error.name}."):
+            raise  # the module is there, what it imports is not
         parent, _, name = path.rpartition(".")
-        return getattr(_resolve(parent), name)
+        return getattr(_resolve(parent), name, MISSING) if parent else MISSING
+
+
+def _installed(path: str) -> bool:
+    """Whether the library that a dotted path begins with is installed."""
+    library = next(name for name in LIBRARIES if f"{path}.".startswith(f"{name}."))
+    try:
+        return importlib.util.find_spec(library) is not None
+    except ModuleNotFoundError:  # its parent is not installed
+        return False
+
+
+def places() -> Iterator[tuple[Any, Redirect]]:
+    """Each redirect that has something to replace in the installed versions, with its owner.
+
+    Raises:
+        EngineError: an attribute that every supported version has is missing.
+    """
+    for redirect in redirects():
+        if not _installed(redirect.owner):
+            continue
+        owner = _resolve(redirect.owner)
+        exists = hasattr(owner, redirect.name)
+        if redirect.needed and not (exists or redirect.only_missing):
+            raise EngineError(
+                f"{redirect.owner}.{redirect.name} does not exist in the installed version; "
+                "running without CUDA needs the versions of requirements.txt"
+            )
+        if owner is not MISSING and exists != redirect.only_missing:
+            yield owner, redirect
 
 
 @contextlib.contextmanager
@@ -244,14 +319,8 @@ def megatron_on_cpu() -> Iterator[bool]:
     replaced: list[tuple[Any, str, Any]] = []
     _active = True
     try:
-        for redirect in redirects():
-            owner = _resolve(redirect.owner)
-            original = getattr(owner, redirect.name, None)
-            if original is None:
-                raise EngineError(
-                    f"{redirect.owner}.{redirect.name} does not exist in the installed version; "
-                    "running without CUDA needs the versions of requirements.txt"
-                )
+        for owner, redirect in places():
+            original = getattr(owner, redirect.name, MISSING)
             replaced.append((owner, redirect.name, vars(owner).get(redirect.name, MISSING)))
             setattr(owner, redirect.name, redirect.build(original))
         with torch.compiler.set_stance("force_eager"):

@@ -1,30 +1,32 @@
 """The piece that lets Megatron run without CUDA: contained, listed, and gone when it is left."""
 
+import sys
+import types
+
 import pytest
 import torch
 
+from nemo_minitron.errors import EngineError
 from nemo_minitron.runtime import cpu
 
 
-def replaced() -> dict[tuple[str, str], object]:
+def found(places: list) -> dict[tuple[str, str], object]:
     """What stands at each place that is redirected."""
-    return {
-        (redirect.owner, redirect.name): getattr(cpu._resolve(redirect.owner), redirect.name)
-        for redirect in cpu.redirects()
-    }
+    return {(redirect.owner, redirect.name): getattr(owner, redirect.name, cpu.MISSING) for owner, redirect in places}
 
 
 def test_every_redirect_is_undone_even_after_an_error():
-    before = replaced()
-    own = {key: vars(cpu._resolve(key[0])).get(key[1], None) for key in before}
+    places = list(cpu.places())
+    before = found(places)
+    own = [vars(owner).get(redirect.name, cpu.MISSING) for owner, redirect in places]
     with pytest.raises(RuntimeError, match="inside"), cpu.megatron_on_cpu() as active:
         assert active
-        inside = replaced()
+        inside = found(places)
         assert all(inside[key] is not before[key] for key in before)
         raise RuntimeError("inside")
-    after = replaced()
+    after = found(places)
     assert all(after[key] == before[key] for key in before)
-    assert own == {key: vars(cpu._resolve(key[0])).get(key[1], None) for key in before}
+    assert own == [vars(owner).get(redirect.name, cpu.MISSING) for owner, redirect in places]
 
 
 def test_every_redirect_says_why():
@@ -32,11 +34,12 @@ def test_every_redirect_says_why():
 
 
 def test_nothing_is_touched_where_cuda_is_available(monkeypatch):
-    before = replaced()
+    places = list(cpu.places())
+    before = found(places)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with cpu.megatron_on_cpu() as active:
         assert not active
-        assert all(value is before[key] for key, value in replaced().items() if key[0] != "torch.Tensor")
+        assert all(value is before[key] for key, value in found(places).items() if key[0] != "torch.Tensor")
         assert "cuda" not in vars(torch.Tensor) or torch.Tensor.cuda is before[("torch.Tensor", "cuda")]
 
 
@@ -45,6 +48,57 @@ def test_an_inner_entry_leaves_the_outer_one_in_place():
         with cpu.megatron_on_cpu():
             pass
         assert torch.zeros(2, device="cuda").device.type == "cpu"
+
+
+@pytest.fixture
+def library(monkeypatch) -> types.ModuleType:
+    """A library of another version: it has `kept`, and nothing else."""
+    module = types.ModuleType("other_version")
+    module.kept = 1
+    monkeypatch.setitem(sys.modules, "other_version", module)
+    module.__spec__ = types.SimpleNamespace(name="other_version")
+    monkeypatch.setattr(cpu, "LIBRARIES", (*cpu.LIBRARIES, "other_version", "not_installed.at_all"))
+    return module
+
+
+def only(monkeypatch, owner: str, name: str, **arguments: bool) -> None:
+    """Makes one redirect, to the value 2, the only one."""
+    redirect = cpu.Redirect(owner, name, lambda original: 2, "another version", **arguments)
+    monkeypatch.setattr(cpu, "redirects", lambda: [redirect])
+
+
+@pytest.mark.parametrize("owner", ["other_version", "other_version.module", "other_version.module.Class"])
+def test_what_another_version_lacks_is_left_alone_or_an_error_that_names_it(monkeypatch, library, owner):
+    only(monkeypatch, owner, "gone", needed=False)
+    with cpu.megatron_on_cpu():
+        assert not hasattr(library, "gone")
+    only(monkeypatch, owner, "gone")
+    with pytest.raises(EngineError, match=f"{owner}.gone does not exist"), cpu.megatron_on_cpu():
+        pass
+
+
+def test_a_name_that_is_missing_is_made_and_one_that_is_there_is_kept(monkeypatch, library):
+    only(monkeypatch, "other_version", "gone", only_missing=True)
+    with cpu.megatron_on_cpu():
+        assert library.gone == 2
+    assert not hasattr(library, "gone")
+    only(monkeypatch, "other_version", "kept", only_missing=True)
+    with cpu.megatron_on_cpu():
+        assert library.kept == 1
+    assert library.kept == 1
+
+
+def test_a_library_that_is_not_installed_has_nothing_to_redirect(monkeypatch, library):
+    only(monkeypatch, "not_installed.at_all.module", "name")
+    with cpu.megatron_on_cpu() as active:
+        assert active
+
+
+def test_a_module_that_lacks_what_it_imports_is_no_missing_module(monkeypatch, tmp_path):
+    (tmp_path / "broken_module.py").write_text("import nothing_of_this_name\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
+        cpu._resolve("broken_module")
 
 
 def test_cuda_names_mean_the_cpu_inside_and_fail_outside():
@@ -68,6 +122,16 @@ def test_cuda_names_mean_the_cpu_inside_and_fail_outside():
     assert torch.ones(1).type() == "torch.FloatTensor"
 
 
+def test_the_device_is_this_machine():
+    with cpu.megatron_on_cpu():
+        free, total = torch.cuda.mem_get_info()
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        assert 0 < free < total == properties.total_memory
+        assert (properties.major, properties.minor) == torch.cuda.get_device_capability()
+        assert properties.major not in range(7, 13), "no kernel of a GPU's kind is chosen"
+        assert torch.cuda.memory_allocated() == torch.cuda.max_memory_reserved() == 0
+
+
 def test_the_random_state_of_the_device_is_the_cpus():
     with cpu.megatron_on_cpu():
         torch.cuda.manual_seed(7)
@@ -75,3 +139,24 @@ def test_the_random_state_of_the_device_is_the_cpus():
         drawn = torch.rand(3)
         torch.cuda.set_rng_state(state)
         assert torch.equal(torch.rand(3), drawn)
+
+
+@pytest.mark.parametrize(("put", "taken"), [((), (1,)), ((2, 4), (8,)), ((8,), (2, 4)), ((2, 4), (1, 2, 4))])
+def test_a_gather_counts_elements_as_nccl_does(tmp_path, put, taken):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        given, gathered = torch.randn(put), torch.zeros(taken)
+        with cpu.megatron_on_cpu():
+            torch.distributed.all_gather_into_tensor(gathered, given)
+        assert torch.equal(gathered.flatten(), given.flatten())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_tensors_that_megatron_sends_need_not_be_on_a_gpu():
+    from megatron.core.inference import communication_utils
+
+    with cpu.megatron_on_cpu():
+        communication_utils._is_cuda_contiguous(torch.ones(2))
+        with pytest.raises(AssertionError):
+            communication_utils._is_cuda_contiguous(torch.ones(2, 3).T)
