@@ -34,6 +34,14 @@ NOT_WEIGHTS = re.compile(
     r"|rotary_pos_emb\.inv_freq|^(iteration|args|checkpoint_version|content_metadata)\b"
 )
 SHOWN = 6
+EXTRA_STATE = "_extra_state"
+#: Modules of a layer that have an extra state with Transformer Engine, for FP8's scales: Megatron asks for it whenever
+#: it loads. The attention's is asked for by Megatron core before 0.15, the final norm's with Transformer Engine 2.
+WITH_EXTRA_STATE = (
+    "self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj", "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)  # fmt: skip
+FINAL_NORM = "decoder.final_layernorm"
 
 
 def layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -63,9 +71,9 @@ def layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 def outer_shapes(architecture: Architecture) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Shapes of what comes before the layers and of what comes after them."""
     a = architecture
-    after: dict[str, tuple[int, ...]] = {"decoder.final_layernorm.weight": (a.hidden_size,)}
+    after: dict[str, tuple[int, ...]] = {f"{FINAL_NORM}.weight": (a.hidden_size,)}
     if a.normalization == "LayerNorm":
-        after["decoder.final_layernorm.bias"] = (a.hidden_size,)
+        after[f"{FINAL_NORM}.bias"] = (a.hidden_size,)
     if not a.share_embeddings_and_output_weights:
         after[OUTPUT] = (a.vocab_size, a.hidden_size)
     return {EMBEDDING: (a.vocab_size, a.hidden_size)}, after
@@ -155,6 +163,14 @@ def check(tensors: Mapping[str, Lazy], architecture: Architecture, source: Any) 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def extra_states(num_layers: int) -> Iterator[str]:
+    """Keys of the extra states of a model with Transformer Engine, one a shard, as Megatron stacks them."""
+    for layer in range(num_layers):
+        for name in WITH_EXTRA_STATE:
+            yield f"{LAYERS}{name}.{EXTRA_STATE}/shard_{layer}_{num_layers}"
+    yield f"{FINAL_NORM}.{EXTRA_STATE}/shard_0_1"
 
 
 def stacked(tensors: Mapping[str, Lazy], num_layers: int) -> Iterator[tuple[str, int, int, Lazy]]:

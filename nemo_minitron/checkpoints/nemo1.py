@@ -329,7 +329,7 @@ def write(
 
         stacked = canonical.stacked(tensors, architecture.num_layers)
         if weights == "zarr":
-            zarr_store.write(create, PREFIX, stacked)
+            zarr_store.write(create, PREFIX, stacked, architecture.num_layers)
         else:
             torch_dist.write(create, PREFIX, stacked, architecture.num_layers)
         archive.close()

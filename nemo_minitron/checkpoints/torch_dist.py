@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from nemo_minitron.checkpoints import pickle_writer, torch_writer
-from nemo_minitron.checkpoints.canonical import NOT_WEIGHTS
+from nemo_minitron.checkpoints.canonical import NOT_WEIGHTS, extra_states
 from nemo_minitron.checkpoints.files import Files
 from nemo_minitron.checkpoints.pickle_writer import Call, Global, Instance, Pairs
 from nemo_minitron.checkpoints.pickles import ITEM_SIZES, read_pickle
@@ -26,8 +26,6 @@ BACKEND = {
 DCP = "torch.distributed.checkpoint"
 MODULES = (f"{DCP}.metadata", f"{DCP}.planner", f"{DCP}.filesystem", "megatron.")
 METADATA_LIMIT = 1 << 30
-#: Linear layers of Transformer Engine, whose extra states Megatron asks for when it loads strictly.
-WITH_EXTRA_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 def read_metadata(files: Files) -> Any:
@@ -135,7 +133,7 @@ def _locator(place: Bytes, shape: tuple[int, ...], dtype: str, source: str) -> C
 def write(
     create: Callable[[str], Any], prefix: str, weights: Iterable[tuple[str, int, int, Lazy]], num_layers: int
 ) -> None:
-    """Writes a checkpoint that Megatron loads strictly, with Transformer Engine or without.
+    """Writes a checkpoint that Megatron loads with Transformer Engine, whose extra states are None, and without.
 
     Args:
         create: `create(name)` is a context manager that gives a seekable binary file.
@@ -149,20 +147,16 @@ def write(
             checksum = torch_writer.write_tensor(file, shape, tensor.dtype, tensor.blocks(buffer, check=False))
             tensor.check(checksum)
             catalogue.add_tensor(f"{prefix}{key}", layer, stack, tensor, (position, file.tell() - position))
-        for key in (key for layer in range(num_layers) for key in _extra_states(prefix, layer, num_layers)):
+        for key in extra_states(num_layers):
             position = file.tell()
             torch_writer.write_object(file, [None])
-            catalogue.add_object(key, (position, file.tell() - position))
+            catalogue.add_object(f"{prefix}{key}", (position, file.tell() - position))
     with create(METADATA) as file:
         file.write(pickle_writer.dumps(catalogue.metadata()))
     with create("common.pt") as file:
         torch_writer.write_object(file, {})
     with create("metadata.json") as file:
         file.write(json.dumps(BACKEND).encode())
-
-
-def _extra_states(prefix: str, layer: int, num_layers: int) -> list[str]:
-    return [f"{prefix}decoder.layers.{name}._extra_state/shard_{layer}_{num_layers}" for name in WITH_EXTRA_STATE]
 
 
 class _Catalogue:

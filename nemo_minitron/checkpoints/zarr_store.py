@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from nemo_minitron.checkpoints import torch_writer
-from nemo_minitron.checkpoints.canonical import NOT_WEIGHTS
+from nemo_minitron.checkpoints.canonical import NOT_WEIGHTS, extra_states
 from nemo_minitron.checkpoints.files import Files
 from nemo_minitron.checkpoints.pickles import ITEM_SIZES
 from nemo_minitron.checkpoints.tensors import BLOCK, Bytes, Chunk, Chunked, Lazy
@@ -82,8 +82,10 @@ def _locator(data: Bytes) -> Callable[[], tuple[Bytes, int | None]]:
     return lambda: (data, None)
 
 
-def write(create: Callable[[str], Any], prefix: str, weights: Iterable[tuple[str, int, int, Lazy]]) -> None:
-    """Writes the arrays as Megatron's zarr strategy does, one chunk a layer.
+def write(
+    create: Callable[[str], Any], prefix: str, weights: Iterable[tuple[str, int, int, Lazy]], num_layers: int
+) -> None:
+    """Writes the arrays as Megatron's zarr strategy does, one chunk a layer, and extra states that are None.
 
     Args:
         create: `create(name)` is a context manager that gives a binary file.
@@ -113,6 +115,9 @@ def write(create: Callable[[str], Any], prefix: str, weights: Iterable[tuple[str
     for name, array in described.items():
         with create(f"{name}/{ARRAY}") as file:
             file.write(json.dumps(array, indent=4).encode())
+    for key in extra_states(num_layers):
+        with create(f"{prefix}{key}.pt") as file:
+            torch_writer.write_object(file, None)
     with create("common.pt") as file:
         torch_writer.write_object(file, {})
     with create("metadata.json") as file:

@@ -1,6 +1,6 @@
 """The one place that builds configs and trainers for a model on the hardware at hand.
 
-Transformer Engine's layer spec where it is installed and CUDA is there, Megatron's local spec otherwise.
+Transformer Engine's layer spec where it is installed and runs on the hardware at hand, Megatron's local spec otherwise.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.nemo2 import nemo_config
 from nemo_minitron.runtime.cpu import megatron_on_cpu
-from nemo_minitron.runtime.layout import Layout, has_transformer_engine
+from nemo_minitron.runtime.layout import Layout, transformer_engine_runs
 
 #: Fields of NeMo's configs that need Transformer Engine or CUDA kernels, and their values without them.
 WITHOUT_FUSIONS = {
@@ -123,11 +123,10 @@ def model_config(architecture: Architecture, layout: Layout, *, local_spec: bool
         local_spec: use Megatron's local layer spec even where Transformer Engine is installed.
     """
     import torch
-    from nemo.collections.llm.gpt.model.base import local_layer_spec
 
     engine_fields: dict[str, Any] = {"forward_step_fn": forward_step}
-    if local_spec or not (layout.cuda and has_transformer_engine()):
-        engine_fields |= WITHOUT_FUSIONS | {"transformer_layer_spec": local_layer_spec}
+    if local_spec or not transformer_engine_runs(layout.cuda):
+        engine_fields |= WITHOUT_FUSIONS | {"transformer_layer_spec": torch_layers}
         if architecture.layernorm_zero_centered_gamma:
             # Megatron's local LayerNorm has no zero-centred gamma: runtime.weights adds the 1 on load instead.
             engine_fields["layernorm_zero_centered_gamma"] = False
@@ -145,6 +144,22 @@ def model_config(architecture: Architecture, layout: Layout, *, local_spec: bool
         # Checkpoints state the window as NeMo does; Megatron counts the tokens before the query's own.
         config.window_size = (architecture.sliding_window - 1, 0)
     return config
+
+
+def torch_layers(config: Any) -> Any:
+    """Megatron's local layer spec, its norms PyTorch's: of this pipeline stage's layers and of the final norm.
+
+    Left to itself Megatron takes Apex's LayerNorm and Transformer Engine's final norm wherever these are installed,
+    which run on a GPU only.
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from nemo.collections.llm.gpt.model.base import local_layer_spec
+
+    layer = local_layer_spec(config)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = WrappedTorchNorm
+    layers = [layer] * get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)
 
 
 def spread_layers(config: Any) -> None:

@@ -1,11 +1,13 @@
 """Layout: the hardware at hand and how a model is spread over it."""
 
 import dataclasses
-import importlib.util
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.config import ModelConfig, PruneModelConfig, TrainerConfig
 from nemo_minitron.errors import EngineError
+from nemo_minitron.runtime.versions import has_module, installed
+
+TRANSFORMER_ENGINE = "transformer_engine"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,9 +37,14 @@ class Layout:
         return self.devices * self.num_nodes
 
 
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed; it is not imported."""
-    return importlib.util.find_spec("transformer_engine") is not None
+def transformer_engine_runs(cuda: bool) -> bool:
+    """Whether Transformer Engine is installed for the hardware at hand; it is not imported.
+
+    Its kernels are CUDA's, but for a build whose version says otherwise, as PyTorch's do (``2.5.0+cpu``).
+    """
+    if not has_module(TRANSFORMER_ENGINE):
+        return False
+    return cuda or (installed(TRANSFORMER_ENGINE) or "").endswith("+cpu")
 
 
 def layout_of(trainer: TrainerConfig, model: ModelConfig | PruneModelConfig) -> Layout:
@@ -55,13 +62,14 @@ def layout_of(trainer: TrainerConfig, model: ModelConfig | PruneModelConfig) -> 
             f"trainer.devices = {trainer.devices} GPUs asked for, {available} found; "
             "on a machine without GPUs give trainer.accelerator=cpu (or hardware=cpu)"
         )
-    if getattr(model, "sequence_parallel", False) and not (cuda and has_transformer_engine()):
-        raise EngineError(
-            "model.sequence_parallel needs Transformer Engine on a GPU: Megatron's local norms refuse it; "
-            "give model.sequence_parallel=false"
-        )
-    if getattr(model, "context_parallel_size", 1) > 1 and not (cuda and has_transformer_engine()):
-        raise EngineError("model.context_parallel_size above 1 needs Transformer Engine on a GPU")
+    if not transformer_engine_runs(cuda):
+        if getattr(model, "sequence_parallel", False):
+            raise EngineError(
+                "model.sequence_parallel needs Transformer Engine on a GPU: Megatron's local norms refuse it; "
+                "give model.sequence_parallel=false"
+            )
+        if getattr(model, "context_parallel_size", 1) > 1:
+            raise EngineError("model.context_parallel_size above 1 needs Transformer Engine on a GPU")
     precision = str(trainer.precision)
     return Layout(
         cuda=cuda,

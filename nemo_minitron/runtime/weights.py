@@ -1,5 +1,6 @@
 """Weights between Megatron models and checkpoints."""
 
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints import Checkpoint, canonical, tokenizers, torch_dist
-from nemo_minitron.checkpoints.canonical import LAYERS
+from nemo_minitron.checkpoints.canonical import EXTRA_STATE, FINAL_NORM, LAYERS, NOT_WEIGHTS
 from nemo_minitron.checkpoints.files import folder_files
 from nemo_minitron.checkpoints.nemo2 import PREFIX, WEIGHTS
 from nemo_minitron.checkpoints.tokenizers import Tokenizer
@@ -47,7 +48,7 @@ def load_weights(model: Any, architecture: Architecture, checkpoint: Checkpoint)
     loaded = apply_factory_merges(dict_list_map_inplace(read, shards), factories)
     state = {name: value for name, value in loaded.items() if value is not None}
     result = model.load_state_dict(state, strict=False)
-    missing = [name for name in result.missing_keys if "_extra_state" not in name]
+    missing = [name for name in result.missing_keys if not name.endswith(EXTRA_STATE)]
     if missing or result.unexpected_keys:
         raise CheckpointError(
             f"{checkpoint.path} does not fit the model: missing {missing}, left over {result.unexpected_keys}"
@@ -58,6 +59,9 @@ def load_weights(model: Any, architecture: Architecture, checkpoint: Checkpoint)
 def load_strictly(model: Any, checkpoint: Checkpoint) -> None:
     """Loads a NeMo-2 checkpoint by Megatron's own reader, with its strictest check; nothing of ours is in between.
 
+    What is no weight is neither asked for nor missed: which extra states there are depends on the layer spec and on the
+    versions of Megatron and Transformer Engine, and they are pickles, which nobody needs to run.
+
     Raises:
         CheckpointError: Megatron misses a tensor, or finds one too many.
     """
@@ -65,15 +69,19 @@ def load_strictly(model: Any, checkpoint: Checkpoint) -> None:
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
     weights = str(checkpoint.path / WEIGHTS)
+    wanted = {
+        name: value for name, value in model.sharded_state_dict(prefix=PREFIX).items() if not name.endswith(EXTRA_STATE)
+    }
     try:
-        loaded = dist_checkpointing.load(
-            {"state_dict": model.sharded_state_dict(prefix=PREFIX)}, weights, strict="raise_all"
-        )
+        loaded, *differing = dist_checkpointing.load({"state_dict": wanted}, weights, strict="return_all")
     except (CheckpointingException, KeyError, ValueError) as error:
         raise CheckpointError(f"Megatron does not load {weights}: {error}") from error
+    left_over, absent = (sorted(key for key in keys if not NOT_WEIGHTS.search(key)) for keys in differing)
+    if left_over or absent:
+        raise CheckpointError(f"{weights} does not fit the model: missing {absent}, left over {left_over}")
     state = {name.removeprefix(PREFIX): value for name, value in loaded["state_dict"].items()}
     result = model.load_state_dict(state, strict=False)
-    missing = [name for name in result.missing_keys if "_extra_state" not in name]
+    missing = [name for name in result.missing_keys if not name.endswith(EXTRA_STATE)]
     if missing or result.unexpected_keys:
         raise CheckpointError(f"{weights} does not fit the model: {missing}, left over {result.unexpected_keys}")
     _shift_gamma(model, checkpoint.architecture, 1.0)
@@ -128,8 +136,8 @@ class _ShardReader:
 
 
 def save_weights(model: Any, architecture: Architecture, path: Path) -> None:
-    """Saves a Megatron GPTModel into `path`/weights; every rank calls it. No modelopt_state: a pruned student is an
-    ordinary smaller model."""
+    """Saves a Megatron GPTModel into `path`/weights, with the extra states that Megatron asks for with Transformer
+    Engine; every rank calls it. No modelopt_state: a pruned student is an ordinary smaller model."""
     from megatron.core import dist_checkpointing
 
     check_shapes(model, architecture)
@@ -137,9 +145,28 @@ def save_weights(model: Any, architecture: Architecture, path: Path) -> None:
     weights.mkdir(parents=True, exist_ok=True)
     _shift_gamma(model, architecture, -1.0)
     try:
-        dist_checkpointing.save(model.sharded_state_dict(prefix=PREFIX), str(weights))
+        dist_checkpointing.save(_with_extra_states(model.sharded_state_dict(prefix=PREFIX)), str(weights))
     finally:
         _shift_gamma(model, architecture, 1.0)
+
+
+def _with_extra_states(shards: dict[str, Any]) -> dict[str, Any]:
+    """This rank's shards, and the extra states that modules of this layer spec do not have, or not in this version."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    projection, attention = (f"self_attention.{name}.{EXTRA_STATE}" for name in ("linear_proj", "core_attention"))
+    norm = f"{PREFIX}{FINAL_NORM}."
+    added = {
+        name.replace(projection, attention): dataclasses.replace(
+            value, key=value.key.replace(projection, attention), data=None
+        )
+        for name, value in shards.items()
+        if name.endswith(projection)
+    }
+    if f"{norm}weight" in shards:  # the last pipeline stage
+        key, replica = f"{norm}{EXTRA_STATE}", shards[f"{norm}weight"].replica_id
+        added[key] = ShardedObject(key, None, (1,), (0,), replica)
+    return added | shards
 
 
 def save_checkpoint(

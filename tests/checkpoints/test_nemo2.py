@@ -47,9 +47,13 @@ config.masked_softmax_fusion = config.persist_layer_norm = config.gradient_accum
 config.bias_activation_fusion = config.bias_dropout_fusion = config.cross_entropy_loss_fusion = False
 config.attention_dropout = 0.0
 module = config.configure_model(model.tokenizer).eval()
-loaded = dist_checkpointing.load(
-    {"state_dict": module.sharded_state_dict(prefix="module.")}, str(path / "weights"), strict="raise_all"
+loaded, left_over, missing = dist_checkpointing.load(
+    {"state_dict": module.sharded_state_dict(prefix="module.")}, str(path / "weights"), strict="return_all"
 )
+# Without Transformer Engine two of its extra states have no module; all else is there, and nothing more.
+attention, norm = "layers.self_attention.core_attention", "final_layernorm"
+assert left_over == {f"module.decoder.{name}._extra_state" for name in (attention, norm)}, left_over
+assert not missing, missing
 module.load_state_dict({k.removeprefix("module."): v for k, v in loaded["state_dict"].items()}, strict=False)
 import megatron.core.transformer.dot_product_attention as attention
 import contextlib
