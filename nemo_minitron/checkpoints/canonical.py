@@ -98,9 +98,7 @@ def canonical(tensors: Mapping[str, Chunked], source: Any) -> dict[str, Lazy]:
     Raises:
         CheckpointError: there is no embedding, so this is no GPT model of Megatron.
     """
-    prefix = next((name.removesuffix(EMBEDDING) for name in tensors if name.endswith(EMBEDDING)), None)
-    if prefix is None:
-        raise CheckpointError(f"{source} has no tensor {EMBEDDING}: it holds no GPT model with Megatron-core's names")
+    prefix = prefix_of(tensors, source)
     found: dict[str, Lazy] = {}
     for key, tensor in tensors.items():
         if NOT_WEIGHTS.search(key):
@@ -113,6 +111,18 @@ def canonical(tensors: Mapping[str, Chunked], source: Any) -> dict[str, Lazy]:
         else:
             found[name] = tensor.checked()
     return _joined(found, source)
+
+
+def prefix_of(names: Iterable[str], source: Any) -> str:
+    """What stands before Megatron's names: ``model.``, ``module.``, or more, by what wrapped the model.
+
+    Raises:
+        CheckpointError: there is no embedding, so this is no GPT model of Megatron.
+    """
+    for name in names:
+        if name.endswith(EMBEDDING) and not NOT_WEIGHTS.search(name):
+            return name.removesuffix(EMBEDDING)
+    raise CheckpointError(f"{source} has no tensor {EMBEDDING}: it holds no GPT model with Megatron-core's names")
 
 
 def _joined(tensors: dict[str, Lazy], source: Any) -> dict[str, Lazy]:

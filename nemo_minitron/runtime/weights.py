@@ -1,6 +1,7 @@
 """Weights between Megatron models and checkpoints."""
 
 import dataclasses
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,8 +60,8 @@ def load_weights(model: Any, architecture: Architecture, checkpoint: Checkpoint)
 def load_strictly(model: Any, checkpoint: Checkpoint) -> None:
     """Loads a NeMo-2 checkpoint by Megatron's own reader, with its strictest check; nothing of ours is in between.
 
-    What is no weight is neither asked for nor missed: which extra states there are depends on the layer spec and on the
-    versions of Megatron and Transformer Engine, and they are pickles, which nobody needs to run.
+    What is no weight is neither asked for nor missed: an optimizer's state, and extra states, of which there are other
+    ones with each layer spec and version of Megatron and Transformer Engine, and which are pickles besides.
 
     Raises:
         CheckpointError: Megatron misses a tensor, or finds one too many.
@@ -69,17 +70,20 @@ def load_strictly(model: Any, checkpoint: Checkpoint) -> None:
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
     weights = str(checkpoint.path / WEIGHTS)
-    wanted = {
-        name: value for name, value in model.sharded_state_dict(prefix=PREFIX).items() if not name.endswith(EXTRA_STATE)
-    }
     try:
+        prefix = canonical.prefix_of(dist_checkpointing.load_tensors_metadata(weights), weights)
+        metadata = dist_checkpointing.load_content_metadata(weights)  # says which keys: stacked layers or each its own
+        shards = model.sharded_state_dict(prefix=prefix, metadata=metadata)
+        wanted = {name: value for name, value in shards.items() if not name.endswith(EXTRA_STATE)}
         loaded, *differing = dist_checkpointing.load({"state_dict": wanted}, weights, strict="return_all")
-    except (CheckpointingException, KeyError, ValueError) as error:
-        raise CheckpointError(f"Megatron does not load {weights}: {error}") from error
+    except (CheckpointingException, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"Megatron does not load {weights}: {error}; verify=tensors converts it without running the model"
+        ) from error
     left_over, absent = (sorted(key for key in keys if not NOT_WEIGHTS.search(key)) for keys in differing)
     if left_over or absent:
         raise CheckpointError(f"{weights} does not fit the model: missing {absent}, left over {left_over}")
-    state = {name.removeprefix(PREFIX): value for name, value in loaded["state_dict"].items()}
+    state = {name.removeprefix(prefix): value for name, value in loaded["state_dict"].items()}
     result = model.load_state_dict(state, strict=False)
     missing = [name for name in result.missing_keys if not name.endswith(EXTRA_STATE)]
     if missing or result.unexpected_keys:
