@@ -14,7 +14,7 @@ from nemo_minitron.artifacts import Manifest, write_json
 from nemo_minitron.checkpoints import FORMATS, Checkpoint
 from nemo_minitron.config import DataConfig, EvaluateConfig
 from nemo_minitron.errors import ConfigError, DataError
-from nemo_minitron.evaluation import facts, perplexity, suite, summarization
+from nemo_minitron.evaluation import facts, lm_eval_api, perplexity, suite, summarization
 from nemo_minitron.evaluation.loading import Loaded, display_names, load, open_all, quiet_transformers
 from nemo_minitron.evaluation.results import render, rows_of
 from nemo_minitron.jobs import Job
@@ -105,9 +105,7 @@ class Prepared:
             self.loaded = self._loaded(own, [name for name in names if name not in KNOWN])
 
     def _loaded(self, own: list[dict[str, Any]], others: list[str]) -> dict[str, Any]:
-        from lm_eval.tasks import TaskManager
-
-        loaded = TaskManager(include_defaults=False).load(own) if own else {"tasks": {}}
+        loaded = lm_eval_api.load(lm_eval_api.task_manager(include_defaults=False), own) if own else {"tasks": {}}
         loaded = {"tasks": {}, "groups": {}, "group_map": {}} | loaded
         self.shown = [task["task"] for task in own]
         if others:
@@ -251,15 +249,12 @@ def language_model(loaded: Loaded, config: EvaluateConfig, reuse: bool = True) -
     Args:
         reuse: use logits of equal texts again.
     """
-    from lm_eval.models.huggingface import HFLM
-
-    return HFLM(
+    return lm_eval_api.language_model(
         pretrained=loaded.model,
         tokenizer=loaded.tokenizer,
-        backend="causal",
-        logits_cache=reuse,
         batch_size=config.batch_size,
         max_length=config.max_length or loaded.checkpoint.architecture.seq_length,
+        reuse=reuse,
     )
 
 
@@ -270,7 +265,7 @@ def run_harness(
 
     Args:
         model: an `lm_eval.api.model.LM`.
-        loaded: tasks and groups, as its TaskManager loads them.
+        loaded: tasks and groups, as lm_eval_api loads them.
 
     Returns:
         task or group -> metric -> value and standard error; and the answer to each question.
@@ -279,7 +274,7 @@ def run_harness(
 
     done = lm_eval.evaluate(
         lm=model,
-        task_dict=loaded,
+        task_dict=lm_eval_api.for_evaluation(loaded),
         limit=config.limit,
         bootstrap_iters=1000,
         confirm_run_unsafe_code=config.allow_code,

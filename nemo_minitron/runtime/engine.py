@@ -13,8 +13,10 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.nemo2 import nemo_config
+from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.cpu import megatron_on_cpu
 from nemo_minitron.runtime.layout import Layout, transformer_engine_runs
+from nemo_minitron.runtime.windows import windowed_attention
 
 #: Fields of NeMo's configs that need Transformer Engine or CUDA kernels, and their values without them.
 WITHOUT_FUSIONS = {
@@ -38,7 +40,7 @@ def engine(seed: int, log: Path | None = None) -> Iterator[None]:
         seed: seeds Python, NumPy and torch; Megatron's own states are seeded by NeMo.
         log: file that takes the chatter of NeMo, Megatron, ModelOpt and Lightning.
     """
-    with _same_environment(), quiet(log), megatron_on_cpu():
+    with _same_environment(), quiet(log), megatron_on_cpu(), versions.optimizer_as_nemo_asks():
         import lightning.pytorch as pl
 
         reset_parallel_state()
@@ -158,6 +160,8 @@ def torch_layers(config: Any) -> Any:
 
     layer = local_layer_spec(config)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = WrappedTorchNorm
+    if config.window_size is not None and not versions.local_attention_takes_windows():
+        layer.submodules.self_attention.submodules.core_attention = windowed_attention()
     layers = [layer] * get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)
 

@@ -1,6 +1,5 @@
 """One training run: fit with progress, TensorBoard, checkpoints to resume from; used by finetune and distill."""
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from nemo_minitron.config import OptimConfig, StageConfig
 from nemo_minitron.runtime.engine import build_trainer
 from nemo_minitron.runtime.inputs import CHECKPOINTS
 from nemo_minitron.runtime.layout import Layout
-from nemo_minitron.runtime.versions import called_as_it_is
 
 
 def optimizer(config: OptimConfig, max_steps: int, clip: float, layout: Layout) -> Any:
@@ -65,8 +63,7 @@ def train_and_validate(
         num_sanity_val_steps=config.trainer.num_sanity_val_steps,
     )
     try:
-        with _optimizer_keywords():
-            trainer.fit(module, data, ckpt_path=newest_checkpoint(partial / CHECKPOINTS))
+        trainer.fit(module, data, ckpt_path=newest_checkpoint(partial / CHECKPOINTS))
         used = take_best(module, history, config.trainer.max_steps, partial / CHECKPOINTS)
     finally:
         history.close()
@@ -77,18 +74,6 @@ def train_and_validate(
         "result_step": used,
         "tokens_per_second": history.tokens / history.seconds if history.seconds else 0.0,
     }
-
-
-def _optimizer_keywords() -> contextlib.AbstractContextManager[None]:
-    """NeMo 2.7 asks Megatron for its optimizer with keywords that Megatron Core 0.16 no longer has.
-
-    At these values they say what Core 0.16 does by itself.
-    """
-    import megatron.core.optimizer
-
-    return called_as_it_is(
-        megatron.core.optimizer, "get_megatron_optimizer", no_weight_decay_cond=None, scale_lr_cond=None, lr_mult=1.0
-    )
 
 
 def take_best(module: Any, history: Any, last: int, checkpoints: Path) -> int:

@@ -39,36 +39,37 @@ def known_keywords(function: Callable[..., Any], **keywords: Any) -> dict[str, A
 
 
 @contextlib.contextmanager
-def called_as_it_is(owner: Any, name: str, **neutral: Any) -> Iterator[None]:
-    """In the body, the function `owner`.`name` is called without those of `neutral` that the installed version lacks.
+def optimizer_as_nemo_asks() -> Iterator[None]:
+    """In the body, Megatron makes the optimizer that NeMo 2.7 asks for, though Core 0.16 dropped three of its keywords.
 
-    For a caller that passes keywords of another version than the one installed.
-
-    Args:
-        neutral: keyword -> the value with which it changes nothing.
+    At the values below they ask for what Core 0.16 does by itself: biases and norms do not decay, and there is one
+    learning rate.
 
     Raises:
-        EngineError: in the body, where the caller gives such a keyword another value.
+        EngineError: in the body, where a keyword that is gone is given another value.
     """
-    original = getattr(owner, name)
-    lacking = {keyword: value for keyword, value in neutral.items() if not accepts(original, keyword)}
+    import megatron.core.optimizer
 
-    @functools.wraps(original)
+    make = megatron.core.optimizer.get_megatron_optimizer
+    neutral = {"no_weight_decay_cond": None, "scale_lr_cond": None, "lr_mult": 1.0}
+    gone = {name: value for name, value in neutral.items() if not accepts(make, name)}
+
+    @functools.wraps(make)
     def call(*args: Any, **kwargs: Any) -> Any:
-        asked = [
-            f"{keyword}={kwargs[keyword]!r}"
-            for keyword, value in lacking.items()
-            if kwargs.get(keyword, value) != value
-        ]
+        asked = [name for name, value in gone.items() if kwargs.pop(name, value) != value]
         if asked:
-            raise EngineError(f"the installed {owner.__name__}.{name} has no {' and no '.join(asked)}")
-        return original(*args, **{keyword: value for keyword, value in kwargs.items() if keyword not in lacking})
+            raise EngineError(f"megatron-core {installed('megatron-core')} has no {', '.join(asked)}; 0.15 has")
+        return make(*args, **kwargs)
 
-    if not lacking:
-        yield
-        return
-    setattr(owner, name, call)
+    megatron.core.optimizer.get_megatron_optimizer = call if gone else make
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        megatron.core.optimizer.get_megatron_optimizer = make
+
+
+def local_attention_takes_windows() -> bool:
+    """Whether the local attention of the installed Megatron Core knows sliding windows; before 0.15 it refuses them."""
+    from megatron.core.transformer import utils
+
+    return hasattr(utils, "get_sliding_window_causal_mask")
