@@ -1,5 +1,6 @@
 # demo: the whole flow on a tiny model; test, check: what .ci/run runs; lab: notebooks in Jupyter lab; clean: removes what this made.
 # Each makes .venv first where it is missing or older than requirements.txt.
+# test-container VERSION=25.09|25.11|26.02: the engine's tests and a small flow with what that NeMo container has.
 
 FITS := import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3 python; do \
@@ -8,13 +9,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lab clean
+CONTAINERS := 25.09 25.11 26.02
+# What depends on the versions of NeMo, Megatron Core, ModelOpt, NeMo-Run, transformers and lm-evaluation-harness.
+ENGINE_TESTS := $(addprefix tests/,importance/test_scoring.py pruning/test_modelopt.py pruning/test_compensated.py \
+	distillation/test_distill.py finetuning runtime/test_training.py runtime/test_windows.py runtime/test_versions.py \
+	runtime/test_cpu.py checkpoints/test_nemo_trainer.py checkpoints/test_nemo2.py evaluation planning/test_planning.py test_launching.py \
+	test_connectors.py)
+
+.PHONY: demo test test-container check lab clean
 
 demo: $(READY)
 	$(BIN)/minitron flow $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-container:
+	$(if $(filter $(VERSION),$(CONTAINERS)),,$(error make test-container VERSION=V, V one of $(CONTAINERS)))
+	$(MAKE) .containers/$(VERSION)/.laid-over
+	.containers/$(VERSION)/bin/python -m pytest -n 2 --dist loadfile $(ENGINE_TESTS) $(ARGS)
+	.containers/$(VERSION)/bin/python tests/flow/on_ranks.py
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -27,7 +41,7 @@ lab: $(BIN)/jupyter-lab
 	$(BIN)/jupyter-lab --allow-root notebooks $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .containers build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 
 $(READY): requirements.txt pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -r requirements.txt
@@ -40,3 +54,11 @@ $(BIN)/python:
 
 $(BIN)/jupyter-lab: | $(READY)
 	$(BIN)/python -m pip install -r requirements.txt jupyterlab==4.6.6
+
+# Python 3.12, as in the containers, where it has a CPU build of torch; another otherwise.
+.containers/%/.laid-over: requirements/container-%.txt requirements.txt pyproject.toml
+	python=$$(python3.12 -m pip install --quiet --dry-run --no-deps --target $(@D) torch==2.13.0+cpu >/dev/null 2>&1 \
+		&& echo python3.12 || echo $(PYTHON)); $(MAKE) VENV=$(@D) PYTHON=$$python $(@D)/.ready
+	$(@D)/bin/python -m pip uninstall --yes lm_eval
+	$(@D)/bin/python -m pip install --no-deps -r $<
+	touch $@

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import EngineError
@@ -68,8 +69,30 @@ def optimizer_as_nemo_asks() -> Iterator[None]:
         megatron.core.optimizer.get_megatron_optimizer = make
 
 
+@functools.lru_cache(maxsize=8)
+def core_source(file: str) -> str | None:
+    """The text of a file of the installed Megatron Core, such as ``transformer/mlp.py``; None where there is none.
+
+    It is read and not imported, which would take seconds.
+    """
+    found = importlib.util.find_spec("megatron")
+    places = [Path(place, "core", file) for place in (found.submodule_search_locations or [])] if found else []
+    return next((place.read_text(encoding="utf-8") for place in places if place.is_file()), None)
+
+
 def local_attention_takes_windows() -> bool:
     """Whether the local attention of the installed Megatron Core knows sliding windows; before 0.15 it refuses them."""
     from megatron.core.transformer import utils
 
     return hasattr(utils, "get_sliding_window_causal_mask")
+
+
+def check_scoring() -> None:
+    """Raises EngineError where the installed ModelOpt does not prune Megatron's models the Minitron way."""
+    try:
+        import modelopt.torch.prune.plugins.mcore_minitron  # noqa: F401
+    except ImportError as error:
+        raise EngineError(
+            f"nvidia-modelopt {installed('nvidia-modelopt')} scores no model here: {error}. Versions 0.35 to 0.43 do; "
+            "from 0.44 on it needs Transformer Engine"
+        ) from error

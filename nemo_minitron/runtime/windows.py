@@ -27,9 +27,9 @@ def windowed_attention() -> type:
 
 def _masked(module: Any, arguments: tuple[Any, ...], before: int) -> tuple[Any, ...]:
     """The softmax's arguments, scores [b, n, s, s] and a mask or none, with the mask [s, s] of a window."""
-    scores, mask = arguments
+    scores, mask, *further = arguments
     window = outside(*scores.shape[-2:], before, scores.device)
-    return scores, window if mask is None else mask | window
+    return scores, window if mask is None else mask | window, *further
 
 
 @functools.lru_cache(maxsize=8)
