@@ -8,8 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nemo_minitron.cli import main
 from test_flow import SMALL
+
+from nemo_minitron.cli import main
 
 TOLERANCE = 2e-4
 
