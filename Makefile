@@ -1,6 +1,8 @@
 # demo: the whole flow on a tiny model; test, check: what .ci/run runs; lab: notebooks in Jupyter lab; clean: removes what this made.
 # Each makes .venv first where it is missing or older than the locks. lock: writes them from requirements.txt, keeping the
 # versions that fit (UPGRADE=--upgrade: the latest that fit).
+# test-container VERSION=25.09|25.11|26.02: the engine's tests and a small flow with what that NeMo container has.
+# gpu-kit: packs the tree and what a bare CUDA machine lacks for benchmarks/gpu_check.py.
 
 FITS := import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3 python; do \
@@ -9,15 +11,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LOCKED := 3.10 3.11 3.12
-VERSION := import sys; print("%d.%d" % sys.version_info[:2])
+MINOR := import sys; print("%d.%d" % sys.version_info[:2])
 
-.PHONY: demo test check lab lock clean
+CONTAINERS := 25.09 25.11 26.02
+# What depends on the versions of NeMo, Megatron Core, ModelOpt, NeMo-Run, transformers and lm-evaluation-harness.
+ENGINE_TESTS := $(addprefix tests/,importance/test_scoring.py pruning/test_modelopt.py pruning/test_compensated.py \
+	distillation/test_distill.py finetuning runtime/test_training.py runtime/test_windows.py runtime/test_versions.py \
+	runtime/test_cpu.py checkpoints/test_nemo_trainer.py checkpoints/test_nemo2.py evaluation planning/test_planning.py test_launching.py \
+	test_connectors.py)
+
+.PHONY: demo test test-container check lab lock gpu-kit clean
 
 demo: $(READY)
 	$(BIN)/minitron flow $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-container:
+	$(if $(filter $(VERSION),$(CONTAINERS)),,$(error make test-container VERSION=V, V one of $(CONTAINERS)))
+	$(MAKE) .containers/$(VERSION)/.laid-over
+	.containers/$(VERSION)/bin/python -m pytest -n 2 --dist loadfile $(ENGINE_TESTS) $(ARGS)
+	.containers/$(VERSION)/bin/python tests/flow/on_ranks.py
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -30,8 +45,11 @@ check: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter-lab --allow-root notebooks $(ARGS)
 
+gpu-kit: $(READY)
+	$(BIN)/python benchmarks/gpu_kit.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .containers build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 
 lock: | $(BIN)/python
 	$(BIN)/python -m pip install uv==0.13.9
@@ -43,10 +61,18 @@ lock: | $(BIN)/python
 	done
 
 $(READY): $(LOCKED:%=requirements/lock-%.txt) pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -r requirements/lock-$$($(BIN)/python -c '$(VERSION)').txt
+	$(BIN)/python -m pip install -r requirements/lock-$$($(BIN)/python -c '$(MINOR)').txt
 	$(BIN)/python -m pip install --no-deps --editable .
 	touch $(READY)
 
 $(BIN)/python:
 	$(if $(PYTHON),,$(error no Python 3.10 to 3.12 with venv found: name one, make PYTHON=/path/to/python))
 	$(PYTHON) -m venv $(VENV)
+
+# Python 3.12, as in the containers, where it has a CPU build of torch; another otherwise.
+.containers/%/.laid-over: requirements/container-%.txt requirements.txt pyproject.toml
+	python=$$(python3.12 -m pip install --quiet --dry-run --no-deps --target $(@D) torch==2.13.0+cpu >/dev/null 2>&1 \
+		&& echo python3.12 || echo $(PYTHON)); $(MAKE) VENV=$(@D) PYTHON=$$python $(@D)/.ready
+	$(@D)/bin/python -m pip uninstall --yes lm_eval
+	$(@D)/bin/python -m pip install --no-deps -r $<
+	touch $@

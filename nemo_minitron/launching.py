@@ -10,6 +10,7 @@ the program, keeps its output in files, and tells success from failure but no ex
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -21,10 +22,13 @@ from typing import Any
 
 from nemo_minitron.config import Config, SlurmConfig, validated
 from nemo_minitron.errors import ConfigError, EngineError
+from nemo_minitron.runtime.versions import known_keywords
 
 LAUNCHERS = ("torchrun", "slurm")
 #: What NeMo-Run replaces everywhere in a script without a container, by the job's folder.
 REPLACED = "/nemo_run"
+#: What NeMo-Run before 0.9 gives srun without a container too; Slurm knows neither without Pyxis.
+CONTAINER_FLAGS = re.compile(r" --container-(?:mounts|workdir) \S+")
 
 
 def launch(
@@ -47,12 +51,15 @@ def launch(
         if dry_run:
             print(shlex.join(command))
             return 0
+        if shutil.which(command[0]) is None:
+            raise EngineError("there is no torchrun here: it comes with PyTorch, beside its Python or on PATH")
         from nemo_minitron.runtime.agent import supervise
 
         return supervise(command, environment)
     if dry_run:
         with tempfile.TemporaryDirectory(prefix="minitron-") as folder:
-            print(_prepared(name, config, slurm, arguments, Path(folder)).request.materialize())
+            _prepared(name, config, slurm, arguments, Path(folder))
+            print(_script(Path(folder), name).read_text(encoding="utf-8"))
         return 0
     return _submit(name, config, slurm, arguments)
 
@@ -146,7 +153,7 @@ def slurm_executor(name: str, config: Config, slurm: SlurmConfig, arguments: Seq
         launcher=_torchrun(name, arguments) if by_torchrun else None,
         packager=Packager(),
         tunnel=LocalTunnel(job_dir=""),
-        poll_estimated_start_time=False,
+        **known_keywords(SlurmExecutor, poll_estimated_start_time=False),
     )
     for key, value in further.items():
         if not _wanted(value) and key in SlurmExecutor.SBATCH_FLAGS and hasattr(executor, key):
@@ -172,7 +179,16 @@ def _prepared(name: str, config: Config, slurm: SlurmConfig, arguments: Sequence
         if not slurm.container:
             words = [word.replace(REPLACED, f"{REPLACED[:3]}''{REPLACED[3:]}") for word in words]
         role.entrypoint, *role.args = words
-        return create_scheduler("minitron").submit_dryrun(AppDef(name=name, roles=[role], metadata={}), executor)
+        prepared = create_scheduler("minitron").submit_dryrun(AppDef(name=name, roles=[role], metadata={}), executor)
+    if not slurm.container:
+        script = _script(place, name)
+        script.write_text(CONTAINER_FLAGS.sub("", script.read_text(encoding="utf-8")), encoding="utf-8")
+    return prepared
+
+
+def _script(place: Path, name: str) -> Path:
+    """Where NeMo-Run writes the job's script."""
+    return place / f"{name}_sbatch.sh"
 
 
 def _submit(name: str, config: Config, slurm: SlurmConfig, arguments: Sequence[str]) -> int:
@@ -191,8 +207,8 @@ def _submit(name: str, config: Config, slurm: SlurmConfig, arguments: Sequence[s
             job = create_scheduler("minitron").schedule(prepared)
     except UnexpectedExit as error:
         said = (error.result.stderr or error.result.stdout).strip()
-        raise EngineError(f"sbatch refused the job: {said}; its script is {folder / f'{name}_sbatch.sh'}") from None
-    print(f"submitted job {job}\n  script: {folder / f'{name}_sbatch.sh'}\n  logs: {folder / name}")
+        raise EngineError(f"sbatch refused the job: {said}; its script is {_script(folder, name)}") from None
+    print(f"submitted job {job}\n  script: {_script(folder, name)}\n  logs: {folder / name}")
     return 0
 
 

@@ -14,7 +14,7 @@ from nemo_minitron.artifacts import Manifest, write_json
 from nemo_minitron.checkpoints import FORMATS, Checkpoint
 from nemo_minitron.config import DataConfig, EvaluateConfig
 from nemo_minitron.errors import ConfigError, DataError
-from nemo_minitron.evaluation import facts, perplexity, suite, summarization
+from nemo_minitron.evaluation import facts, lm_eval_api, perplexity, suite, summarization
 from nemo_minitron.evaluation.loading import Loaded, check_tokens, display_names, load, open_all, quiet_transformers
 from nemo_minitron.evaluation.results import render, rows_of
 from nemo_minitron.jobs import Job
@@ -105,9 +105,7 @@ class Prepared:
             self.loaded = self._loaded(own, [name for name in names if name not in KNOWN])
 
     def _loaded(self, own: list[dict[str, Any]], others: list[str]) -> dict[str, Any]:
-        from lm_eval.tasks import TaskManager
-
-        loaded = TaskManager(include_defaults=False).load(own) if own else {"tasks": {}}
+        loaded = lm_eval_api.load(lm_eval_api.task_manager(include_defaults=False), own) if own else {"tasks": {}}
         loaded = {"tasks": {}, "groups": {}, "group_map": {}} | loaded
         self.shown = [task["task"] for task in own]
         if others:
@@ -259,26 +257,13 @@ def language_model(loaded: Loaded, config: EvaluateConfig, reuse: bool = True) -
     Raises:
         DataError: later, where a text has a token that the model's embedding has no row for.
     """
-    from lm_eval.models.huggingface import HFLM
-
-    class Checked(HFLM):
-        def tok_encode(self, *arguments: Any, **options: Any) -> list[int]:
-            ids = super().tok_encode(*arguments, **options)
-            check_tokens(ids, loaded)
-            return ids
-
-        def tok_batch_encode(self, *arguments: Any, **options: Any) -> Any:
-            ids, mask = super().tok_batch_encode(*arguments, **options)
-            check_tokens([int(ids.max())], loaded)
-            return ids, mask
-
-    return Checked(
+    return lm_eval_api.language_model(
         pretrained=loaded.model,
         tokenizer=loaded.tokenizer,
-        backend="causal",
-        logits_cache=reuse,
         batch_size=config.batch_size,
         max_length=config.max_length or loaded.checkpoint.architecture.seq_length,
+        reuse=reuse,
+        check=lambda ids: check_tokens(ids, loaded),
     )
 
 
@@ -289,7 +274,7 @@ def run_harness(
 
     Args:
         model: an `lm_eval.api.model.LM`.
-        loaded: tasks and groups, as its TaskManager loads them.
+        loaded: tasks and groups, as lm_eval_api loads them.
 
     Returns:
         task or group -> metric -> value and standard error; and the answer to each question.
@@ -298,7 +283,7 @@ def run_harness(
 
     done = lm_eval.evaluate(
         lm=model,
-        task_dict=loaded,
+        task_dict=lm_eval_api.for_evaluation(loaded),
         limit=config.limit,
         bootstrap_iters=1000,
         confirm_run_unsafe_code=config.allow_code,

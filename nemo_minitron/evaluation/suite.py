@@ -2,10 +2,10 @@
 
 import contextlib
 import difflib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from nemo_minitron.errors import ConfigError, DataError
+from nemo_minitron.evaluation import lm_eval_api
 from nemo_minitron.evaluation.made import HUMANEVAL, MADE, XLSUM, first_line, folder_of, own_cache
 
 
@@ -35,6 +35,8 @@ SUITES = {
         Part("humaneval", 0, HUMANEVAL),
     )
 }
+#: Name -> data set; the fork of lm-evaluation-harness in NeMo's containers still has the hub's old names of some.
+PUBLISHED = {part.name: part.dataset for part in SUITES["minitron"]}
 SUITES["minitron_card"] = tuple(part._replace(shots=5 if part.name == "mmlu" else 0) for part in SUITES["minitron"])
 
 
@@ -124,7 +126,7 @@ def _load(part: Part, task_data: str | None) -> dict[str, Any]:
     """The task or group with its data, from the folder or the hub."""
     index = _index()
     if part.dataset and part.name in MADE:
-        return index.load([MADE[part.name](task_data) | {"task": part.name, "num_fewshot": part.shots}])
+        return lm_eval_api.load(index, [MADE[part.name](task_data) | {"task": part.name, "num_fewshot": part.shots}])
     changes: dict[str, Any] = {} if part.shots < 0 else {"num_fewshot": part.shots}
     datasets = _datasets(part)
     if task_data is not None:
@@ -135,9 +137,7 @@ def _load(part: Part, task_data: str | None) -> dict[str, Any]:
                 "tasks",
             )
         changes["dataset_path"] = str(folder_of(task_data, datasets[0]))
-    # TaskManager.load takes changes to a task, but not to a group; the factory that it uses takes both.
-    built = index._factory.build(index.task_index[part.name], overrides=changes, registry=index.task_index)
-    return index.load(built if isinstance(built, list) else [built])
+    return lm_eval_api.load_named(index, part.name, changes)
 
 
 _kept: dict[str, Any] = {}
@@ -146,37 +146,15 @@ _kept: dict[str, Any] = {}
 def _index() -> Any:
     """lm-evaluation-harness's tasks by name; finding them takes seconds, so it is done once."""
     if "index" not in _kept:
-        from lm_eval.tasks import TaskManager
-
-        _kept["index"] = TaskManager()
+        _kept["index"] = lm_eval_api.task_manager()
     return _kept["index"]
 
 
 def _datasets(part: Part) -> list[str]:
     """The data sets that a task, or all of a group or tag, reads."""
-    if part.dataset:
-        return [part.dataset]
-    return sorted(set(_leaf_datasets(part.name)))
-
-
-def _leaf_datasets(name: str) -> Iterator[str]:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    entry = _index().task_index.get(name)
-    if entry is None:
-        return
-    if entry.yaml_path is None:
-        for member in sorted(entry.tags):
-            yield from _leaf_datasets(member)
-        return
-    described = load_yaml(entry.yaml_path, resolve_func=False)
-    if isinstance(described.get("task"), list):
-        for member in described["task"]:
-            inner = member if isinstance(member, str) else member.get("task") or member.get("group")
-            if isinstance(inner, str):
-                yield from _leaf_datasets(inner)
-    elif isinstance(described.get("dataset_path"), str):
-        yield described["dataset_path"]
+    if part.name in PUBLISHED:
+        return [PUBLISHED[part.name]]
+    return sorted(set(lm_eval_api.data_sets(_index(), part.name)))
 
 
 def _missing_data_errors() -> tuple[type[Exception], ...]:

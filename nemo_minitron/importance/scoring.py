@@ -52,9 +52,11 @@ def _work(
 
     from nemo_minitron.runtime.engine import engine
     from nemo_minitron.runtime.ranks import load_model, parallel_ranks
+    from nemo_minitron.runtime.versions import check_scoring
 
     sequences, samples = calibration.sequences(config.prune.num_samples, config.seed)
     with engine(config.seed, partial / LOG, cuda=layout.cuda), parallel_ranks(layout, config.seed):
+        check_scoring()
         model = load_model(teacher.architecture, layout, teacher, local_spec=True)
         started = time.perf_counter()
         found, moments = collect(model, sequences, config.inference.batch_size, config.prune.statistics)

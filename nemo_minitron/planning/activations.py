@@ -13,7 +13,8 @@ FP32 = 4
 
 def kept_by_layer(a: Architecture, run: Run) -> int:
     """What one transformer layer keeps of a micro batch."""
-    return (_norm(a, run) * 2 + _attention(a, run) + _ffn(a, run)) * run.tokens + _rotations(a, run)
+    mask = run.seq_length**2 if run.local_spec and run.core.mask_by_layer else 0
+    return (_norm(a, run) * 2 + _attention(a, run) + _ffn(a, run)) * run.tokens + _rotations(a, run) + mask
 
 
 def kept_at_the_end(a: Architecture, run: Run) -> int:
@@ -51,10 +52,16 @@ def _attention(a: Architecture, run: Run) -> float:
 
 def _ffn(a: Architecture, run: Run) -> float:
     """A token's output of linear_fc1, what the activation keeps, and the input of linear_fc2."""
-    widths = 2  # the activation's input or output, and its product
-    if a.gated_linear_unit:
-        widths = 5 if run.local_spec or a.family not in FUSED_GATE else 3
+    widths = _gated(a, run) if a.gated_linear_unit else 2  # the activation's input or output, and its product
     return run.bytes * widths * a.ffn_hidden_size / run.layout.tensor_parallel
+
+
+def _gated(a: Architecture, run: Run) -> int:
+    """Widths of a gated FFN that are kept: both halves of linear_fc1's output and their product; without fusion the
+    activated half too, and the linear half with its offset."""
+    if not run.local_spec and a.family in FUSED_GATE:
+        return 3
+    return 5 if run.core.gate_offset else 4
 
 
 def _rotations(a: Architecture, run: Run) -> int:
@@ -71,8 +78,7 @@ def forward_work(a: Architecture, run: Run) -> float:
     scores = 2 * n * run.seq_length if run.local_spec else 0
     heads = 3 * n * d + a.num_query_groups * d  # queries and keys rotated, keys and values repeated
     attention = stream + (a.qkv_rows() + heads + scores) / tensor
-    gated = 5 if run.local_spec or a.family not in FUSED_GATE else 3
-    ffn = stream + (gated if a.gated_linear_unit else 2) * a.ffn_hidden_size / tensor
+    ffn = stream + (_gated(a, run) if a.gated_linear_unit else 2) * a.ffn_hidden_size / tensor
     return e * max(attention, ffn) * run.tokens
 
 

@@ -1,13 +1,38 @@
 """What a plan is about: a layout, its sequence length, and what is installed where it runs."""
 
 import dataclasses
+import re
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.runtime.engine import uneven_stages
 from nemo_minitron.runtime.layout import Layout
+from nemo_minitron.runtime.versions import core_source
 
 #: Families whose gated activation Megatron fuses (NeMo's configs of them set bias_activation_fusion).
 FUSED_GATE = ("llama",)
+#: Megatron Core keeps the causal mask for the next layer.
+MASK_ONCE = re.compile(r"@lru_cache\([^)]*\)\ndef get_default_causal_mask")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Core:
+    """What a version of Megatron Core keeps of a layer; the defaults are those of 0.15.
+
+    Attributes:
+        gate_offset: adds an offset to the linear half of a gated FFN, and keeps the sum; before 0.15 there is none.
+        mask_by_layer: makes the local spec's causal mask anew in each layer, as 0.16 does, rather than once.
+    """
+
+    gate_offset: bool = True
+    mask_by_layer: bool = False
+
+
+def installed_core() -> Core:
+    """The Megatron Core that is installed, or 0.15 where none is."""
+    ffn, masks = core_source("transformer/mlp.py"), core_source("transformer/utils.py")
+    if ffn is None or masks is None:
+        return Core()
+    return Core(gate_offset="glu_linear_offset" in ffn, mask_by_layer=not MASK_ONCE.search(masks))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +47,7 @@ class Run:
         statistics: scoring: whether second moments are gathered.
         threads: of torch on a CPU; each has its share of the loss's buffers.
         device_bytes: memory of a rank's device, where it is known.
+        core: what is known of Megatron Core's version.
     """
 
     layout: Layout
@@ -31,6 +57,7 @@ class Run:
     statistics: bool = True
     threads: int = 1
     device_bytes: float | None = None
+    core: Core = dataclasses.field(default_factory=installed_core)
 
     @property
     def local_spec(self) -> bool:

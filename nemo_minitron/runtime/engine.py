@@ -14,8 +14,10 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.nemo2 import nemo_config
+from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.cpu import megatron_on_cpu, without_toolkit
 from nemo_minitron.runtime.layout import Layout, transformer_engine_runs
+from nemo_minitron.runtime.windows import windowed_attention
 
 #: Fields of NeMo's configs that need Transformer Engine or CUDA kernels, and their values without them.
 WITHOUT_FUSIONS = {
@@ -40,7 +42,13 @@ def engine(seed: int, log: Path | None = None, *, cuda: bool | None = None) -> I
         log: file that takes the chatter of NeMo, Megatron, ModelOpt and Lightning.
         cuda: whether the body runs on GPUs (the layout says so); None: where there are any.
     """
-    with _same_environment(), without_toolkit(), quiet(log), megatron_on_cpu(cuda):
+    with (
+        _same_environment(),
+        without_toolkit(),
+        quiet(log),
+        megatron_on_cpu(cuda),
+        versions.optimizer_as_nemo_asks(),
+    ):
         import lightning.pytorch as pl
 
         reset_parallel_state()
@@ -170,6 +178,8 @@ def torch_layers(config: Any) -> Any:
 
     layer = local_layer_spec(config)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = WrappedTorchNorm
+    if config.window_size is not None and not versions.local_attention_takes_windows():
+        layer.submodules.self_attention.submodules.core_attention = windowed_attention()
     layers = [layer] * get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)
 

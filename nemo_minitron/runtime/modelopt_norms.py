@@ -2,6 +2,9 @@
 
 ModelOpt 0.43 has none for torch.nn.RMSNorm, and its own for torch.nn.LayerNorm takes no shared size. Both are
 registered for the body of a ``with`` and taken back afterwards.
+
+ModelOpt 0.41 and later hand a model's shared size to each norm; before, a norm is converted with a size of its own, in
+whose place the shared one is put afterwards.
 """
 
 import contextlib
@@ -13,11 +16,13 @@ def local_norms_prunable() -> Iterator[None]:
     """Lets ModelOpt's Minitron pruning cut the torch norms of a local-spec Megatron model."""
     from modelopt.torch.nas.modules.norm import _DynamicLayerNorm
     from modelopt.torch.nas.registry import DMRegistry
+    from modelopt.torch.nas.traced_hp import TracedHp
     from torch import nn
 
     class _DynamicTorchNorm(_DynamicLayerNorm):
-        def _setup(self, *, num_features):
-            self._register_hparam("num_features", num_features)
+        def _setup(self, *, num_features: TracedHp | None = None):
+            own = TracedHp(list(range(1, self.normalized_shape[-1] + 1)))
+            self._register_hparam("num_features", own if num_features is None else num_features)
             for name in ("weight", "bias"):
                 if hasattr(self, name):
                     self._register_dynamic_attribute(name, self._cut_to_active_features)

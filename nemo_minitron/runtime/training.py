@@ -16,7 +16,7 @@ ENGINES_FUNCTIONS = (
 
 
 def optimizer(config: OptimConfig, max_steps: int, clip: float, layout: Layout) -> Any:
-    """Megatron's Adam with linear warm-up and cosine decay."""
+    """Megatron's Adam with linear warm-up and cosine decay; biases and norms do not decay."""
     import torch
     from megatron.core.optimizer import OptimizerConfig
     from nemo import lightning as nl

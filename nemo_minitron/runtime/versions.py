@@ -4,11 +4,16 @@ Each question is asked of what is installed (a class, a parameter, a module that
 only where nothing else tells. What a version cannot do is refused by name, with the version that can.
 """
 
+import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+
+from nemo_minitron.errors import EngineError
 
 
 def installed(package: str) -> str | None:
@@ -27,3 +32,67 @@ def has_module(name: str) -> bool:
 def accepts(function: Callable[..., Any], parameter: str) -> bool:
     """Whether a function, or a class when it is called, has a parameter of this name."""
     return parameter in inspect.signature(function).parameters
+
+
+def known_keywords(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
+    """Those of `keywords` that the installed version of a function or class has."""
+    return {name: value for name, value in keywords.items() if accepts(function, name)}
+
+
+@contextlib.contextmanager
+def optimizer_as_nemo_asks() -> Iterator[None]:
+    """In the body, Megatron makes the optimizer that NeMo 2.7 asks for, though Core 0.16 dropped three of its keywords.
+
+    At the values below they ask for what Core 0.16 does by itself: biases and norms do not decay, and there is one
+    learning rate.
+
+    Raises:
+        EngineError: in the body, where a keyword that is gone is given another value.
+    """
+    import megatron.core.optimizer
+
+    make = megatron.core.optimizer.get_megatron_optimizer
+    neutral = {"no_weight_decay_cond": None, "scale_lr_cond": None, "lr_mult": 1.0}
+    gone = {name: value for name, value in neutral.items() if not accepts(make, name)}
+
+    @functools.wraps(make)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        asked = [name for name, value in gone.items() if kwargs.pop(name, value) != value]
+        if asked:
+            raise EngineError(f"megatron-core {installed('megatron-core')} has no {', '.join(asked)}; 0.15 has")
+        return make(*args, **kwargs)
+
+    megatron.core.optimizer.get_megatron_optimizer = call if gone else make
+    try:
+        yield
+    finally:
+        megatron.core.optimizer.get_megatron_optimizer = make
+
+
+@functools.lru_cache(maxsize=8)
+def core_source(file: str) -> str | None:
+    """The text of a file of the installed Megatron Core, such as ``transformer/mlp.py``; None where there is none.
+
+    It is read and not imported, which would take seconds.
+    """
+    found = importlib.util.find_spec("megatron")
+    places = [Path(place, "core", file) for place in (found.submodule_search_locations or [])] if found else []
+    return next((place.read_text(encoding="utf-8") for place in places if place.is_file()), None)
+
+
+def local_attention_takes_windows() -> bool:
+    """Whether the local attention of the installed Megatron Core knows sliding windows; before 0.15 it refuses them."""
+    from megatron.core.transformer import utils
+
+    return hasattr(utils, "get_sliding_window_causal_mask")
+
+
+def check_scoring() -> None:
+    """Raises EngineError where the installed ModelOpt does not prune Megatron's models the Minitron way."""
+    try:
+        import modelopt.torch.prune.plugins.mcore_minitron  # noqa: F401
+    except ImportError as error:
+        raise EngineError(
+            f"nvidia-modelopt {installed('nvidia-modelopt')} scores no model here: {error}. Versions 0.35 to 0.43 do; "
+            "from 0.44 on it needs Transformer Engine"
+        ) from error

@@ -7,13 +7,12 @@ import random
 
 import pytest
 from lm_eval.api.model import LM
-from lm_eval.tasks import TaskManager
 
 from nemo_minitron.cli import main
 from nemo_minitron.config import DataConfig, EvaluateConfig
 from nemo_minitron.data import embedded
 from nemo_minitron.errors import DataError
-from nemo_minitron.evaluation import facts, harness
+from nemo_minitron.evaluation import facts, harness, lm_eval_api
 
 WORDS = 300_000
 CONFIG = EvaluateConfig(models=["-"], tasks="facts")
@@ -59,7 +58,7 @@ def asked(request):
 
 
 def accuracy(model, questions) -> dict:
-    loaded = TaskManager(include_defaults=False).load(facts.tasks(questions))
+    loaded = lm_eval_api.load(lm_eval_api.task_manager(include_defaults=False), facts.tasks(questions))
     return harness.run_harness(model, loaded, CONFIG)
 
 

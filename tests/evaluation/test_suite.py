@@ -8,7 +8,7 @@ from lm_eval.api.model import LM
 from nemo_minitron.cli import main
 from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.errors import ConfigError, DataError
-from nemo_minitron.evaluation import harness, made, suite
+from nemo_minitron.evaluation import harness, lm_eval_api, made, suite
 
 
 def lines(folder, name: str, rows: list[dict]) -> str:
@@ -119,11 +119,11 @@ def test_cards_have_shots_for_mmlu_alone():
 
 def test_mmlu_is_read_from_the_folder_for_all_its_subjects(tmp_path):
     """Two subjects stand for the 57: a group's tasks share one data set, whose place is theirs."""
-    subjects = sorted(name.removeprefix("mmlu_") for name in suite._index().all_subtasks
-                      if suite._index().task_index[name].tags & {"mmlu_stem_tasks", "mmlu_other_tasks",
-                      "mmlu_social_sciences_tasks", "mmlu_humanities_tasks"})  # fmt: skip
+    tags = ("stem", "other", "social_sciences", "humanities")
+    named = [name for tag in tags for name in lm_eval_api.members(suite._index(), f"mmlu_{tag}_tasks")]
+    subjects = sorted(name.removeprefix("mmlu_") for name in named)
     assert len(subjects) == 57
-    assert suite._datasets(suite.Part("mmlu", 5, "")) == ["cais/mmlu"]
+    assert set(lm_eval_api.data_sets(suite._index(), "mmlu")) == {"cais/mmlu"}
     folder = tmp_path / "cais" / "mmlu"
     row = {"question": "Which NUMBER?", "choices": ["w", "right", "w", "w"], "answer": 1, "subject": "x"}
     files = {split: lines(folder, f"{split}.jsonl", [row] * 6) for split in ("dev", "test")}

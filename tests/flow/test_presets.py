@@ -87,7 +87,7 @@ def test_minitron_4b_of_random_weights_is_trained_and_read_by_transformers(tiny,
     assert len(losses) == 1 and 5.5 < losses[0]["lm_loss"] < 7.5  # log 512 = 6.2
     said = json.loads((tmp_path / "4b" / "config.json").read_text())
     assert {name: said[name] for name in MINITRON_4B} == MINITRON_4B
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "4b", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "4b", torch_dtype=torch.float32)
     sizes = KNOWN["minitron_4b"].with_sizes(num_layers=1, vocab_size=512)
     assert sum(parameter.numel() for parameter in model.parameters()) == sizes.parameters()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The same cut by ModelOpt, on a loaded Megatron model."""
+"""The same cut by ModelOpt, of whichever version, on a loaded Megatron model."""
 
 from typing import Any
 
@@ -13,10 +13,7 @@ def cut(model: Any, plan: PruningPlan, scores: ImportanceScores | None, targets:
     """
     import modelopt.torch.prune as mtp
     from modelopt.torch.opt import ModeloptStateManager
-    from modelopt.torch.prune.plugins.mcore_minitron import (
-        drop_mcore_language_model_layers,
-        get_mcore_minitron_config,
-    )
+    from modelopt.torch.prune.plugins.mcore_minitron import SUPPORTED_HPARAMS, MCoreMinitronConfig
 
     from nemo_minitron.runtime.modelopt_norms import local_norms_prunable
 
@@ -26,18 +23,49 @@ def cut(model: Any, plan: PruningPlan, scores: ImportanceScores | None, targets:
             "ffn_hidden_size_divisor": targets.ffn_hidden_size_divisor,
             "num_layers_divisor": 1,
         }
+        sizes, groups = dict(plan.width), []
+        old = "num_query_groups" in SUPPORTED_HPARAMS
+        if old and "num_attention_heads" in sizes:
+            sizes["num_query_groups"] = model.config.num_query_groups
+
+        def calibrate(dynamic: Any) -> None:
+            restore(dynamic, scores)
+            if "num_query_groups" in sizes:
+                groups.extend(group_order(layer.self_attention) for layer in dynamic.decoder.layers)
+
         with local_norms_prunable():
             mtp.prune(
                 model,
-                mode=[("mcore_minitron", get_mcore_minitron_config(**divisors))],
-                constraints={"export_config": dict(plan.width)},
+                mode=[("mcore_minitron", changed(MCoreMinitronConfig(), divisors))],
+                constraints={"export_config": sizes},
                 dummy_input=None,
-                config={"forward_loop": lambda dynamic: restore(dynamic, scores)},
+                config={"forward_loop": calibrate},
             )
         if ModeloptStateManager.is_converted(model):
             ModeloptStateManager.remove_state(model)
+        for layer, order in zip(model.decoder.layers, groups):
+            put_back(layer.self_attention, order)
     if plan.drop_layers:
-        drop_mcore_language_model_layers(model, layers_to_drop=plan.drop_layers)
+        dropper()(model, layers_to_drop=plan.drop_layers)
+
+
+def changed(config: Any, values: dict[str, Any]) -> Any:
+    """ModelOpt's configuration, a tree of rules, with these values wherever it has such names."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            changed(value, values)
+        elif name in values:
+            config[name] = values[name]
+    return config
+
+
+def dropper() -> Any:
+    """ModelOpt's function that drops layers; it moved with 0.41."""
+    try:
+        from modelopt.torch.prune.plugins.mcore_minitron import drop_mcore_language_model_layers
+    except ImportError:
+        from modelopt.torch.nas.plugins.megatron import drop_mcore_language_model_layers
+    return drop_mcore_language_model_layers
 
 
 def restore(model: Any, scores: ImportanceScores) -> None:
@@ -47,3 +75,19 @@ def restore(model: Any, scores: ImportanceScores) -> None:
         layer.mlp._activations = scores.ffn[index].clone()
         layer.self_attention._activations = scores.heads[index].clone()
     model._activations = dict(enumerate(scores.hidden.clone()))
+
+
+def group_order(attention: Any) -> Any:
+    """How ModelOpt before 0.41 sorts the query groups [g], by an importance of theirs: it prunes them too."""
+    return attention._estimate_query_group_importance().argsort(descending=True)
+
+
+def put_back(attention: Any, order: Any) -> None:
+    """Puts sorted query groups back in their places; a model computes the same with its groups in any order."""
+    import torch
+
+    qkv, projection = attention.linear_qkv, attention.linear_proj
+    for parameter, axis in ((qkv.weight, 0), (qkv.bias, 0), (projection.weight, 1)):
+        if parameter is not None:
+            groups = parameter.data.chunk(len(order), dim=axis)
+            parameter.data = torch.cat([groups[place] for place in order.argsort()], dim=axis)

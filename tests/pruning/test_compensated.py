@@ -50,7 +50,7 @@ class Case:
 
         made, architecture = self.cut(**options)
         write_checkpoint(place, "hf", architecture, made.cut(), None, {})
-        return transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+        return transformers.AutoModelForCausalLM.from_pretrained(place, torch_dtype=torch.float32).eval()
 
     def loss_to(self, student: torch.nn.Module) -> float:
         """Mean squared difference of the logits."""
@@ -140,7 +140,7 @@ def test_what_is_cut_has_the_students_shape_and_loses_less_than_the_plain_cut(ca
     write_checkpoint(tmp_path / "plain", "hf", student, cut(case.checkpoint.tensors, plan, kept), None, {})
     import transformers
 
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", torch_dtype=torch.float32).eval()
     shapes = {key: value.shape for key, value in plain.state_dict().items()}
     assert {key: value.shape for key, value in compensated.state_dict().items()} == shapes
     assert case.loss_to(compensated) < case.loss_to(plain)
