@@ -248,22 +248,27 @@ def _yaml_config(context: Files) -> dict[str, Any]:
     return config
 
 
+def activation_functions() -> dict[str, Any]:
+    """Name in Architecture -> the function that Megatron's configs hold; imports Megatron."""
+    import torch.nn.functional as functional
+    from megatron.core.activations import squared_relu
+
+    return {"silu": functional.silu, "gelu": functional.gelu, "squared_relu": squared_relu}
+
+
 def nemo_config(architecture: Architecture, **engine: Any) -> Any:
     """NeMo's config object (a dataclass of nemo.collections.llm) for `architecture`; imports NeMo.
 
     Args:
         engine: further fields that say how to run and not what to run (fusions, initialization...).
     """
-    import torch.nn.functional as functional
-    from megatron.core.activations import squared_relu
     from nemo.collections import llm
     from nemo.collections.llm.gpt.model import llama
 
-    activations = {"silu": functional.silu, "gelu": functional.gelu, "squared_relu": squared_relu}
     fields = {name: getattr(architecture, name) for name in SAME_NAME}
     fields |= {
         "vocab_size": architecture.vocab_size,
-        "activation_func": activations[architecture.activation],
+        "activation_func": activation_functions()[architecture.activation],
         "position_embedding_type": "rope",
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,

@@ -42,7 +42,7 @@ def resolve(verify: str, source: Checkpoint) -> str:
         return verify
     if source.quantization is not None:
         return "tensors"
-    engines = all(importlib.util.find_spec(name) for name in ("torch", "transformers", "megatron", "nemo"))
+    engines = all(importlib.util.find_spec(name) for name in ("torch", "transformers", "megatron"))
     return "logits" if engines and fits_in_memory(source) and source.architecture.family in FAMILIES else "tensors"
 
 

@@ -1,6 +1,7 @@
 """The one place that builds configs and trainers for a model on the hardware at hand.
 
 Transformer Engine's layer spec where it is installed and runs on the hardware at hand, Megatron's local spec otherwise.
+Without NeMo models run forward, by Megatron Core alone (runtime.gpt).
 """
 
 import contextlib
@@ -16,8 +17,9 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.nemo2 import nemo_config
 from nemo_minitron.runtime import versions
 from nemo_minitron.runtime.cpu import megatron_on_cpu, without_toolkit
+from nemo_minitron.runtime.gpt import core_config, torch_layers
 from nemo_minitron.runtime.layout import Layout, transformer_engine_runs
-from nemo_minitron.runtime.windows import windowed_attention
+from nemo_minitron.runtime.versions import has_nemo
 
 #: Fields of NeMo's configs that need Transformer Engine or CUDA kernels, and their values without them.
 WITHOUT_FUSIONS = {
@@ -38,7 +40,7 @@ def engine(seed: int, log: Path | None = None, *, cuda: bool | None = None) -> I
     """Megatron ready to use for the body, and no trace of its global state afterwards.
 
     Args:
-        seed: seeds Python, NumPy and torch; Megatron's own states are seeded by NeMo.
+        seed: seeds Python, NumPy and torch; Megatron's own states are seeded by NeMo, or by ``parallel_ranks()``.
         log: file that takes the chatter of NeMo, Megatron, ModelOpt and Lightning.
         cuda: whether the body runs on GPUs (the layout says so); None: where there are any.
     """
@@ -49,16 +51,31 @@ def engine(seed: int, log: Path | None = None, *, cuda: bool | None = None) -> I
         megatron_on_cpu(cuda),
         versions.optimizer_as_nemo_asks(),
     ):
-        import lightning.pytorch as pl
-
         reset_parallel_state()
         gc.collect()  # what a stage before this one still holds in cycles
-        pl.seed_everything(seed, workers=True, verbose=False)
+        _seed_everything(seed)
         try:
             yield
         finally:
             reset_parallel_state()
             gc.collect()
+
+
+def _seed_everything(seed: int) -> None:
+    """Lightning's way, which the workers of its data loaders follow; without it the same generators."""
+    if has_nemo():
+        import lightning.pytorch as pl
+
+        pl.seed_everything(seed, workers=True, verbose=False)
+        return
+    import random
+
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @contextlib.contextmanager
@@ -79,12 +96,14 @@ def reset_parallel_state() -> None:
     """Clears what NeMo and Megatron keep in module globals, so that one process can run one stage after another."""
     import torch
     from megatron.core import num_microbatches_calculator, parallel_state
-    from nemo.utils import AppState
 
     parallel_state.destroy_model_parallel()
     num_microbatches_calculator.unset_num_microbatches_calculator()
-    AppState()._is_megatron_initialized = False
-    AppState().model_parallel_size = None
+    if has_nemo():
+        from nemo.utils import AppState
+
+        AppState()._is_megatron_initialized = False
+        AppState().model_parallel_size = None
     if torch.distributed.is_initialized() and "TORCHELASTIC_RUN_ID" not in os.environ:
         torch.distributed.destroy_process_group()
 
@@ -103,8 +122,9 @@ def quiet(log: Path | None) -> Iterator[None]:
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
         # The root first: the engines' imports below have things to say already.
         saved = [_send_to(handler, logging.getLogger())]
-        saved.append(_send_to(handler, _import_apart("nemo.utils").logging._logger))
-        _import_apart("nemo.collections.llm", "nemo.collections.llm.modelopt.distill.model")
+        if has_nemo():
+            saved.append(_send_to(handler, _import_apart("nemo.utils").logging._logger))
+            _import_apart("nemo.collections.llm", "nemo.collections.llm.modelopt.distill.model")
         noisy = [logging.getLogger(name) for name in ("lightning.pytorch", "megatron", "nv_one_logger", "py.warnings")]
         saved += [_send_to(handler, logger) for logger in noisy]
         logging.captureWarnings(True)
@@ -139,14 +159,17 @@ def _send_to(handler: logging.Handler, logger: logging.Logger) -> tuple[logging.
 def model_config(architecture: Architecture, layout: Layout, *, local_spec: bool = False) -> Any:
     """NeMo's config of `architecture`, with the layer spec, fusions and precision for the hardware at hand.
 
+    Without NeMo it is Megatron Core's, for the local layer spec.
+
     Args:
         local_spec: use Megatron's local layer spec even where Transformer Engine is installed.
     """
     import torch
 
-    engine_fields: dict[str, Any] = {"forward_step_fn": forward_step}
-    if local_spec or not transformer_engine_runs(layout.cuda):
-        engine_fields |= WITHOUT_FUSIONS | {"transformer_layer_spec": torch_layers}
+    nemo = has_nemo()
+    engine_fields: dict[str, Any] = {"forward_step_fn": forward_step} if nemo else {}
+    if local_spec or not (nemo and transformer_engine_runs(layout.cuda)):
+        engine_fields |= WITHOUT_FUSIONS | ({"transformer_layer_spec": torch_layers} if nemo else {})
         if architecture.layernorm_zero_centered_gamma:
             # Megatron's local LayerNorm has no zero-centred gamma: runtime.weights adds the 1 on load instead.
             engine_fields["layernorm_zero_centered_gamma"] = False
@@ -157,31 +180,13 @@ def model_config(architecture: Architecture, layout: Layout, *, local_spec: bool
     else:
         engine_fields |= {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
     fields = {name: value for name, value in engine_fields.items() if name != "layernorm_zero_centered_gamma"}
-    config = nemo_config(architecture, **fields)
+    config = (nemo_config if nemo else core_config)(architecture, **fields)
     if "layernorm_zero_centered_gamma" in engine_fields:
         config.layernorm_zero_centered_gamma = False
     if architecture.sliding_window is not None:
         # Checkpoints state the window as NeMo does; Megatron counts the tokens before the query's own.
         config.window_size = (architecture.sliding_window - 1, 0)
     return config
-
-
-def torch_layers(config: Any) -> Any:
-    """Megatron's local layer spec, its norms PyTorch's: of this pipeline stage's layers and of the final norm.
-
-    Left to itself Megatron takes Apex's LayerNorm and Transformer Engine's final norm wherever these are installed,
-    which run on a GPU only.
-    """
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-    from nemo.collections.llm.gpt.model.base import local_layer_spec
-
-    layer = local_layer_spec(config)
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = WrappedTorchNorm
-    if config.window_size is not None and not versions.local_attention_takes_windows():
-        layer.submodules.self_attention.submodules.core_attention = windowed_attention()
-    layers = [layer] * get_num_layers_to_build(config)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)
 
 
 def spread_layers(config: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints import Checkpoint
 from nemo_minitron.runtime.engine import model_config, spread_layers
+from nemo_minitron.runtime.gpt import core_model
 from nemo_minitron.runtime.launch import rank
 from nemo_minitron.runtime.layout import Layout
 from nemo_minitron.runtime.weights import load_weights
@@ -55,7 +56,8 @@ def load_model(
     config.context_parallel_size = layout.context_parallel
     config.variable_seq_lengths = False
     spread_layers(config)
-    model = config.configure_model(None)
+    built_by_nemo = hasattr(config, "configure_model")
+    model = config.configure_model(None) if built_by_nemo else core_model(config, architecture)
     if checkpoint is not None:
         load_weights(model, architecture, checkpoint)
     if layout.bf16:

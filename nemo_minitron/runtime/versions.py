@@ -96,3 +96,11 @@ def check_scoring() -> None:
             f"nvidia-modelopt {installed('nvidia-modelopt')} scores no model here: {error}. Versions 0.35 to 0.43 do; "
             "from 0.44 on it needs Transformer Engine"
         ) from error
+
+
+def has_nemo() -> bool:
+    """Whether NeMo's LLM collection is installed, which ended with NeMo 2.7; only its parent packages are imported."""
+    try:
+        return importlib.util.find_spec("nemo.collections.llm") is not None
+    except ModuleNotFoundError:
+        return False
