@@ -12,6 +12,8 @@
     llm.export_ckpt("student", "hf", output_path="student-hf")                     # pruned shapes as well
     llm.export_ckpt("student", "nemo1", output_path="student.nemo")
 
+Without NeMo's LLM collection importing this registers nothing; the functions below work as they are.
+
 The source's path is the checkpoint to start from; the keywords are those of the functions below. `model` only names
 the family. The checkpoint's own sizes count.
 """
@@ -23,6 +25,7 @@ from typing import Any
 
 from nemo_minitron import config as c
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.runtime.versions import has_nemo
 
 FAMILIES = ("GPTModel", "LlamaModel", "MistralModel", "NemotronModel", "Qwen2Model")
 
@@ -170,7 +173,7 @@ def _local(source: Path) -> Path:
 
 
 def register() -> None:
-    """Registers the connectors for every dense GPT family of NeMo; imports NeMo.
+    """Registers the connectors for every dense GPT family of NeMo; imports NeMo's LLM collection.
 
     NeMo's own `hf` connectors stay in charge of what they can do: with Transformer Engine, and shapes in which the head
     size is the hidden size over the heads. Everything else goes to the conversion here.
@@ -247,4 +250,5 @@ def _connector(base: type, name: str, function: Callable[..., None]) -> type:
     return MinitronConnector
 
 
-register()
+if has_nemo():
+    register()

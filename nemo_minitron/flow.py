@@ -32,6 +32,7 @@ from nemo_minitron.recipes import (
 from nemo_minitron.report.collect import collect
 from nemo_minitron.report.stages import PAGE, REPORT
 from nemo_minitron.reporting import check_free, write_run
+from nemo_minitron.runtime.versions import check_training
 
 FACTS = "evaluate facts"
 
@@ -82,6 +83,7 @@ def run_flow(config: c.FlowConfig) -> Manifest | None:
     if config.dry_run:
         print(describe(config, teacher))
         return None
+    check_training("minitron flow")
     check_teacher(config)
     check_instructions(config)
     manifests = {}

@@ -29,6 +29,15 @@ class Written(NamedTuple):
     tokens: int
 
 
+def indexed_datasets() -> Any:
+    """Megatron's module of indexed datasets; at its import Megatron warns of what a machine without CUDA lacks."""
+    with without_toolkit(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets import indexed_dataset
+
+    return indexed_dataset
+
+
 def write_indexed(documents: Iterable[str], tokenizer_dir: str, prefix: Path, workers: int = 1) -> Written:
     """Tokenises documents, ends each with the end-of-document token, and writes `prefix`.bin and .idx.
 
@@ -36,14 +45,11 @@ def write_indexed(documents: Iterable[str], tokenizer_dir: str, prefix: Path, wo
     """
     from tqdm import tqdm
 
-    with without_toolkit(), warnings.catch_warnings():  # Megatron says at its import what a machine without CUDA lacks
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
     from nemo_minitron.data.tokenizer import load_tokenizer
 
+    megatron = indexed_datasets()
     tokenizer = load_tokenizer(tokenizer_dir)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(len(tokenizer)))
+    builder = megatron.IndexedDatasetBuilder(f"{prefix}.bin", dtype=megatron.DType.optimal_dtype(len(tokenizer)))
     counts = [0, 0, 0]
     bar = tqdm(desc=f"tokenise {prefix.name}", unit=" documents", disable=None if sys.stderr.isatty() else True)
     for words, ids in _encoded(documents, Encoder(tokenizer, tokenizer_dir), workers):

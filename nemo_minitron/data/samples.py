@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_minitron.errors import DataError
-from nemo_minitron.runtime.cpu import without_toolkit
 
 
 def _open(prefix: str) -> Any:
-    with without_toolkit():
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from nemo_minitron.data.indexed import indexed_datasets
 
-    return IndexedDataset(prefix)
+    return indexed_datasets().IndexedDataset(prefix)
 
 
 def token_stream(prefix: str) -> Any:

@@ -23,6 +23,7 @@ from nemo_minitron.runtime.inputs import (
 )
 from nemo_minitron.runtime.launch import run_stage
 from nemo_minitron.runtime.layout import check_fits
+from nemo_minitron.runtime.versions import check_training
 
 
 def distill(config: DistillConfig) -> Manifest:
@@ -35,6 +36,7 @@ def distill(config: DistillConfig) -> Manifest:
         OutputExistsError: the output was made from something else.
         NonFiniteLossError: a loss is not a number.
     """
+    check_training("minitron distill")
     student = open_checkpoint(config.model.restore_from_path, "student")
     teacher = None
     folders: dict[str, Any] = {"student": config.model.restore_from_path}

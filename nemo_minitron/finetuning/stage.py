@@ -23,6 +23,7 @@ from nemo_minitron.runtime.inputs import (
     training_inputs,
 )
 from nemo_minitron.runtime.launch import run_stage
+from nemo_minitron.runtime.versions import check_training
 
 
 def finetune(config: FinetuneConfig) -> Manifest:
@@ -33,6 +34,7 @@ def finetune(config: FinetuneConfig) -> Manifest:
         OutputExistsError: the output was made from something else.
         NonFiniteLossError: a loss is not a number.
     """
+    check_training("minitron finetune")
     inputs_of_job: dict[str, Any] = {}
     if config.model.init == "checkpoint":
         checkpoint = open_checkpoint(config.model.restore_from_path, "checkpoint to start from")

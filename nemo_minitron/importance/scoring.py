@@ -1,7 +1,11 @@
-"""Scores a teacher's layers, channels, neurons and heads: one calibration pass through ModelOpt's estimators."""
+"""Scores a teacher's layers, channels, neurons and heads: one calibration pass through ModelOpt's estimators.
+
+Where the installed ModelOpt does not take Megatron's local layers, the same sums are made here (importance.estimators).
+"""
 
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from nemo_minitron.importance.calibration import Calibration, calibration_of, gi
 from nemo_minitron.runtime.inputs import LOG
 from nemo_minitron.runtime.launch import rank
 from nemo_minitron.runtime.layout import Layout, check_fits, layout_of
+from nemo_minitron.runtime.versions import modelopt_takes_local_layers
 
 
 def score(config: PruneConfig) -> Manifest:
@@ -52,11 +57,9 @@ def _work(
 
     from nemo_minitron.runtime.engine import engine
     from nemo_minitron.runtime.ranks import load_model, parallel_ranks
-    from nemo_minitron.runtime.versions import check_scoring
 
     sequences, samples = calibration.sequences(config.prune.num_samples, config.seed)
     with engine(config.seed, partial / LOG, cuda=layout.cuda), parallel_ranks(layout, config.seed):
-        check_scoring()
         model = load_model(teacher.architecture, layout, teacher, local_spec=True)
         started = time.perf_counter()
         found, moments = collect(model, sequences, config.inference.batch_size, config.prune.statistics)
@@ -122,28 +125,57 @@ def _write(
 
 
 def collect(model: Any, sequences: Any, batch: int, statistics: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Runs ModelOpt's Minitron estimators over token sequences [n, s + 1]; `model` cannot be used afterwards.
-
-    ModelOpt scores inside its search: it is asked for the model's own sizes, so it cuts nothing.
+    """Runs Minitron's estimators over token sequences [n, s + 1]; `model` cannot be used afterwards.
 
     Returns:
         scores by their names in ImportanceScores, of all pipeline stages, and with `statistics` the second moments of
         this stage's layers.
     """
-    import modelopt.torch.prune as mtp
-
     from nemo_minitron.importance.moments import gathered
-    from nemo_minitron.runtime.modelopt_norms import local_norms_prunable
     from nemo_minitron.runtime.ranks import run_forward
 
-    found: dict[str, Any] = {}
     moments: dict[str, Any] = {}
 
-    def calibrate(dynamic: Any) -> None:
-        with gathered(dynamic) if statistics else contextlib.nullcontext() as sums:
-            run_forward(dynamic, sequences, batch)
-        found.update(_gather(dynamic))
+    def calibrate(model: Any) -> None:
+        with gathered(model) if statistics else contextlib.nullcontext() as sums:
+            run_forward(model, sequences, batch)
         moments.update(sums.means() if sums else {})
+
+    estimate = _by_modelopt if modelopt_takes_local_layers() else _by_hooks
+    return _gather(estimate(model, calibrate)), moments
+
+
+def _by_hooks(model: Any, calibrate: Callable[[Any], None]) -> dict[str, Any]:
+    """This stage's scores by our own estimators."""
+    from nemo_minitron.importance.estimators import estimated
+
+    with estimated(model) as estimates:
+        calibrate(model)
+    return estimates.scores()
+
+
+def _by_modelopt(model: Any, calibrate: Callable[[Any], None]) -> dict[str, Any]:
+    """This stage's scores by ModelOpt.
+
+    It scores inside its search: it is asked for the model's own sizes, so it cuts nothing.
+    """
+    import modelopt.torch.prune as mtp
+    import torch
+
+    from nemo_minitron.runtime.modelopt_norms import local_norms_prunable
+
+    local: dict[str, Any] = {}
+
+    def run(dynamic: Any) -> None:
+        calibrate(dynamic)
+        layers = dynamic.decoder.layers
+        local.update(
+            numbers=[layer.layer_number for layer in layers],
+            hidden=torch.stack(list(dynamic._activations.values())).cpu(),
+            ffn=torch.stack([layer.mlp._activations for layer in layers]).cpu(),
+            heads=torch.stack([layer.self_attention._activations for layer in layers]).cpu(),
+            block_influence=torch.tensor([float(layer._scores) for layer in layers], dtype=torch.float64),
+        )
 
     own = {name: getattr(model.config, name) for name in ("hidden_size", "ffn_hidden_size", "num_layers")}
     with local_norms_prunable():
@@ -152,24 +184,20 @@ def collect(model: Any, sequences: Any, batch: int, statistics: bool) -> tuple[d
             mode="mcore_minitron",
             constraints={"export_config": own},
             dummy_input=None,
-            config={"forward_loop": calibrate},
+            config={"forward_loop": run},
         )
-    return found, moments
+    return local
 
 
-def _gather(model: Any) -> dict[str, Any]:
-    """The estimators' sums, in order of the layers, of all pipeline stages."""
+def _gather(local: dict[str, Any]) -> dict[str, Any]:
+    """The scores of all pipeline stages, in order of the layers; raises MinitronError where one is not finite.
+
+    Args:
+        local: this stage's, with the numbers of its layers.
+    """
     import torch
     from megatron.core import parallel_state
 
-    layers = model.decoder.layers
-    local = {
-        "numbers": [layer.layer_number for layer in layers],
-        "hidden": torch.stack(list(model._activations.values())).cpu(),
-        "ffn": torch.stack([layer.mlp._activations for layer in layers]).cpu(),
-        "heads": torch.stack([layer.self_attention._activations for layer in layers]).cpu(),
-        "block_influence": torch.tensor([float(layer._scores) for layer in layers], dtype=torch.float64),
-    }
     stages = [local]
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         stages = [None] * parallel_state.get_pipeline_model_parallel_world_size()

@@ -87,20 +87,33 @@ def local_attention_takes_windows() -> bool:
     return hasattr(utils, "get_sliding_window_causal_mask")
 
 
-def check_scoring() -> None:
-    """Raises EngineError where the installed ModelOpt does not prune Megatron's models the Minitron way."""
-    try:
-        import modelopt.torch.prune.plugins.mcore_minitron  # noqa: F401
-    except ImportError as error:
-        raise EngineError(
-            f"nvidia-modelopt {installed('nvidia-modelopt')} scores no model here: {error}. Versions 0.35 to 0.43 do; "
-            "from 0.44 on it needs Transformer Engine"
-        ) from error
-
-
 def has_nemo() -> bool:
     """Whether NeMo's LLM collection is installed, which ended with NeMo 2.7; only its parent packages are imported."""
     try:
         return importlib.util.find_spec("nemo.collections.llm") is not None
     except ModuleNotFoundError:
         return False
+
+
+def modelopt_takes_local_layers() -> bool:
+    """Whether ModelOpt's Minitron pruning is there, and takes models of Megatron's local layer spec.
+
+    From 0.44 on it takes those of Transformer Engine only, which has to be installed for it to be imported.
+    """
+    try:
+        from modelopt.torch.nas.plugins import megatron
+    except ImportError:
+        return False
+    return not hasattr(megatron, "_DynamicTEQKVLayerNormColumnParallelLinear")
+
+
+def check_training(what: str) -> None:
+    """Raises EngineError where `what` cannot train here: training is NeMo's."""
+    if not has_nemo():
+        raise EngineError(
+            f"{what} trains with NeMo's LLM collection (nemo.collections.llm), which is not installed here: it ended "
+            "with NeMo 2.7, and NVIDIA's containers from 26.04 on have none. Train in a NeMo container up to 26.02 "
+            "(nvcr.io/nvidia/nemo:26.02), or where requirements.txt is installed; checkpoints go from one to the other "
+            "as they are. What trains nothing works here: data, plan, inspect, convert, prune, evaluate, generate, "
+            "benchmark, quantize"
+        )
