@@ -5,7 +5,8 @@ its weights are the checkpoint's. A raw config.json means one thing to transform
 (the base of the rotary embedding, the share of a head that it rotates, the size of a head), and neither says so.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -24,7 +25,10 @@ def model_class(family: str) -> Any:
 
 
 def model_config(architecture: Architecture, dtype: str, generation: Mapping[str, Any] = MappingProxyType({})) -> Any:
-    """transformers' configuration of a model.
+    """transformers' configuration of a model, with the sizes that it has.
+
+    transformers 5.12 refuses to describe a Llama whose hidden size is no multiple of its heads, but runs it, as the
+    size of a head is stated: there the hidden size is set afterwards.
 
     Args:
         dtype, generation: as `write_config` takes them.
@@ -32,9 +36,39 @@ def model_config(architecture: Architecture, dtype: str, generation: Mapping[str
     Raises:
         CheckpointError: transformers has no class for it, or its version does not take these sizes.
     """
+    a = architecture
+    described = write_config(a, dtype, generation)
+    if a.hidden_size % a.num_attention_heads:
+        config = _configuration(a, {**described, "hidden_size": a.num_attention_heads * a.kv_channels})
+        config.hidden_size = a.hidden_size
+        return config
+    return _configuration(a, described)
+
+
+def check_describable(architecture: Architecture, dtype: str) -> None:
+    """Raises CheckpointError where transformers' version would not write, or read, the config.json of these sizes."""
+    _configuration(architecture, write_config(architecture, dtype))
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """In the body transformers says nothing below an error, and draws no bars."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _configuration(architecture: Architecture, described: dict[str, Any]) -> Any:
     import transformers
 
-    described = write_config(architecture, dtype, generation)
     try:
         return model_class(architecture.family).config_class(**described)
     except Exception as error:  # transformers 5 has errors of its own, of no common kind

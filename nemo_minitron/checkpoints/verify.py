@@ -9,7 +9,7 @@ from nemo_minitron.checkpoints import HF, NEMO2, Checkpoint
 from nemo_minitron.checkpoints.canonical import EMBEDDING, OUTPUT
 from nemo_minitron.checkpoints.families import FAMILIES
 from nemo_minitron.checkpoints.tensors import Lazy, Resized, same_bits
-from nemo_minitron.checkpoints.transformers_model import load_model
+from nemo_minitron.checkpoints.transformers_model import load_model, quiet_loading
 from nemo_minitron.errors import CheckpointError
 
 STRENGTH = ("none", "tensors", "logits")
@@ -94,16 +94,9 @@ def logits(checkpoint: Checkpoint, tokens: Any, seed: int = 0) -> Any:
 
 def _by_transformers(checkpoint: Checkpoint, tokens: Any) -> Any:
     import torch
-    import transformers
 
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        model = load_model(checkpoint, torch.float32)
-        with torch.no_grad():
-            return model(tokens).logits.float()
-    finally:
-        transformers.logging.set_verbosity(level)
+    with quiet_loading(), torch.no_grad():
+        return load_model(checkpoint, torch.float32)(tokens).logits.float()
 
 
 def _by_megatron(checkpoint: Checkpoint, tokens: Any, seed: int) -> Any:

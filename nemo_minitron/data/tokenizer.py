@@ -6,6 +6,7 @@ from typing import Any
 
 from nemo_minitron.checkpoints import tokenizers
 from nemo_minitron.errors import DataError
+from nemo_minitron.runtime.versions import tokenizer_class
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
@@ -44,14 +45,12 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         DataError: there is none, the hub is out of reach, or it has no end-of-sequence token.
     """
-    from transformers import AutoTokenizer
-
     looks_like_path = Path(name).exists() or name.startswith((".", "/", "~"))
     if looks_like_path and not Path(name).is_dir():
         raise DataError(f"the tokenizer {name} is not a directory; give one with a tokenizer.json or tokenizer.model")
     place = tokenizers.loadable(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, use_fast=True, trust_remote_code=False)
+        tokenizer = tokenizer_class(Path(place)).from_pretrained(place, use_fast=True, trust_remote_code=False)
         tokenizer.decode(tokenizer("a").input_ids)  # some of what is wrong shows only then
     except (KeyboardInterrupt, SystemExit):
         raise

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints import HF, Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.convert import progress
+from nemo_minitron.checkpoints.families import write_config
 from nemo_minitron.checkpoints.generation import FILE as GENERATION
 from nemo_minitron.checkpoints.huggingface import CONFIG
 from nemo_minitron.checkpoints.tensors import Cast
-from nemo_minitron.checkpoints.transformers_model import load_model
+from nemo_minitron.checkpoints.transformers_model import load_model, quiet_loading
 from nemo_minitron.checkpoints.write import write_checkpoint
 from nemo_minitron.config import QuantizeConfig
 from nemo_minitron.deployment.formats import DECODERS, MODELOPT
@@ -36,21 +38,16 @@ def write_plain(source: Checkpoint, folder: Path) -> None:
 @contextlib.contextmanager
 def chatter_to(log: Path) -> Iterator[None]:
     """Sends what ModelOpt and transformers print and warn of in the body to a file."""
-    import transformers
-
     log.parent.mkdir(parents=True, exist_ok=True)
-    level = transformers.logging.get_verbosity()
     with log.open("a", encoding="utf-8") as file:
         handlers, root = [logging.StreamHandler(file)], logging.getLogger()
         saved, root.handlers = root.handlers, handlers
         logging.captureWarnings(True)
-        transformers.logging.set_verbosity_error()
         try:
-            with contextlib.redirect_stdout(file), warnings.catch_warnings():
+            with contextlib.redirect_stdout(file), warnings.catch_warnings(), quiet_loading():
                 warnings.simplefilter("default")
                 yield
         finally:
-            transformers.logging.set_verbosity(level)
             logging.captureWarnings(False)
             root.handlers = saved
 
@@ -106,6 +103,7 @@ def export(model: Any, source: Checkpoint, plain: Path, folder: Path, config: Qu
             if tokenizer is not None:
                 tokenizer.copy_to(folder)
         else:
+            _state_rotary(model.config, source.architecture)
             export_tensorrt_llm_checkpoint(
                 model,
                 DECODERS[source.architecture.family],
@@ -116,6 +114,15 @@ def export(model: Any, source: Checkpoint, plain: Path, folder: Path, config: Qu
             )
             if tokenizer is not None:
                 tokenizer.copy_to(folder / TOKENIZER)
+
+
+def _state_rotary(config: Any, architecture: Architecture) -> None:
+    """States the rotary embedding in transformers 4's words, which ModelOpt's older export looks for and transformers 5
+    keeps in `rope_parameters`."""
+    described = write_config(architecture, DTYPE)
+    for name in ("rope_theta", "rope_scaling", "partial_rotary_factor"):
+        if described.get(name) is not None:
+            config.__dict__.setdefault(name, described[name])
 
 
 def _complete_config(path: Path) -> None:

@@ -11,6 +11,7 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.convert import check_room
 from nemo_minitron.checkpoints.families import write_config
+from nemo_minitron.checkpoints.transformers_model import check_describable
 from nemo_minitron.config import QuantizeConfig
 from nemo_minitron.deployment import calibration, export, serving
 from nemo_minitron.deployment.calibration import FEW_SAMPLES, Calibration
@@ -65,6 +66,7 @@ def check(config: QuantizeConfig, source: Checkpoint) -> None:
         raise ConfigError(problems, "minitron quantize")
     if config.calibrates or config.export == "trtllm":
         require("modelopt", "minitron quantize")
+        check_describable(source.architecture, export.DTYPE)
     if config.accelerator == "gpu":
         export.device_of(config)
     measured = source.architecture.activation == "squared_relu" and config.qformat in ("fp8", "int8_sq")

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.families import write_config
-from nemo_minitron.checkpoints.transformers_model import load_model
+from nemo_minitron.checkpoints.transformers_model import load_model, quiet_loading
 from nemo_minitron.config import InferenceSettings
 from nemo_minitron.errors import CheckpointError, DataError, EngineError
 
@@ -112,22 +112,14 @@ def quiet_transformers() -> Iterator[None]:
     """In the body, transformers, datasets and lm-evaluation-harness say nothing below an error, and draw no bars."""
     import logging
 
-    import transformers
-
-    level = transformers.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
     others = [logging.getLogger(name) for name in ("lm_eval", "datasets", "rouge_score", "absl")]
     levels = [logger.level for logger in others]
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     for logger in others:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with quiet_loading():
+            yield
     finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
         for logger, before in zip(others, levels):
             logger.setLevel(before)
 

@@ -117,3 +117,16 @@ def check_training(what: str) -> None:
             "as they are. What trains nothing works here: data, plan, inspect, convert, prune, evaluate, generate, "
             "benchmark, quantize"
         )
+
+
+def tokenizer_class(folder: Path) -> Any:
+    """transformers' class that loads the tokenizer in `folder` as its tokenizer.json says.
+
+    AutoTokenizer does in transformers 4. In 5 it takes the class that tokenizer_config.json names, and some of these (a
+    Llama's) build normaliser, pre-tokenizer and decoder anew, whatever tokenizer.json has: other tokens, and no word.
+    """
+    import transformers
+
+    rebuilds = hasattr(transformers, "TokenizersBackend")
+    has_pipeline = (folder / "tokenizer.json").is_file()
+    return transformers.PreTrainedTokenizerFast if rebuilds and has_pipeline else transformers.AutoTokenizer

@@ -1,6 +1,5 @@
 """What is asked of the installed versions, and what is said of what one cannot do."""
 
-
 import megatron.core.optimizer as optimizer
 import pytest
 
