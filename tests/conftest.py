@@ -71,13 +71,47 @@ def tiny(tmp_path_factory) -> Tiny:
     """The shared corpus and the teacher that was trained on it."""
     from nemo_minitron.data.stage import prepare
     from nemo_minitron.finetuning.stage import finetune
+    from nemo_minitron.runtime.versions import has_nemo
 
     root = tmp_path_factory.mktemp("tiny")
     shared = Tiny(root=root, data=root / "data", teacher=root / "teacher")
     prepare(c.DataConfig(output=str(shared.data), words=60_000, vocab_size=512))
-    fields = shared.training(shared.teacher, steps=40, init="random", architecture=ARCHITECTURE)
-    finetune(c.FinetuneConfig(**fields))
+    if has_nemo():
+        fields = shared.training(shared.teacher, steps=40, init="random", architecture=ARCHITECTURE)
+        finetune(c.FinetuneConfig(**fields))
+    else:
+        train_without_nemo(shared, steps=40)
     return shared
+
+
+def train_without_nemo(shared: Tiny, steps: int) -> None:
+    """The same teacher, trained by transformers and PyTorch alone, as a NeMo-2 checkpoint."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from nemo_minitron.checkpoints.convert import convert
+    from nemo_minitron.data.samples import random_sequences
+
+    torch.manual_seed(1234)
+    a = ARCHITECTURE
+    sizes = {
+        "num_hidden_layers": a["num_layers"], "hidden_size": a["hidden_size"],
+        "intermediate_size": a["ffn_hidden_size"], "num_attention_heads": a["num_attention_heads"],
+        "num_key_value_heads": a["num_query_groups"], "head_dim": a["kv_channels"], "vocab_size": 512,
+        "max_position_embeddings": a["seq_length"], "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    sequences, _ = random_sequences([str(shared.data / "train")], 8 * steps, SEQ_LENGTH, 1234)
+    for batch in sequences.split(8):
+        inputs = batch[:, :-1]
+        model(input_ids=inputs, labels=inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(shared.root / "teacher-hf")
+    tokenizer = str(shared.data / "tokenizer")
+    source, output = str(shared.root / "teacher-hf"), str(shared.teacher)
+    convert(c.validated(c.ConvertConfig(source=source, output=output, to="nemo2", tokenizer=tokenizer, verify="none")))
 
 
 @pytest.fixture(scope="session")

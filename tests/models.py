@@ -1,5 +1,6 @@
 """Tiny models of every family, made and saved by transformers."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def build(name: str, dtype: torch.dtype, seed: int = 0, **sizes: Any) -> torch.n
     import transformers
 
     kind, changes = FAMILIES[name]
+    changes = copy.deepcopy(changes)  # transformers 5 adds to rope_scaling
     config = getattr(transformers, f"{kind}Config")(**{**SMALL, **changes, **sizes})
     torch.manual_seed(seed)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)

@@ -29,6 +29,7 @@ def core_config(architecture: Architecture, **engine: Any) -> Any:
         "attention_dropout": 0.0,
         "attention_softmax_in_fp32": False,
         "deallocate_pipeline_outputs": True,
+        "cp_comm_type": "a2a" if architecture.sliding_window else None,
     }
     return TransformerConfig(**{**fields, **engine})
 

@@ -363,6 +363,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         model = self.models.get(name)
         if model is None:
             return self.answer(401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        if api and parts[4] == "tree":
+            return self.list(model)
         if api:
             return self.describe(name, model, parts[5])
         return self.give(model, "/".join(parts[4:]))
@@ -374,6 +376,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.answer(model["status"], {})
         siblings = [{"rfilename": file, "size": len(data)} for file, data in model["files"].items()]
         return self.answer(200, {}, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
+
+    def list(self, model):
+        """What huggingface_hub 1 asks for before it fetches a snapshot."""
+        files = [
+            {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for file, data in model["files"].items()
+        ]
+        return self.answer(200, {}, json.dumps(files).encode())
 
     def give(self, model, file):
         if model.get("gated") and self.headers.get("Authorization") != "Bearer hf_good":
@@ -461,7 +471,7 @@ def test_no_network_and_offline_mode(workplace):
         taken.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
         message = refused("hf://acme/llama", HF_ENDPOINT=endpoint, NO_PROXY="127.0.0.1")
-    assert f"{endpoint} is out of reach (ConnectionError)" in message and "HF_ENDPOINT=URL" in message
+    assert f"{endpoint} is out of reach (Connect" in message and "HF_ENDPOINT=URL" in message
     assert "offline mode is on: unset HF_HUB_OFFLINE" in refused("hf://acme/llama", HF_HUB_OFFLINE="1")
     assert os.listdir(workplace) == []
 

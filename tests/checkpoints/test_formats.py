@@ -1,6 +1,7 @@
 """Every family through every format: bits, logits, and what Megatron and transformers themselves write and read."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -43,9 +44,13 @@ def test_a_round_trip_through_all_formats_keeps_every_bit(family, dtype, tmp_pat
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_and_megatron_compute_the_same(family, tmp_path):
-    """Source by transformers, NeMo-2 by Megatron's own strict loader, export by transformers: fp32, 1e-4 relative."""
+def test_transformers_and_megatron_compute_the_same(family, tmp_path, monkeypatch):
+    """Source by transformers, NeMo-2 by Megatron's own strict loader, export by transformers: fp32, 1e-4 relative.
+
+    Megatron's model is NeMo's, and the one that Megatron Core builds alone, bit for bit.
+    """
     from nemo_minitron.checkpoints.verify import logits
+    from nemo_minitron.runtime import engine
 
     start = save(family, torch.float32, tmp_path / "start")
     nemo2 = run(start, tmp_path / "nemo2")
@@ -60,6 +65,35 @@ def test_transformers_and_megatron_compute_the_same(family, tmp_path):
     assert json.loads((end / "config.json").read_text())["architectures"] == [
         type(build(family, torch.float32)).__name__
     ]
+    found = logits(open_checkpoint(nemo2), tokens)
+    monkeypatch.setattr(engine, "has_nemo", lambda: False)
+    assert torch.equal(logits(open_checkpoint(nemo2), tokens), found)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_configs_of_megatron_core_alone_are_those_of_nemo(family, bf16, tmp_path, monkeypatch):
+    """Every field that Megatron Core knows."""
+    from dataclasses import fields
+
+    from megatron.core.transformer import TransformerConfig
+
+    from nemo_minitron.runtime import engine
+    from nemo_minitron.runtime.layout import Layout
+
+    architecture = open_checkpoint(save(family, torch.float32, tmp_path)).architecture
+    layout = Layout(cuda=False, bf16=bf16)
+    nemo = engine.model_config(architecture, layout, local_spec=True)
+    monkeypatch.setattr(engine, "has_nemo", lambda: False)
+    alone = engine.model_config(architecture, layout, local_spec=True)
+    assert type(alone) is TransformerConfig and type(nemo) is not TransformerConfig
+    different = {field.name: (getattr(nemo, field.name), getattr(alone, field.name)) for field in fields(alone)}
+    assert {name: pair for name, pair in different.items() if told(pair[0]) != told(pair[1])} == {}
+
+
+def told(value):
+    """What tells a field's value; partial functions, which draw the first weights, are made anew for each config."""
+    return (value.func, value.args, value.keywords) if isinstance(value, functools.partial) else value
 
 
 @pytest.mark.parametrize("family", ["llama31", "minitron-width", "qwen2"])
@@ -315,7 +349,8 @@ def test_what_lies_beside_the_weights_is_passed_over(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(tensors, start / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((start / "config.json").read_text())
-    config["rope_parameters"] = {**config.pop("rope_scaling"), "rope_theta": config.pop("rope_theta")}
+    if "rope_parameters" not in config:
+        config["rope_parameters"] = {**config.pop("rope_scaling"), "rope_theta": config.pop("rope_theta")}
     config["dtype"] = config.pop("dtype", config.pop("torch_dtype", "float32"))
     (start / "config.json").write_text(json.dumps(config))
     after = open_checkpoint(start)

@@ -1,5 +1,6 @@
 """`minitron quantize` on tiny models of every family, against dequantisers written here from the definitions."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -65,7 +66,8 @@ def model(shelf: Path, name: str, dtype=torch.float32) -> Path:
         return folder
     kind, changes = MODELS[name]
     torch.manual_seed(0)
-    made = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**{**SIZES, **changes}))
+    settings = {**SIZES, **copy.deepcopy(changes)}  # transformers 5 adds to rope_scaling
+    made = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**settings))
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -19,6 +19,7 @@ from nemo_minitron.checkpoints.tensors import in_memory
 from nemo_minitron.checkpoints.write import write_checkpoint
 from nemo_minitron.data.samples import random_sequences
 from nemo_minitron.errors import ConfigError, MinitronError, OutputExistsError
+from nemo_minitron.importance import scoring
 from nemo_minitron.importance.moments import MomentSums
 from nemo_minitron.importance.scoring import score, scores_folder, singular
 
@@ -59,6 +60,16 @@ def test_scores_equal_float64_arithmetic(tiny, scored):
     assert torch.allclose(scores.block_influence[:-1], torch.stack(influence), rtol=1e-3)
     assert scores.samples == Manifest.read(scores_folder(scored)).details["samples"]
     assert scores.samples["starts"] == starts and scores.samples["tokens"] == 16 * 64
+
+
+def test_our_estimators_are_modelopts_bit_for_bit(tiny, scored, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "modelopt_takes_local_layers", lambda: False)
+    config = tiny.pruning(tmp_path / "unused", num_layers=2, scores_path=str(tmp_path / "scores"))
+    score(config)
+    one, other = ImportanceScores.load(scores_folder(scored)), ImportanceScores.load(scores_folder(config))
+    for name in ImportanceScores.names():
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert all(torch.equal(one.moments[name], other.moments[name]) for name in one.moments)
 
 
 def test_moments_equal_float64_arithmetic(tiny, scored):
