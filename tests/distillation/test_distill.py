@@ -195,3 +195,18 @@ def test_two_pipeline_stages_equal_one(tiny, student, tmp_path):
 def same_weights(one, two) -> bool:
     first, second = read_weights(one), read_weights(two)
     return first.keys() == second.keys() and all(torch.equal(second[name], value) for name, value in first.items())
+
+
+def test_a_stage_that_has_ended_holds_no_model(tiny, tmp_path):
+    """NeMo keeps classes of modules, and errors of imports with the frames above them, as long as a process lives."""
+    import gc
+
+    def models():
+        gc.collect()
+        return {id(one) for one in gc.get_objects() if type(one).__name__ in ("GPTModel", "Adam", "AdamW")}
+
+    before = models()
+    fields = tiny.training(tmp_path / "out", 1, restore_from_path=str(tiny.teacher))
+    fields["model"].kd_teacher_restore_from_path = str(tiny.teacher)
+    distill(DistillConfig(**fields))
+    assert models() <= before

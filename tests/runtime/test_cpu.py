@@ -35,12 +35,33 @@ def test_every_redirect_says_why():
 
 def test_nothing_is_touched_where_cuda_is_available(monkeypatch):
     places = list(cpu.places())
-    before = found(places)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = found(places)
     with cpu.megatron_on_cpu() as active:
         assert not active
         assert all(value is before[key] for key, value in found(places).items() if key[0] != "torch.Tensor")
         assert "cuda" not in vars(torch.Tensor) or torch.Tensor.cuda is before[("torch.Tensor", "cuda")]
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_gpus_is_told_of_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with cpu.megatron_on_cpu(cuda=False) as active:
+        assert active and not torch.cuda.is_available() and torch.cuda.device_count() == 0
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.cuda.is_available() and torch.cuda.device_count() == 2
+
+
+def test_a_toolkit_is_not_found_on_a_machine_without_gpus(monkeypatch):
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", "/usr/local/cuda")
+    with cpu.without_toolkit():
+        assert cpp_extension.CUDA_HOME is None
+    assert cpp_extension.CUDA_HOME == "/usr/local/cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with cpu.without_toolkit():
+        assert cpp_extension.CUDA_HOME == "/usr/local/cuda"
 
 
 def test_an_inner_entry_leaves_the_outer_one_in_place():
