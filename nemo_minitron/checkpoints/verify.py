@@ -142,7 +142,7 @@ def _by_megatron(checkpoint: Checkpoint, tokens: Any, seed: int) -> Any:
     layout = Layout(cuda=False, bf16=False)
     with (
         tempfile.TemporaryDirectory(prefix="minitron-") as folder,
-        engine(seed, Path(folder) / "log"),
+        engine(seed, Path(folder) / "log", cuda=False),
         parallel_ranks(layout, max(seed, 1)),
     ):
         strictly = checkpoint.format == NEMO2

@@ -102,7 +102,7 @@ def _work(
     from nemo_minitron.runtime.training import train_and_validate
     from nemo_minitron.runtime.weights import bare, save_checkpoint
 
-    with engine(config.seed, partial / LOG):
+    with engine(config.seed, partial / LOG, cuda=inputs.layout.cuda):
         tokenizer = nemo_tokenizer(inputs.tokenizer)
         module = _module(config, student, teacher, inputs, pairs, tokenizer)
         data = build_data(config, inputs, tokenizer, partial)

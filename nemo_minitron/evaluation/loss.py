@@ -53,7 +53,7 @@ def _work(partial: Path, config: LossConfig, checkpoint: Checkpoint, inputs: Inp
     limit = config.limit_batches * config.model.global_batch_size
     metrics: dict[str, Any] = {}
     started = time.perf_counter()
-    with engine(config.seed, partial / LOG), parallel_ranks(inputs.layout, config.seed):
+    with engine(config.seed, partial / LOG, cuda=inputs.layout.cuda), parallel_ranks(inputs.layout, config.seed):
         model = load_model(checkpoint.architecture, inputs.layout, checkpoint)
         for split in config.splits:
             sequences = consecutive_sequences(paths(inputs.prefixes[split]), inputs.seq_length, limit)

@@ -87,7 +87,7 @@ def _work(
     from nemo_minitron.runtime.model import gpt_module
     from nemo_minitron.runtime.training import optimizer, train_and_validate
 
-    with engine(config.seed, partial / LOG):
+    with engine(config.seed, partial / LOG, cuda=inputs.layout.cuda):
         tokenizer = nemo_tokenizer(inputs.tokenizer)
         settings = model_config(architecture, inputs.layout)
         # Answers differ in length: each of their tokens weighs the same, whatever micro batch it is in.

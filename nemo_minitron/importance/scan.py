@@ -87,7 +87,7 @@ def _work(
     from nemo_minitron.runtime.ranks import load_model, parallel_ranks
 
     sequences, samples = calibration.sequences(config.prune.num_block_samples, config.seed)
-    with engine(config.seed, partial / LOG), parallel_ranks(layout, config.seed):
+    with engine(config.seed, partial / LOG, cuda=layout.cuda), parallel_ranks(layout, config.seed):
         model = load_model(teacher.architecture, layout, teacher, local_spec=True)
         started = time.perf_counter()
         layers = teacher.architecture.num_layers

@@ -1,9 +1,9 @@
-"""Megatron Core, NeMo and ModelOpt on a machine without CUDA.
+"""Megatron Core, NeMo and ModelOpt on a CPU: on a machine without CUDA, or beside it.
 
 These libraries name the device ``cuda`` in their code. Inside ``megatron_on_cpu()`` each such name means the CPU: the
-attributes listed by ``redirects()`` are replaced on entry and put back on exit. Where CUDA is available nothing is
-touched. Nothing of the engines' arithmetic is changed; only where tensors live, and calls about streams and events,
-which mean nothing on a CPU.
+attributes listed by ``redirects()`` are replaced on entry and put back on exit. Where CUDA is used nothing is touched.
+Nothing of the engines' arithmetic is changed; only where tensors live, and calls about streams and events, which mean
+nothing on a CPU.
 
 Attributes are replaced, rather than each operation intercepted by a ``TorchFunctionMode``, because the latter costs
 microseconds on every operation and follows neither threads nor processes.
@@ -196,7 +196,7 @@ def _free_memory(original: Callable) -> Callable:
 
 
 def redirects() -> list[Redirect]:
-    """Each thing that is redirected on a machine without CUDA, and why."""
+    """Each thing that is redirected on a CPU, and why."""
     device = "names the CUDA device or asks for pinned memory"
     streams = "streams and events order work on a GPU; on a CPU each call has finished when it returns"
     torch_cuda = "torch.cuda"
@@ -212,6 +212,8 @@ def redirects() -> list[Redirect]:
         Redirect("torch.Tensor", "new_tensor", _on_cpu, f"a call {device}"),
         Redirect("torch.nn.Module", "to", _on_cpu, "models are moved to the GPU; here they stay"),
         Redirect("torch.nn.Module", "cuda", _identity, "models are moved to the GPU; here they stay"),
+        Redirect(torch_cuda, "is_available", _returns(False), "a GPU that is there is not used"),
+        Redirect(torch_cuda, "device_count", _returns(0), "a GPU that is there is not used"),
         Redirect(torch_cuda, "current_device", _cpu_device, "is passed as device= throughout Megatron"),
         Redirect(torch_cuda, "set_device", _returns(None), "there is one device"),
         Redirect(torch_cuda, "is_initialized", _returns(True), "NeMo's checkpoint reader asserts it"),
@@ -305,15 +307,18 @@ def places() -> Iterator[tuple[Any, Redirect]]:
 
 
 @contextlib.contextmanager
-def megatron_on_cpu() -> Iterator[bool]:
-    """Runs the body with the redirects in place; yields whether they are. Does nothing where CUDA is available.
+def megatron_on_cpu(cuda: bool | None = None) -> Iterator[bool]:
+    """Runs the body with the redirects in place; yields whether they are. Does nothing where CUDA is used.
 
     Re-entrant: an inner entry does nothing. The replaced attributes are process-wide, so keep the body to engine work.
+
+    Args:
+        cuda: whether the body's work is on GPUs; none: where there are any.
     """
     import torch
 
     global _active
-    if torch.cuda.is_available() or _active:
+    if _active or (torch.cuda.is_available() if cuda is None else cuda):
         yield _active
         return
     replaced: list[tuple[Any, str, Any]] = []

@@ -31,14 +31,15 @@ LAUNCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RA
 
 
 @contextlib.contextmanager
-def engine(seed: int, log: Path | None = None) -> Iterator[None]:
+def engine(seed: int, log: Path | None = None, *, cuda: bool | None = None) -> Iterator[None]:
     """Megatron ready to use for the body, and no trace of its global state afterwards.
 
     Args:
         seed: seeds Python, NumPy and torch; Megatron's own states are seeded by NeMo.
         log: file that takes the chatter of NeMo, Megatron, ModelOpt and Lightning.
+        cuda: whether the layout is on GPUs; none: where there are any.
     """
-    with _same_environment(), quiet(log), megatron_on_cpu():
+    with _same_environment(), quiet(log), megatron_on_cpu(cuda):
         import lightning.pytorch as pl
 
         reset_parallel_state()

@@ -44,6 +44,17 @@ def test_nothing_is_touched_where_cuda_is_available(monkeypatch):
         assert "cuda" not in vars(torch.Tensor) or torch.Tensor.cuda is before[("torch.Tensor", "cuda")]
 
 
+def test_a_cpu_is_used_beside_a_gpu_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with cpu.megatron_on_cpu(cuda=True) as active:
+        assert not active
+    with cpu.megatron_on_cpu(cuda=False) as active:
+        assert active and not torch.cuda.is_available() and torch.cuda.device_count() == 0
+        assert torch.zeros(2, device="cuda").device.type == torch.cuda.current_device().type == "cpu"
+    assert torch.cuda.is_available() and torch.cuda.device_count() == 8
+
+
 def test_an_inner_entry_leaves_the_outer_one_in_place():
     with cpu.megatron_on_cpu():
         with cpu.megatron_on_cpu():
