@@ -197,9 +197,10 @@ def register() -> None:
 def nemo_can(source: Path) -> bool:
     """Whether NeMo's own hf connectors take this checkpoint: they need Transformer Engine and unpruned heads."""
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.runtime.layout import has_transformer_engine
+    from nemo_minitron.runtime.layout import TRANSFORMER_ENGINE
+    from nemo_minitron.runtime.versions import has_module
 
-    if not has_transformer_engine():
+    if not has_module(TRANSFORMER_ENGINE):
         return False
     if not source.exists():
         return True

@@ -129,7 +129,7 @@ def test_nemos_own_hf_connectors_stay_beneath(tiny, model, tmp_path, monkeypatch
     assert not nemo_can(tmp_path / "nowhere")  # without Transformer Engine
     flow.prune(tiny.pruning(tmp_path / "pruned", hidden_size=96))
     with monkeypatch.context() as patch:
-        patch.setattr("nemo_minitron.runtime.layout.has_transformer_engine", lambda: True)
+        patch.setattr("nemo_minitron.runtime.versions.has_module", lambda name: True)
         assert nemo_can(tiny.teacher)
         assert llm.LlamaModel.exporter("hf", tiny.teacher).nemo_in_charge
         assert not llm.LlamaModel.exporter("hf", tmp_path / "pruned").nemo_in_charge

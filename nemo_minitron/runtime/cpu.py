@@ -1,9 +1,9 @@
-"""Megatron Core, NeMo and ModelOpt on a machine without CUDA.
+"""Megatron Core, NeMo and ModelOpt on a CPU: on a machine without CUDA, or beside it.
 
 These libraries name the device ``cuda`` in their code. Inside ``megatron_on_cpu()`` each such name means the CPU: the
-attributes listed by ``redirects()`` are replaced on entry and put back on exit. Where CUDA is available nothing is
-touched. Nothing of the engines' arithmetic is changed; only where tensors live, and calls about streams and events,
-which mean nothing on a CPU.
+attributes listed by ``redirects()`` are replaced on entry and put back on exit. Where CUDA is used nothing is touched.
+Nothing of the engines' arithmetic is changed; only where tensors live, and calls about streams and events, which mean
+nothing on a CPU.
 
 Attributes are replaced, rather than each operation intercepted by a ``TorchFunctionMode``, because the latter costs
 microseconds on every operation and follows neither threads nor processes.
@@ -196,7 +196,7 @@ def _free_memory(original: Callable) -> Callable:
 
 
 def redirects() -> list[Redirect]:
-    """Each thing that is redirected on a machine without CUDA, and why."""
+    """Each thing that is redirected on a CPU, and why."""
     device = "names the CUDA device or asks for pinned memory"
     streams = "streams and events order work on a GPU; on a CPU each call has finished when it returns"
     torch_cuda = "torch.cuda"

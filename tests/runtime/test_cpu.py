@@ -1,5 +1,6 @@
 """The piece that lets Megatron run without CUDA: contained, listed, and gone when it is left."""
 
+import re
 import sys
 import types
 
@@ -181,3 +182,51 @@ def test_tensors_that_megatron_sends_need_not_be_on_a_gpu():
         communication_utils._is_cuda(torch.ones(2))
     with pytest.raises(AssertionError):
         communication_utils._is_cuda(torch.ones(2))
+
+
+def gpt(experts: int | None) -> torch.nn.Module:
+    """A GPT of two layers, dense or with a mixture of so many experts, two of them a token."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, add_bias_linear=False,
+        normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu,
+        use_cpu_initialization=True, hidden_dropout=0.0, attention_dropout=0.0, num_moe_experts=experts,
+        moe_ffn_hidden_size=48 if experts else None, moe_router_topk=2, moe_router_load_balancing_type="none",
+    )  # fmt: skip
+    layers = get_gpt_layer_local_spec(num_experts=experts, moe_grouped_gemm=False, normalization="RMSNorm")
+    return GPTModel(config, layers, vocab_size=64, max_sequence_length=16, position_embedding_type="rope")
+
+
+def test_a_mixture_of_equal_experts_is_the_dense_model_forward_and_backward(tmp_path):
+    """A token's two experts weigh 1 together: so do their gradients."""
+    from nemo_minitron.runtime.engine import engine
+    from nemo_minitron.runtime.layout import Layout
+    from nemo_minitron.runtime.ranks import parallel_ranks
+
+    with engine(3, tmp_path / "log"), parallel_ranks(Layout(cuda=False, bf16=False), 3):
+        dense, mixture = gpt(None), gpt(4)
+        given = dict(dense.named_parameters())
+        with torch.no_grad():
+            for name, parameter in mixture.named_parameters():
+                if "router" not in name:
+                    parameter.copy_(given[plain(name)])
+        tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+        positions = torch.arange(16).expand_as(tokens)
+        losses = [model(tokens, positions, None, labels=tokens.roll(-1, 1)) for model in (dense, mixture)]
+        for loss in losses:
+            loss.mean().backward()
+    assert torch.allclose(*losses, atol=1e-5)
+    summed: dict[str, torch.Tensor] = {}
+    for name, parameter in mixture.named_parameters():
+        summed[plain(name)] = summed.get(plain(name), 0) + parameter.grad
+    for name, parameter in given.items():
+        assert torch.allclose(summed[name], parameter.grad, atol=1e-5), name
+    assert any("router" in name and gradient.shape == (4, 32) for name, gradient in summed.items())
+
+
+def plain(name: str) -> str:
+    """The parameter of the dense model that an expert's stands for."""
+    return re.sub(r"experts\.local_experts\.\d+\.", "", name)
