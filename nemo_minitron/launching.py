@@ -184,7 +184,9 @@ def _prepared(name: str, config: Config, slurm: SlurmConfig, arguments: Sequence
         prepared = create_scheduler("minitron").submit_dryrun(AppDef(name=name, roles=[role], metadata={}), executor)
     if not slurm.container:
         script = _script(place, name)
-        script.write_text(CONTAINER_FLAGS.sub("", script.read_text(encoding="utf-8")), encoding="utf-8")
+        lines = script.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = [CONTAINER_FLAGS.sub("", line) if "nemo_minitron.cli" in line else line for line in lines]
+        script.write_text("".join(lines), encoding="utf-8")
     return prepared
 
 

@@ -265,6 +265,7 @@ def test_a_job_is_submitted_and_its_script_brings_back_the_exit_code(slurm, caps
     assert said == f"submitted job 4711\n  script: {folder}/finetune_sbatch.sh\n  logs: {folder}/finetune\n"
     script = (folder / "finetune_sbatch.sh").read_text()
     assert directives(script) == directives(shown) and "gpus-per-node" not in directives(script)
+    assert "--container" not in script
     sbatch = ["--requeue", "--parsable", f"{folder}/finetune_sbatch.sh"]
     assert (slurm / "home" / "sbatch").read_text().splitlines() == sbatch
     environment = {**os.environ, "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node1", "SLURM_NODEID": "0"}
