@@ -80,7 +80,7 @@ def tiny(tmp_path_factory) -> Tiny:
         fields = shared.training(shared.teacher, steps=40, init="random", architecture=ARCHITECTURE)
         finetune(c.FinetuneConfig(**fields))
     else:
-        train_without_nemo(shared, steps=40)
+        train_without_nemo(shared, steps=200)
     return shared
 
 

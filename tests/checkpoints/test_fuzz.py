@@ -172,8 +172,9 @@ def described(tmp_path_factory) -> Path:
     folder = save("llama31", torch.float32, tmp_path_factory.mktemp("described") / "model")
     train_bpe([TEXT] * 10, 259, folder)
     config = json.loads((folder / "config.json").read_text())
-    scaling = {**config["rope_scaling"], "rope_theta": config["rope_theta"]}
-    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": scaling, "sliding_window": None}))
+    if "rope_parameters" not in config:  # written by transformers 4
+        config["rope_parameters"] = {**config["rope_scaling"], "rope_theta": config["rope_theta"]}
+    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
     settings = {"bos_token_id": 0, "eos_token_id": [0, 1], "temperature": 0.7, "top_p": 0.9, "top_k": 5,
                 "repetition_penalty": 1.1, "max_length": 32}  # fmt: skip
     (folder / "generation_config.json").write_text(json.dumps(settings))
