@@ -1,5 +1,6 @@
 """Token sequences for calibration and evaluation, straight from Megatron's indexed datasets."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,9 @@ from nemo_minitron.errors import DataError
 def _open(prefix: str) -> Any:
     from nemo_minitron.data.indexed import indexed_datasets
 
-    return indexed_datasets().IndexedDataset(prefix)
+    with warnings.catch_warnings():  # megatron-core 0.19 says that it does not know its rank yet
+        warnings.simplefilter("ignore")
+        return indexed_datasets().IndexedDataset(prefix)
 
 
 def token_stream(prefix: str) -> Any:

@@ -44,7 +44,7 @@ def saved(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
         for backend in ("zarr", "torch_dist"):
             folder = root / backend / "model_weights"
             folder.mkdir(parents=True)
-            strategy = get_default_save_sharded_strategy(backend, 1)
+            strategy = get_default_save_sharded_strategy(backend)
             dist_checkpointing.save(model.sharded_state_dict(prefix="model."), str(folder), strategy)
         state = model.state_dict()
         (root / "ckpt").mkdir()
