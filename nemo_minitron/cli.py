@@ -6,7 +6,6 @@ Nothing heavier than argparse is imported until a command has its arguments.
 import argparse
 import dataclasses
 import difflib
-import io
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 from nemo_minitron import __version__
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.packages import ENGINE, EVALUATE, missing_package
+from nemo_minitron.streams import lasting_streams
 
 
 class Option(NamedTuple):
@@ -161,13 +161,16 @@ GRACE_SECONDS = 3.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `minitron <command> ...`; returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding has not is shown as an escape
-            stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     first = arguments[0] if arguments else "--help"
     if first in COMMANDS:
         return run(first, arguments[1:])
+    with lasting_streams():
+        return _without_a_command(first)
+
+
+def _without_a_command(first: str) -> int:
+    """`minitron --help`, `--version`, or what is no command."""
     if first in ("-h", "--help"):
         say(overview())
         return 0
@@ -182,7 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(name: str, arguments: Sequence[str]) -> int:
     """Runs the command `name`; whatever goes wrong becomes one message and an exit code."""
-    options = _parser(name).parse_intermixed_args(arguments)
+    with lasting_streams():
+        return _run(name, _parser(name).parse_intermixed_args(arguments))
+
+
+def _run(name: str, options: argparse.Namespace) -> int:
     try:
         options.given = _settings(name, options.overrides)
         options.overrides = [*options.given, *_chosen(name, options)]
@@ -222,15 +229,9 @@ def overview() -> str:
 
 
 def say(message: str, stream: Any = None) -> None:
-    """Prints on rank 0 only; a reader that has left (`| head`) ends nothing but the printing. Half of a character, as
-    damaged JSON can hold, is shown by its number."""
-    if _rank() != 0:
-        return
-    stream, message = stream or sys.stdout, message.encode("utf-8", "backslashreplace").decode()
-    try:
-        print(message, file=stream, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    """Prints on rank 0 only. Half of a character, as damaged JSON can hold, is shown by its number."""
+    if _rank() == 0:
+        print(message.encode("utf-8", "backslashreplace").decode(), file=stream or sys.stdout, flush=True)
 
 
 def _rank() -> int:

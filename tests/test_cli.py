@@ -281,8 +281,13 @@ def test_what_can_be_launched_is_what_may_hold_settings_of_launching():
     assert {name for name, command in cli.COMMANDS.items() if command.launched} == set(LAUNCHED)
 
 
-def test_a_reader_that_leaves_is_no_error(tmp_path):
-    command = f"{sys.executable} -m nemo_minitron --help | true; echo ${{PIPESTATUS[0]}}"
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [("--help", 0), ("plan llama31_8b hardware=8x80gb 2>&1", 0), ("plan nowhere 2>&1", cli.USAGE_ERROR)],
+)
+def test_a_reader_that_leaves_is_no_error(arguments, code):
+    """Where a command itself prints, too, and where it tells of an error."""
+    command = f"{sys.executable} -m nemo_minitron {arguments} | true; echo ${{PIPESTATUS[0]}}"
     for _ in range(3):
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-        assert (done.stdout, done.stderr) == ("0\n", "")
+        assert (done.stdout, done.stderr) == (f"{code}\n", "")
