@@ -32,7 +32,7 @@ test-container:
 	$(if $(filter $(VERSION),$(CONTAINERS)),,$(error make test-container VERSION=V, V one of $(CONTAINERS)))
 	$(MAKE) .containers/$(VERSION)/.laid-over
 	.containers/$(VERSION)/bin/python -m pytest -n 2 --dist loadfile $(ENGINE_TESTS) $(ARGS)
-	.containers/$(VERSION)/bin/python tests/flow/on_ranks.py
+	PYTHONPATH=tests .containers/$(VERSION)/bin/python tests/flow/on_ranks.py
 
 check: $(READY)
 	$(BIN)/ruff check .
