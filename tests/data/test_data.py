@@ -382,7 +382,8 @@ def packed(text: str) -> dict[str, bytes]:
 
     data = text.encode()
     zstd = pyarrow.compress(data, codec="zstd", asbytes=True)
-    return {"": data, ".gz": gzip.compress(data, mtime=0), ".GZ": gzip.compress(data[:9], mtime=0) + gzip.compress(data[9:], mtime=0),
+    parts = b"".join(gzip.compress(part, mtime=0) for part in (data[:9], data[9:]))
+    return {"": data, ".gz": gzip.compress(data, mtime=0), ".GZ": parts,
             ".zst": zstd, ".Zst": b"\x50\x2a\x4d\x18\x01\0\0\0x" + zstd}  # fmt: skip
 
 
