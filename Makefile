@@ -1,7 +1,8 @@
 # demo: the whole flow on a tiny model; test, check: what .ci/run runs; lab: notebooks in Jupyter lab; clean: removes what this made.
 # Each makes .venv first where it is missing or older than the locks. lock: writes them from requirements.txt, keeping the
 # versions that fit (UPGRADE=--upgrade: the latest that fit).
-# test-container VERSION=25.09|25.11|26.02: the engine's tests and a small flow with what that NeMo container has.
+# test-container VERSION=25.09|25.11|26.02|26.04|26.08: what depends on versions, with those that this container has; a
+# small flow too, where it has NeMo.
 # gpu-kit: packs the tree and what a bare CUDA machine lacks for benchmarks/gpu_check.py.
 
 FITS := import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
@@ -14,6 +15,8 @@ LOCKED := 3.10 3.11 3.12
 MINOR := import sys; print("%d.%d" % sys.version_info[:2])
 
 CONTAINERS := 25.09 25.11 26.02
+# From 26.04 on there is no NeMo in the container.
+WITHOUT_NEMO := 26.04 26.08
 # What depends on the versions of NeMo, Megatron Core, ModelOpt, NeMo-Run, transformers and lm-evaluation-harness.
 ENGINE_TESTS := $(addprefix tests/,importance/test_scoring.py pruning/test_modelopt.py pruning/test_compensated.py \
 	distillation/test_distill.py finetuning runtime/test_training.py runtime/test_windows.py runtime/test_versions.py \
@@ -29,10 +32,14 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-container:
-	$(if $(filter $(VERSION),$(CONTAINERS)),,$(error make test-container VERSION=V, V one of $(CONTAINERS)))
+	$(if $(filter $(VERSION),$(CONTAINERS) $(WITHOUT_NEMO)),,$(error make test-container VERSION=V, V one of $(CONTAINERS) $(WITHOUT_NEMO)))
 	$(MAKE) .containers/$(VERSION)/.laid-over
+ifneq ($(filter $(VERSION),$(WITHOUT_NEMO)),)
+	.containers/$(VERSION)/bin/python -m pytest -n 2 --dist loadfile $$(grep -v '^#' requirements/tests-without-nemo.txt) $(ARGS)
+else
 	.containers/$(VERSION)/bin/python -m pytest -n 2 --dist loadfile $(ENGINE_TESTS) $(ARGS)
-	PYTHONPATH=tests .containers/$(VERSION)/bin/python tests/flow/on_ranks.py
+	.containers/$(VERSION)/bin/python tests/flow/on_ranks.py
+endif
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -75,4 +82,11 @@ $(BIN)/python:
 		&& echo python3.12 || echo $(PYTHON)); $(MAKE) VENV=$(@D) PYTHON=$$python $(@D)/.ready
 	$(@D)/bin/python -m pip uninstall --yes lm_eval
 	$(@D)/bin/python -m pip install --no-deps -r $<
+	touch $@
+
+# These are sets of their own, for Python 3.12; name it by PYTHON if it is not python3.12.
+$(WITHOUT_NEMO:%=.containers/%/.laid-over): .containers/%/.laid-over: requirements/container-%.txt pyproject.toml
+	$(if $(filter file,$(origin PYTHON)),python3.12,$(PYTHON)) -m venv $(@D)
+	$(@D)/bin/python -m pip install -r $<
+	$(@D)/bin/python -m pip install --no-deps --editable .
 	touch $@
