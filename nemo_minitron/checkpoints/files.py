@@ -6,6 +6,7 @@ and names with `..` are refused, all of them before anything is read.
 
 import contextlib
 import gzip
+import json
 import os
 import tempfile
 import zlib
@@ -170,3 +171,14 @@ def unzipped(path: Path) -> tuple[Any, Files]:
             ) from None
         raise CheckpointError(f"{path} is not a whole gzip file ({error}); copy it again") from None
     return folder, archive_files(target)
+
+
+def read_json(files: Files, name: str) -> dict[str, Any]:
+    """A mapping in a JSON file; raises CheckpointError where it is none."""
+    try:
+        loaded = json.loads(files.text(name))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{files.where}/{name} is not JSON ({type(error).__name__})") from None
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{files.where}/{name} is not a mapping")
+    return loaded

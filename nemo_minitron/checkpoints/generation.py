@@ -4,12 +4,11 @@ transformers keeps them in generation_config.json and, the special tokens, in co
 them: a conversion keeps them in a file of their own, which NeMo passes over.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.checkpoints.described import shown
-from nemo_minitron.checkpoints.files import Files
+from nemo_minitron.checkpoints.files import Files, read_json
 from nemo_minitron.checkpoints.tokenizers import SPECIAL_TOKENS, Tokenizer
 from nemo_minitron.errors import CheckpointError
 
@@ -26,12 +25,7 @@ def read(files: Files, name: str = FILE) -> dict[str, Any]:
     """
     if name not in files:
         return {}
-    try:
-        loaded = json.loads(files.text(name))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{files.where}/{name} is not JSON ({type(error).__name__})") from None
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{files.where}/{name} is not a mapping")
+    loaded = read_json(files, name)
     return checked({key: value for key, value in loaded.items() if key != VERSION}, f"{files.where}/{name}")
 
 

@@ -13,7 +13,7 @@ from nemo_minitron.checkpoints import quantized, safetensors_file, tokenizers
 from nemo_minitron.checkpoints.canonical import EMBEDDING, LAYERS, OUTPUT, layer_shapes, outer_shapes
 from nemo_minitron.checkpoints.described import shown
 from nemo_minitron.checkpoints.families import FAMILIES, OUTER, layer_names, read_config, write_config
-from nemo_minitron.checkpoints.files import Files, folder_files
+from nemo_minitron.checkpoints.files import Files, folder_files, read_json
 from nemo_minitron.checkpoints.tensors import Joined, Lazy, Resized, Runs, concatenate, same_bits
 from nemo_minitron.errors import CheckpointError
 
@@ -27,17 +27,6 @@ BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 def is_huggingface(path: Path) -> bool:
     """Whether `path` is laid out as a Hugging Face checkpoint."""
     return (path / CONFIG).is_file() and not (path / "context").is_dir()
-
-
-def read_json(files: Files, name: str) -> dict[str, Any]:
-    """A mapping in a JSON file; raises CheckpointError where it is none."""
-    try:
-        loaded = json.loads(files.text(name))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{files.where}/{name} is not JSON ({type(error).__name__})") from None
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{files.where}/{name} is not a mapping")
-    return loaded
 
 
 def read(files: Files) -> tuple[Architecture, dict[str, Any], dict[str, Lazy]]:

@@ -1,12 +1,10 @@
 """Hundreds of damaged checkpoints, seeded: each is refused in words or read rightly; none crashes, hangs or runs."""
 
-import contextlib
 import dataclasses
 import json
 import random
 import resource
 import shutil
-import signal
 import tarfile
 import warnings
 from collections import Counter
@@ -21,6 +19,7 @@ from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.cli import main
 from nemo_minitron.data.tokenizer import train_bpe
 from nemo_minitron.errors import MinitronError
+from time_limit import no_longer_than
 
 CASES = 300
 #: Of directories whose descriptions are damaged, each run by transformers.
@@ -77,20 +76,6 @@ def pick(path: Path, chance: random.Random) -> Path:
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
     small = [file for file in files if file.suffix in (".json", ".yaml") or file.name.startswith(".")]
     return chance.choice(chance.choice([files, small]))
-
-
-@contextlib.contextmanager
-def no_longer_than(seconds: float):
-    def late(*_):
-        raise TimeoutError(f"still busy after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def judge(found: Checkpoint, values: dict[str, torch.Tensor], original: Checkpoint, checked: bool) -> None:

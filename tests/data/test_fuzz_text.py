@@ -4,7 +4,6 @@ import contextlib
 import gzip
 import json
 import random
-import signal
 import struct
 from collections import Counter
 from pathlib import Path
@@ -18,6 +17,7 @@ from nemo_minitron.data.instructions import read_instructions
 from nemo_minitron.data.module import read_header
 from nemo_minitron.data.sources import read_documents
 from nemo_minitron.errors import DataError
+from time_limit import no_longer_than
 
 CASES = 60
 SECONDS = 20
@@ -94,20 +94,6 @@ def damage(data: bytes, chance: random.Random, *, text: bool) -> bytes:
         where = chance.choice([where, chance.choice(starts)])
         changed[where:where] = chance.choice(INSERTED)
     return bytes(changed)
-
-
-@contextlib.contextmanager
-def no_longer_than(seconds: float):
-    def late(*_):
-        raise TimeoutError(f"still busy after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def documents(path: Path) -> list[str]:
