@@ -176,6 +176,11 @@ DESCRIPTIONS = {
 }
 
 
+def present(folder: Path, kind: str) -> list[str]:
+    """The files of that kind; transformers 5 writes no special_tokens_map.json."""
+    return [name for name in DESCRIPTIONS[kind] if (folder / name).is_file()]
+
+
 @pytest.mark.parametrize("kind", DESCRIPTIONS)
 def test_damaged_descriptions_are_refused_or_lose_nothing(kind, described, tmp_path, monkeypatch, capsys):
     """Through `generate`: one message, or the same model. What a tokenizer's files say leaves as it came, and means to
@@ -185,7 +190,7 @@ def test_damaged_descriptions_are_refused_or_lose_nothing(kind, described, tmp_p
     original = open_checkpoint(described)
     outcomes: Counter[str] = Counter()
     for case in range(RUNS):
-        victim = described / chance.choice(DESCRIPTIONS[kind])
+        victim = described / chance.choice(present(described, kind))
         whole = victim.read_bytes()
         damaged = other_words(whole, chance) if chance.random() < 0.7 else bytes(damage(bytearray(whole), chance))
         victim.write_bytes(damaged)
