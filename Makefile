@@ -35,7 +35,8 @@ test-container:
 	$(if $(filter $(VERSION),$(CONTAINERS) $(WITHOUT_NEMO)),,$(error make test-container VERSION=V, V one of $(CONTAINERS) $(WITHOUT_NEMO)))
 	$(MAKE) .containers/$(VERSION)/.laid-over
 ifneq ($(filter $(VERSION),$(WITHOUT_NEMO)),)
-	.containers/$(VERSION)/bin/python -m pytest -n 2 --dist loadfile $$(grep -v '^#' requirements/tests-without-nemo.txt) $(ARGS)
+	.containers/$(VERSION)/bin/python -m pytest -n 2 --dist loadfile $$(grep -hv '^#' requirements/tests-without-nemo.txt \
+		$(wildcard requirements/tests-$(VERSION).txt)) $(ARGS)
 else
 	.containers/$(VERSION)/bin/python -m pytest -n 2 --dist loadfile $(ENGINE_TESTS) $(ARGS)
 	.containers/$(VERSION)/bin/python tests/flow/on_ranks.py
