@@ -39,7 +39,7 @@ ifneq ($(filter $(VERSION),$(WITHOUT_NEMO)),)
 		$(wildcard requirements/tests-$(VERSION).txt)) $(ARGS)
 else
 	.containers/$(VERSION)/bin/python -m pytest -n 2 --dist loadfile $(ENGINE_TESTS) $(ARGS)
-	.containers/$(VERSION)/bin/python tests/flow/on_ranks.py
+	PYTHONPATH=tests .containers/$(VERSION)/bin/python tests/flow/on_ranks.py
 endif
 
 check: $(READY)
