@@ -22,7 +22,7 @@ from typing import Any
 
 from nemo_minitron.config import Config, SlurmConfig, validated
 from nemo_minitron.errors import ConfigError, EngineError
-from nemo_minitron.runtime.versions import has_module, known_keywords
+from nemo_minitron.runtime.versions import check_installed, known_keywords
 
 LAUNCHERS = ("torchrun", "slurm")
 #: What NeMo-Run replaces everywhere in a script without a container, by the job's folder.
@@ -65,11 +65,15 @@ def launch(
 
 
 def check(name: str, config: Config, slurm: SlurmConfig, launcher: str) -> None:
-    """Raises ConfigError where `launcher` cannot run this command as it is configured, EngineError without NeMo-Run."""
+    """Checks that `launcher` can run this command as it is configured.
+
+    Raises:
+        ConfigError: it cannot.
+        ModuleNotFoundError: NeMo-Run is not installed.
+    """
     source = f"minitron {name} --launch {launcher}"
     nodes, _ = ranks(config)
-    if not has_module("nemo_run"):
-        raise EngineError(f"{source} needs NeMo-Run, which is not installed here: pip install nemo_run")
+    check_installed("nemo_run")
     if launcher == "torchrun" and name == "flow":
         raise ConfigError(
             "a flow starts torchrun for each of its stages by itself, with hardware.devices ranks: leave --launch away",

@@ -234,7 +234,7 @@ MORE = {
         ["model.restore_from_path=cut", "model.kd_teacher_restore_from_path=nemo2", *TRAINING, "--launch", "torchrun"],
         "nemo_run", "engine",
     ),
-    "flow": (["output_dir=flow"], "tokenizers", "engine,evaluate"),
+    "flow": (["output_dir=flow"], "torch", "engine,evaluate"),
     "convert": (["nemo2", "checked", "verify=logits"], "torch", "engine"),
     "quantize": (["llama", "output=quantised", "data.source=embedded"], "modelopt", "engine"),
     "evaluate": (["llama", "tasks=facts", "tokenizer=llama"], "torch", "evaluate"),

@@ -22,6 +22,8 @@ GZIP = b"\x1f\x8b"
 #: How a file starts that Git Large File Storage left out, and how long it can be (git-lfs, docs/spec.md).
 LFS_POINTER, LFS_LIMIT = b"version https://git-lfs.github.com/spec/v1", 1024
 TEXT_LIMIT = 64 << 20
+#: The block where a tar archive's members end (POSIX has two).
+END_OF_ARCHIVE = bytes(512)
 MEMBER_LIMIT = 4_000_000
 #: Weights hardly compress; what unpacks to more than so many times its size is no checkpoint.
 UNPACKED_FACTOR, UNPACKED_SPARE = 20, 1 << 30
@@ -125,6 +127,11 @@ def archive_files(path: Path) -> Files:
                         f"the file at {size}; copy it again"
                     )
                 found[name] = Bytes(path, member.offset_data, member.size)
+            end = Bytes(path, archive.offset, max(0, min(len(END_OF_ARCHIVE), size - archive.offset)))
+            if end.read() != END_OF_ARCHIVE:
+                raise CheckpointError(
+                    f"{path} is truncated: nothing ends the archive after byte {archive.offset}; copy it again"
+                )
     except CheckpointError:
         raise
     except ERRORS as error:

@@ -24,6 +24,12 @@ def installed(package: str) -> str | None:
         return None
 
 
+def check_installed(module: str) -> None:
+    """Raises ModuleNotFoundError where a top-level module is not installed, as its import would; it is not imported."""
+    if not has_module(module):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+
 def has_module(name: str) -> bool:
     """Whether a top-level module can be imported; it is not imported."""
     return importlib.util.find_spec(name) is not None
@@ -108,7 +114,9 @@ def modelopt_takes_local_layers() -> bool:
 
 
 def check_training(what: str) -> None:
-    """Raises EngineError where `what` cannot train here: training is NeMo's."""
+    """Raises EngineError where `what` cannot train here: training is NeMo's; ModuleNotFoundError without any engine."""
+    for module in ("torch", "megatron"):
+        check_installed(module)
     if not has_nemo():
         raise EngineError(
             f"{what} trains with NeMo's LLM collection (nemo.collections.llm), which is not installed here: it ended "

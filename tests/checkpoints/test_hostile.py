@@ -153,7 +153,7 @@ def test_what_is_passed_over_is_not_opened(place, bait, tmp_path):
         (folder / "model_weights" / "common.pt").write_bytes(hostile)
     elif place == "extra state":
         key = "model.decoder.layers.mlp.linear_fc1._extra_state"
-        (folder / "model_weights" / key).mkdir()
+        (folder / "model_weights" / key).mkdir(exist_ok=True)
         (folder / "model_weights" / key / "shard_0_2.pt").write_bytes(hostile)
     else:
         state = {f"model.{name}": value for name, value in weights().items()}
@@ -551,8 +551,23 @@ def test_truncated_archives_are_refused(packed, share, tmp_path):
     path = tmp_path / "a.nemo"
     with tarfile.open(path, packed) as opened:
         opened.add(folder, ".")
-    os.truncate(path, int(path.stat().st_size * share))
+        members = opened.offset  # zeros follow, which fill the last record
+    size = members if packed == "w" else path.stat().st_size
+    os.truncate(path, int(size * share))
     with pytest.raises(CheckpointError):
+        read_all(path)
+
+
+def test_an_archive_without_its_end_is_refused(tmp_path):
+    """As it is cut where a member ends."""
+    path = tmp_path / "a.nemo"
+    with tarfile.open(path, "w") as opened:
+        opened.add(make(tmp_path / "c", "nemo1"), ".")
+        members = opened.offset
+    os.truncate(path, members + 512)
+    read_all(path)
+    os.truncate(path, members)
+    with pytest.raises(CheckpointError, match="nothing ends the archive"):
         read_all(path)
 
 

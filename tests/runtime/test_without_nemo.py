@@ -75,7 +75,7 @@ def test_training_says_what_to_do(commands, name):
 
 def test_launching_says_what_is_missing(commands):
     said = commands[1]["launch"]
-    assert said["code"] == 1 and "pip install nemo_run" in said["err"]
+    assert said["code"] == 1 and "needs nemo_run: pip install" in said["err"]
 
 
 def test_scores_and_scan_are_those_with_nemo(tiny, commands, tmp_path):
