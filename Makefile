@@ -77,11 +77,12 @@ $(BIN)/python:
 	$(if $(PYTHON),,$(error no Python 3.10 to 3.12 with venv found: name one, make PYTHON=/path/to/python))
 	$(PYTHON) -m venv $(VENV)
 
-# Python 3.12, as in the containers, where it has a CPU build of torch; another otherwise.
+# Python 3.12, as in the containers, where it has a CPU build of torch; another otherwise. Both harnesses own the folder
+# lm_eval: where the environment is made anew, the fork has to be put there again.
 .containers/%/.laid-over: requirements/container-%.txt requirements.txt pyproject.toml
 	python=$$(python3.12 -m pip install --quiet --dry-run --no-deps --target $(@D) torch==2.13.0+cpu >/dev/null 2>&1 \
 		&& echo python3.12 || echo $(PYTHON)); $(MAKE) VENV=$(@D) PYTHON=$$python $(@D)/.ready
-	$(@D)/bin/python -m pip uninstall --yes lm_eval
+	$(@D)/bin/python -m pip uninstall --yes lm_eval nvidia-lm-eval
 	$(@D)/bin/python -m pip install --no-deps -r $<
 	touch $@
 
