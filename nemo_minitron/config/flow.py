@@ -169,7 +169,7 @@ class FlowPruneConfig(Config):
     method: str | None = None
     """`minitron` or `compensated`, for every student that names none; none: compensated."""
     depth_by: str = "block_influence"
-    """`block_loss` or `block_influence`, for every student that names none."""
+    """`block_loss`, `block_influence` or `compensated_loss`, for every student that names none."""
     num_samples: int = 1024
     """Calibration samples."""
     num_block_samples: int = 256
@@ -184,12 +184,12 @@ class FlowPruneConfig(Config):
     """Grid of num_layers."""
     students: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name -> targets (drop_layers, num_layers, hidden_size, ffn_hidden_size, num_attention_heads), and how to cut
-    (method, depth_by, merge_heads, untie)."""
+    (method, depth_by, depth_beam, depth_samples, merge_heads, untie)."""
 
     def problems(self) -> list[str]:
         found = at_least(1, num_samples=self.num_samples, batch_size=self.batch_size)
         targets = ("drop_layers", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-        known = (*targets, "method", "depth_by", "merge_heads", "untie")
+        known = (*targets, "method", "depth_by", "depth_beam", "depth_samples", "merge_heads", "untie")
         if not self.students:
             found.append("students is empty: name at least one, students.depth.num_layers=N")
         for name, targets in self.students.items():

@@ -10,6 +10,7 @@ from nemo_minitron.config.training import ModelDataConfig, TrainerConfig
 METHODS = ("minitron", "compensated")
 CHOICES = ("saliency", "importance")
 REFITS = ("sequential", "once")
+DEPTH_BY = ("block_loss", "block_influence", "compensated_loss")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -32,7 +33,12 @@ class PruneTargets(Config):
     is no data to run the teacher on."""
     depth_by: str = "block_influence"
     """How num_layers are chosen. `block_loss`: the contiguous block without which the loss is least. `block_influence`:
-    the layers that change the stream least, one by one."""
+    the layers that change the stream least, one by one. `compensated_loss`: one layer after the other, the one that
+    costs least loss with linear maps in the place of all that go; far more to compute."""
+    depth_beam: int = 1
+    """depth_by=compensated_loss: sets of layers that are kept in each round; above 1 it is a beam search."""
+    depth_samples: int = 8
+    """depth_by=compensated_loss: held-out samples to choose layers on; one in four of num_block_samples at most."""
     num_query_groups: int | None = None
     """Kept for NeMo 24.07's overrides; ModelOpt no longer prunes it, so only the teacher's own value is taken."""
     num_samples: int = 1024
@@ -82,8 +88,8 @@ class PruneTargets(Config):
 
     @property
     def chooses_block(self) -> bool:
-        """Whether the loss without each block of layers decides which goes."""
-        return self.num_layers is not None and self.depth_by == "block_loss"
+        """Whether the loss without blocks of layers decides which go."""
+        return self.num_layers is not None and self.depth_by in ("block_loss", "compensated_loss")
 
     def problems(self) -> list[str]:
         found = at_least(
@@ -94,15 +100,22 @@ class PruneTargets(Config):
             num_attention_heads=self.num_attention_heads,
             num_samples=self.num_samples,
             num_block_samples=self.num_block_samples,
+            depth_beam=self.depth_beam,
+            depth_samples=self.depth_samples,
             hidden_size_divisor=self.hidden_size_divisor,
             ffn_hidden_size_divisor=self.ffn_hidden_size_divisor,
             num_layers_divisor=self.num_layers_divisor,
         )
         found += one_of("method", self.method or "minitron", METHODS)
-        found += one_of("depth_by", self.depth_by, ("block_loss", "block_influence"))
         found += one_of("choose_by", self.choose_by, CHOICES) + one_of("refit", self.refit or "once", REFITS)
         if not 0 <= self.gain_tolerance <= 1:
             found.append(f"gain_tolerance = {self.gain_tolerance} must lie from 0 to 1")
+        found += one_of("depth_by", self.depth_by, DEPTH_BY)
+        if self.method == "minitron" and self.chooses_block and self.depth_by == "compensated_loss":
+            found.append(
+                "depth_by = compensated_loss chooses layers with linear maps in their place, which method = minitron "
+                "leaves out: give method=compensated, or depth_by=block_loss"
+            )
         if not 0 < self.ridge < 1:
             found.append(f"ridge = {self.ridge} must be above 0 and below 1")
         if not self.drop_layers and not self.width and self.num_layers is None:
@@ -214,4 +227,15 @@ class PruneConfig(Config):
             )
         if self.prune.refit == "sequential" and self.method == "minitron":
             found.append("prune.refit=sequential is part of prune.method=compensated; method=minitron refits nothing")
-        return found
+        return found + self._rank_problems()
+
+    def _rank_problems(self) -> list[str]:
+        """What is wrong with the ranks that run the teacher."""
+        world = self.trainer.devices * self.trainer.num_nodes
+        tensor, pipeline = self.model.tensor_model_parallel_size, self.model.pipeline_model_parallel_size
+        if not (self.prune.needs_scores or self.needs_scan) or (tensor * pipeline and world % (tensor * pipeline) == 0):
+            return []
+        return [
+            f"world size {world} = trainer.devices {self.trainer.devices} x trainer.num_nodes {self.trainer.num_nodes} "
+            f"must be a multiple of tensor {tensor} x pipeline {pipeline} parallel = {tensor * pipeline}"
+        ]
