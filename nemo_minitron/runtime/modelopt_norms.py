@@ -1,10 +1,13 @@
-"""ModelOpt's dynamic modules for the norms of Megatron's local layer spec.
+"""ModelOpt's dynamic modules for the norms and the attention of the local layer spec.
 
 ModelOpt 0.43 has none for torch.nn.RMSNorm, and its own for torch.nn.LayerNorm takes no shared size. Both are
 registered for the body of a ``with`` and taken back afterwards.
 
 ModelOpt 0.41 and later hand a model's shared size to each norm; before, a norm is converted with a size of its own, in
 whose place the shared one is put afterwards.
+
+ModelOpt puts a class of its own, made from Megatron's DotProductAttention, on the attention: there it would work out
+all scores, and know of no window with Megatron Core before 0.15.
 """
 
 import contextlib
@@ -13,11 +16,14 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def local_norms_prunable() -> Iterator[None]:
-    """Lets ModelOpt's Minitron pruning cut the torch norms of a local-spec Megatron model."""
+    """Lets ModelOpt's Minitron pruning cut the torch norms of a local-spec Megatron model, and keep its attention."""
     from modelopt.torch.nas.modules.norm import _DynamicLayerNorm
+    from modelopt.torch.nas.plugins import megatron
     from modelopt.torch.nas.registry import DMRegistry
     from modelopt.torch.nas.traced_hp import TracedHp
     from torch import nn
+
+    from nemo_minitron.runtime.attention import TorchAttention
 
     class _DynamicTorchNorm(_DynamicLayerNorm):
         def _setup(self, *, num_features: TracedHp | None = None):
@@ -32,9 +38,11 @@ def local_norms_prunable() -> Iterator[None]:
     if had_layer_norm:
         DMRegistry.unregister(nn.LayerNorm)
     DMRegistry.register({nn.RMSNorm: "nn.RMSNorm", nn.LayerNorm: "nn.LayerNorm"})(_DynamicTorchNorm)
+    attention, megatron.DotProductAttention = megatron.DotProductAttention, TorchAttention
     try:
         yield
     finally:
+        megatron.DotProductAttention = attention
         DMRegistry.unregister(nn.RMSNorm)
         DMRegistry.unregister(nn.LayerNorm)
         if had_layer_norm:
