@@ -26,25 +26,26 @@ def kept_at_the_end(a: Architecture, run: Run) -> int:
 def _norm(a: Architecture, run: Run) -> float:
     """A token's input and output of a norm, and its statistics.
 
-    torch's RMSNorm, in the local spec, works in float32 on a copy and keeps what it normalised before the gain too.
+    In the local spec LayerNorm's are in the activations' precision; RMSNorm on a GPU, torch's own, works in float32 on
+    a copy and keeps what it normalised before the gain too.
     """
-    e, h = run.bytes, a.hidden_size
-    if run.local_spec and a.normalization == "RMSNorm":
+    e, h, rms = run.bytes, a.hidden_size, a.normalization == "RMSNorm"
+    if run.local_spec and rms and run.layout.cuda:
         return 2 * FP32 * h + FP32 + e * h
-    statistics = 1 if a.normalization == "RMSNorm" else 2
     share = run.layout.tensor_parallel if run.layout.sequence_parallel else 1
-    return (2 * e * h + (e if run.local_spec else FP32) * statistics) / share
+    return (2 * e * h + (FP32 if rms else (e if run.local_spec else FP32) * 2)) / share
 
 
 def _attention(a: Architecture, run: Run) -> float:
     """A token's queries, keys and values, the logarithm of each head's sum, and the input of linear_proj.
 
-    The values are a view that keeps the whole output of linear_qkv. Without Transformer Engine a sliding window is
-    worked out in blocks (runtime.attention), whose results are kept beside the joined one.
+    With Transformer Engine the values are a view that keeps the whole output of linear_qkv. Without it they are a copy,
+    and a sliding window is worked out in blocks (runtime.attention), whose results are kept beside the joined one.
     """
     e, d, n, g = run.bytes, a.kv_channels, a.num_attention_heads, a.num_query_groups
+    values = g * d if run.local_spec else a.qkv_rows()
     blocks = n * d if run.local_spec and _windowed(a, run) and run.seq_length > BLOCK else 0
-    kept = e * (n * d + g * d + a.qkv_rows() + n * d + blocks) + FP32 * n
+    kept = e * (n * d + g * d + values + n * d + blocks) + FP32 * n
     return kept / run.layout.tensor_parallel
 
 
@@ -59,9 +60,10 @@ def _ffn(a: Architecture, run: Run) -> float:
 
 
 def _gated(a: Architecture, run: Run) -> int:
-    """Widths of a gated FFN that are kept: both halves of linear_fc1's output and their product; without fusion the
-    activated half too, and the linear half with its offset."""
-    if not run.local_spec and a.family in FUSED_GATE:
+    """Widths of a gated FFN that are kept: both halves of linear_fc1's output and their product; unless the gate is one
+    operation (fused, or runtime.lean's) the activated half too, and the linear half with its offset."""
+    whole = run.core.takes_gate and a.activation == "silu" if run.local_spec else a.family in FUSED_GATE
+    if whole:
         return 3
     return 5 if run.core.gate_offset else 4
 

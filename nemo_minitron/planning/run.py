@@ -17,15 +17,19 @@ class Core:
 
     Attributes:
         gate_offset: adds an offset to the linear half of a gated FFN, and keeps the sum; before 0.15 there is none.
+        takes_gate: takes the gate of the local spec from this package, which keeps its input alone; from 0.15 on.
     """
 
     gate_offset: bool = True
+    takes_gate: bool = True
 
 
 def installed_core() -> Core:
     """The Megatron Core that is installed, or 0.15 where none is."""
     ffn = core_source("transformer/mlp.py")
-    return Core() if ffn is None else Core(gate_offset="glu_linear_offset" in ffn)
+    if ffn is None:
+        return Core()
+    return Core(gate_offset="glu_linear_offset" in ffn, takes_gate="submodules.activation_func" in ffn)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

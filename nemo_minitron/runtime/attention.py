@@ -62,6 +62,8 @@ class TorchAttention(DotProductAttention):
             attn_mask_type: not used, as in Megatron's own; the layer's holds.
             packed_seq_params: where each of the packed sequences begins and ends, whose tokens see their own sequence.
         """
+        if value.requires_grad:
+            value = value.contiguous()  # or the whole output of linear_qkv, of which it is a part, would be kept
         if attention_bias is not None:
             raise EngineError("an attention bias needs Transformer Engine")
         dropout = self.attention_dropout.p if self.training else 0.0

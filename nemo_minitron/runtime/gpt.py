@@ -33,22 +33,24 @@ def core_config(architecture: Architecture, **engine: Any) -> Any:
 
 
 def torch_layers(config: Any) -> Any:
-    """Megatron's local layer spec, its norms and attention PyTorch's: this pipeline stage's layers and the final norm.
+    """Megatron's local layer spec with norms, gates and attention of ours: this stage's layers and the final norm.
 
     Left to itself Megatron takes Apex's LayerNorm and Transformer Engine's final norm wherever these are installed,
     which run on a GPU only.
     """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
     from nemo_minitron.runtime.attention import TorchAttention
+    from nemo_minitron.runtime.lean import LocalNorm, SwiGLU
 
     layer = get_gpt_layer_local_spec(normalization=config.normalization)
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = WrappedTorchNorm
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalNorm
     layer.submodules.self_attention.submodules.core_attention = TorchAttention
+    if getattr(config, "use_te_activation_func", False):  # which says that the activation is one of the submodules
+        layer.submodules.mlp.submodules.activation_func = SwiGLU
     layers = [layer] * get_num_layers_to_build(config)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=LocalNorm)
 
 
 def core_model(config: Any, architecture: Architecture) -> Any:

@@ -1,6 +1,6 @@
 """ModelOpt's dynamic modules for the norms and the attention of the local layer spec.
 
-ModelOpt 0.43 has none for torch.nn.RMSNorm, and its own for torch.nn.LayerNorm takes no shared size. Both are
+ModelOpt 0.43 has none for RMSNorm, and its own for torch.nn.LayerNorm takes no shared size. Both are
 registered for the body of a ``with`` and taken back afterwards.
 
 ModelOpt 0.41 and later hand a model's shared size to each norm; before, a norm is converted with a size of its own, in
@@ -24,6 +24,7 @@ def local_norms_prunable() -> Iterator[None]:
     from torch import nn
 
     from nemo_minitron.runtime.attention import TorchAttention
+    from nemo_minitron.runtime.lean import RMSNorm
 
     class _DynamicTorchNorm(_DynamicLayerNorm):
         def _setup(self, *, num_features: TracedHp | None = None):
@@ -37,13 +38,14 @@ def local_norms_prunable() -> Iterator[None]:
     had_layer_norm = nn.LayerNorm in DMRegistry
     if had_layer_norm:
         DMRegistry.unregister(nn.LayerNorm)
-    DMRegistry.register({nn.RMSNorm: "nn.RMSNorm", nn.LayerNorm: "nn.LayerNorm"})(_DynamicTorchNorm)
+    norms = {nn.RMSNorm: "nn.RMSNorm", RMSNorm: "nemo_minitron.RMSNorm", nn.LayerNorm: "nn.LayerNorm"}
+    DMRegistry.register(norms)(_DynamicTorchNorm)
     attention, megatron.DotProductAttention = megatron.DotProductAttention, TorchAttention
     try:
         yield
     finally:
         megatron.DotProductAttention = attention
-        DMRegistry.unregister(nn.RMSNorm)
-        DMRegistry.unregister(nn.LayerNorm)
+        for norm in norms:
+            DMRegistry.unregister(norm)
         if had_layer_norm:
             DMRegistry.register({nn.LayerNorm: "nn.LayerNorm"})(_DynamicLayerNorm)
