@@ -184,6 +184,7 @@ def test_loss_and_attention_work_in_the_planned_pieces():
 
     assert activations.BLOCK == attention.BLOCK
     assert (loss.CPU_CHUNK, loss.CUDA_CHUNK) == (fused.CPU_CHUNK, fused.CUDA_CHUNK)
+    assert loss.CHUNK_TOKENS == fused.CHUNK_TOKENS
     assert (loss.CPU_BLOCK, loss.CUDA_BLOCK) == (divergences.CPU_BLOCK, divergences.CUDA_BLOCK)
     assert divergences.Divergence().buffers == loss.BLOCKS
 
