@@ -57,7 +57,7 @@ class TorchAttention(DotProductAttention):
         """[s, b, n, d], [t, b, g, d], [t, b, g, d] -> [s, b, n d]; packed rows have no b.
 
         Args:
-            attention_mask: True where a key is hidden [b or 1, 1 or n, s, t]; None: causal, or all that a layer that is
+            attention_mask: True where a key is hidden [b or 1, 1 or n, s, t], or [s, t]; None: causal, or all that a layer that is
                 not causal can see.
             attn_mask_type: not used, as in Megatron's own; the layer's holds.
             packed_seq_params: where each of the packed sequences begins and ends, whose tokens see their own sequence.
@@ -127,9 +127,11 @@ def attention(
     Args:
         causal: a query sees no key after its own; a mask that is given says so itself.
         before: a query sees this many keys before its own; None: all.
-        mask: True where a key is hidden [b or 1, 1 or n, s, t].
+        mask: True where a key is hidden [b or 1, 1 or n, s, t], or [s, t].
     """
-    samples = 1 if mask is None or len(mask) == 1 else query.shape[1]
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
+    samples = 1 if mask is None or mask.shape[:2] == (1, 1) else query.shape[1]
     heads = [_as_heads(tensor, samples) for tensor in (query, key, value)]
     options = {"scale": scale, "dropout": dropout}
     queries, keys = len(query), len(key)

@@ -30,13 +30,20 @@ CASES = {
     "scale": {"softmax_scale": 0.3},
     "scaling by layer": {"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True},
 }
+MASKS = {
+    "none": lambda: None,
+    "samples": padded_rows,
+    "all alike": lambda: padded_rows()[1:],
+    "heads": lambda: torch.cat([padded_rows()[:1], padded_rows()[1:]], dim=1).repeat(1, 2, 1, 1),
+    "plain": lambda: padded_rows()[1, 0],
+}
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("masked", [False, True])
-def test_it_is_megatrons_attention_forward_and_backward(megatron, name, dtype, tolerance, masked):
-    groups, mask = CASES[name].get("num_query_groups", GROUPS), padded_rows() if masked else None
+@pytest.mark.parametrize("kind", MASKS)
+def test_it_is_megatrons_attention_forward_and_backward(megatron, name, dtype, tolerance, kind):
+    groups, mask = CASES[name].get("num_query_groups", GROUPS), MASKS[kind]()
     made = {kind: megatron(kind, **CASES[name]) for kind in ("torch", "megatron")}
     found, expected = (run(module, mask, groups=groups, dtype=dtype) for module in made.values())
     assert close(found, expected, tolerance)
