@@ -57,8 +57,8 @@ class TorchAttention(DotProductAttention):
         """[s, b, n, d], [t, b, g, d], [t, b, g, d] -> [s, b, n d]; packed rows have no b.
 
         Args:
-            attention_mask: True where a key is hidden [b or 1, 1 or n, s, t], or [s, t]; None: causal, or every key in a
-                layer that is not.
+            attention_mask: True where a key is hidden [b or 1, 1 or n, s, t], or [s, t]; None: causal, or nothing
+                is hidden in a layer that is not.
             attn_mask_type: not used, as in Megatron's own; the layer's holds.
             packed_seq_params: where each of the packed sequences begins and ends, whose tokens see their own sequence.
         """
