@@ -63,7 +63,7 @@ class PlanConfig(Config):
     kd_form: str = "auto"
     """`fused` or `chunked`, as kd.form; auto: fused, without sequence parallel."""
     transformer_engine: bool = True
-    """Whether Transformer Engine is installed on the GPUs; without it attention scores are kept."""
+    """Whether Transformer Engine is installed on the GPUs; without it layers are PyTorch's."""
     tflops_per_gpu: float | None = None
     """TFLOP/s that a rank achieves on your machine, for estimates of time; none: no estimates."""
     layouts: bool = True

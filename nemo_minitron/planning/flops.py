@@ -6,33 +6,29 @@ Legend: s sequence, l layers, h hidden, f FFN, n heads, g query groups, d head s
 from nemo_minitron.architecture import Architecture
 
 
-def forward_flops(a: Architecture, seq_length: int, *, whole_scores: bool) -> float:
+def forward_flops(a: Architecture, seq_length: int) -> float:
     """Forward pass of one token among `seq_length`.
 
-        2 l ((n + 2g) d h + n d h + (2 or 1) f h + f h) + l 4 s n d + 2 v h
+        2 l ((n + 2g) d h + n d h + (2 or 1) f h + f h) + l 4 k n d + 2 v h
 
-    Args:
-        whole_scores: whether all s x s scores are worked out, as without flash attention; otherwise the causal half.
+    k are the keys that a token looks at: (s + 1) / 2 on average, or as many as its window lets it.
     """
     h, f = a.hidden_size, a.ffn_hidden_size
     heads = a.num_attention_heads * a.kv_channels
     matrices = a.qkv_rows() * h + heads * h + f * h * (3 if a.gated_linear_unit else 2)
-    return 2 * a.num_layers * matrices + a.num_layers * _scores(a, seq_length, whole_scores) + 2 * a.vocab_size * h
+    return 2 * a.num_layers * matrices + a.num_layers * _scores(a, seq_length) + 2 * a.vocab_size * h
 
 
-def _scores(a: Architecture, s: int, whole: bool) -> float:
-    """Q K^T and the product with V: 2 s n d each, for the keys that a token looks at."""
-    if whole:
-        keys = float(s)
-    else:
-        window = min(a.sliding_window or s, s)
-        keys = (window * (window + 1) / 2 + (s - window) * window) / s  # mean over the sequence's tokens
+def _scores(a: Architecture, s: int) -> float:
+    """Q K^T and the product with V: 2 k n d each, for the k keys that a token looks at."""
+    window = min(a.sliding_window or s, s)
+    keys = (window * (window + 1) / 2 + (s - window) * window) / s  # mean over the sequence's tokens
     return 4 * keys * a.num_attention_heads * a.kv_channels
 
 
-def training_flops(a: Architecture, seq_length: int, *, whole_scores: bool) -> float:
+def training_flops(a: Architecture, seq_length: int) -> float:
     """Forward and backward: each product has two gradients of its own size."""
-    return 3 * forward_flops(a, seq_length, whole_scores=whole_scores)
+    return 3 * forward_flops(a, seq_length)
 
 
 def moment_flops(a: Architecture) -> float:
@@ -47,14 +43,13 @@ def stage_flops(
     student: Architecture | None,
     seq_length: int,
     *,
-    whole_scores: bool,
     statistics: bool = True,
 ) -> float:
     """A token of `stage`: the teacher's training (finetune), its forward pass and second moments (prune's scoring), or
     the student's training with the teacher's forward pass (distill)."""
-    forward = forward_flops(teacher, seq_length, whole_scores=whole_scores)
+    forward = forward_flops(teacher, seq_length)
     if stage == "finetune":
         return 3 * forward
     if stage == "prune":
         return forward + (moment_flops(teacher) if statistics else 0)
-    return forward + training_flops(student, seq_length, whole_scores=whole_scores)
+    return forward + training_flops(student, seq_length)

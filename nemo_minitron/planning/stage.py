@@ -157,13 +157,10 @@ def _stage(config: PlanConfig, models: Models, run: Run, stage: str, limit: floa
         problems = layout_problems(models, run, ("prune",))
         if problems:
             raise EngineError(f"{SOURCE}: " + "; ".join(problems))
-    whole = run.local_spec or stage == "prune"
-    flops = stage_flops(
-        stage, models.teacher, models.student, run.seq_length, whole_scores=whole, statistics=run.statistics
-    )
+    flops = stage_flops(stage, models.teacher, models.student, run.seq_length, statistics=run.statistics)
     found = _memory(stage_memory(stage, models.teacher, models.student, run), limit)
     found |= {"layout": _layout(run), "flops_per_token": flops}
-    found["teacher_forward_flops_per_token"] = forward_flops(models.teacher, run.seq_length, whole_scores=whole)
+    found["teacher_forward_flops_per_token"] = forward_flops(models.teacher, run.seq_length)
     if config.tflops_per_gpu is not None:
         rate = config.tflops_per_gpu * 1e12 * run.layout.world_size / flops
         found["tokens_per_second"] = rate

@@ -27,9 +27,9 @@ def _hardware(plan: dict[str, Any]) -> str:
     memory = f" of {hardware['memory_gb']:g} GB" if hardware["memory_gb"] else ""
     nodes = f" on {hardware['num_nodes']} nodes" if hardware["num_nodes"] > 1 else ""
     kind = "bf16 with fp32 main parameters" if hardware["precision"] == "bf16" else "fp32"
-    scores = "" if hardware["transformer_engine"] else ", attention scores kept"
+    layers = "" if hardware["transformer_engine"] else ", layers without Transformer Engine"
     return (
-        f"ranks    {ranks} {what}{'s' if ranks > 1 else ''}{memory}{nodes}, {kind}{scores}; sequence "
+        f"ranks    {ranks} {what}{'s' if ranks > 1 else ''}{memory}{nodes}, {kind}{layers}; sequence "
         f"{batch['seq_length']}, micro batch {batch['micro_batch_size']}, global batch {batch['global_batch_size']}"
     )
 
