@@ -22,7 +22,13 @@ from typing import Any
 
 import students as s
 
-METHODS = ("minitron", "compensated", "compensated once")
+#: Name -> settings of the cut; the first is what the others are compared with.
+METHODS: dict[str, dict[str, str]] = {
+    "minitron": {"method": "minitron"},
+    "compensated": {"method": "compensated", "refit": "sequential"},
+    "refitted once": {"method": "compensated", "refit": "once"},
+    "layers by loss": {"method": "compensated", "refit": "sequential", "depth_by": "compensated_loss"},
+}
 
 
 @dataclasses.dataclass
@@ -77,6 +83,10 @@ class Bench:
         self.runs = folder / "runs"
         self.runs.mkdir(parents=True, exist_ok=True)
 
+    def has(self, shape: str, method: str) -> bool:
+        """Whether a method has something to choose at a shape."""
+        return "depth_by" not in METHODS[method] or "num_layers" in self.shapes[shape]
+
     def windows(self, split: str) -> Any:
         """The first windows of a split; as many as it has."""
         from nemo_minitron.data.samples import token_stream
@@ -108,11 +118,9 @@ class Bench:
         output = self.folder / f"seed-{seed}" / f"{shape}-{method}".replace(" ", "-").replace("%", "")
         if output.exists():
             return output
-        own = {"method": method.split()[0]} if method == "minitron" else {
-            "method": "compensated", "refit": "once" if "once" in method else "sequential"}  # fmt: skip
         config = s.prune_config(
             self.model, self.data, output, self.settings.samples, seed, length=self.settings.length, batch=4,
-            accelerator=self.settings.accelerator, **own, **self.grid, **self.shapes[shape],
+            accelerator=self.settings.accelerator, **METHODS[method], **self.grid, **self.shapes[shape],
             scores_path=str(self.folder / f"seed-{seed}" / "scores"),
         )  # fmt: skip
         prune(config, *prerequisites(config))
@@ -173,7 +181,7 @@ def summary(bench: Bench, seeds: list[int], methods: list[str]) -> list[dict[str
     teacher, found = bench.teacher(), []
     for shape in bench.shapes:
         means: dict[str, dict[str, Any]] = {}
-        for method in methods:
+        for method in (name for name in methods if bench.has(shape, name)):
             cuts = [bench.just_cut(seed, shape, method) for seed in seeds]
             values = {
                 "share": cuts[0]["parameters"] / teacher["parameters"],
@@ -201,9 +209,9 @@ def summary(bench: Bench, seeds: list[int], methods: list[str]) -> list[dict[str
     return found
 
 
-HEADER = (
-    f"{'shape':<12}{'of teacher':>10}  {'method':<17}{'just cut':>9}{'gap':>8}{'of ' + METHODS[0] + chr(39) + 's':>15}"
-    f"{'distilled':>11}{'gap':>8}{'of its':>8}{'spread':>8}{'rate':>8}"
+COLUMNS = ("just cut", "gap", "of minitron's", "distilled", "gap", "of its", "spread", "rate")
+HEADER = f"{'shape':<12}{'of teacher':>10}  {'method':<17}" + "".join(
+    f"{name:>{width}}" for name, width in zip(COLUMNS, (9, 8, 15, 11, 8, 8, 8, 8))
 )
 
 
@@ -241,7 +249,8 @@ def run(options: Any) -> None:
     bench = Bench(model, folder, settings, shapes, grid, options.seeds[0])
     share, parts = (int(number) for number in options.part.split("/"))
     bench.teacher()
-    work = list(itertools.product(options.seeds, shapes, options.methods))
+    every = itertools.product(options.seeds, shapes, options.methods)
+    work = [(seed, shape, method) for seed, shape, method in every if bench.has(shape, method)]
     for number, (seed, shape, method) in enumerate(work):
         if number % parts != share - 1:
             continue
