@@ -202,6 +202,7 @@ class PruneConfig(Config):
                 f"model.tensor_model_parallel_size = {self.model.tensor_model_parallel_size}: ModelOpt scores with 1 "
                 "only; spread the layers instead, model.pipeline_model_parallel_size=N"
             )
+            return found
         return found + self._rank_problems()
 
     def _rank_problems(self) -> list[str]:
