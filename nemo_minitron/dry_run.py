@@ -48,10 +48,7 @@ def stage_names(config: c.FlowConfig, teacher: Architecture) -> list[str]:
     names.append(training("teacher correction", config.finetune))
     if any(student_targets(config, name).needs_scores for name in config.prune.students):
         names.append(f"importance: {config.prune.num_samples} samples of {tokens} tokens")
-    run = Path(config.output_dir)
-    scanned = [name for name in config.prune.students if prune_config(config, run, name).needs_scan]
-    samples = config.prune.num_block_samples
-    names += [f"scan blocks for {name}: {samples} samples of {tokens} tokens" for name in scanned]
+    names += _scans(config, teacher)
     for name, targets in config.prune.students.items():
         cut = ", ".join(f"{key}={value}" for key, value in targets.items())
         names += [f"prune {name}: {cut}", training(f"distil {name}", config.distill)]
@@ -64,6 +61,20 @@ def stage_names(config: c.FlowConfig, teacher: Architecture) -> list[str]:
         names.append(f"facts: {config.facts} questions about the text, to every model")
     names.append("evaluate every model; table and report.json")
     return names
+
+
+def _scans(config: c.FlowConfig, teacher: Architecture) -> list[str]:
+    """The scans of blocks that students need, and what choosing their layers costs."""
+    from nemo_minitron.importance.scan import by_maps, cost
+
+    length, found = config.model.seq_length, []
+    for name in config.prune.students:
+        pruning = prune_config(config, Path(config.output_dir), name)
+        choice = f"; {cost(teacher.num_layers, pruning, length)}" if by_maps(pruning) else ""
+        if pruning.needs_scan:
+            samples = config.prune.num_block_samples
+            found.append(f"scan blocks for {name}: {samples} samples of {length} tokens{choice}")
+    return found
 
 
 def describe_stage(name: str, config: Any) -> str:

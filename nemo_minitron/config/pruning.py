@@ -220,13 +220,14 @@ class PruneConfig(Config):
 
     def problems(self) -> list[str]:
         found = [] if self.output == "???" else format_problems(self.output, self.to)
+        if self.prune.refit == "sequential" and self.method == "minitron":
+            found.append("prune.refit=sequential is part of prune.method=compensated; method=minitron refits nothing")
         if self.prune.needs_scores and self.model.tensor_model_parallel_size != 1:
             found.append(
                 f"model.tensor_model_parallel_size = {self.model.tensor_model_parallel_size}: ModelOpt scores with 1 "
                 "only; spread the layers instead, model.pipeline_model_parallel_size=N"
             )
-        if self.prune.refit == "sequential" and self.method == "minitron":
-            found.append("prune.refit=sequential is part of prune.method=compensated; method=minitron refits nothing")
+            return found
         return found + self._rank_problems()
 
     def _rank_problems(self) -> list[str]:

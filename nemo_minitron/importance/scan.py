@@ -25,7 +25,7 @@ def scan_folder(config: PruneConfig) -> Path:
         name = "+".join(f"{first + 1}-{end}" if end - first > 1 else f"{end}" for first, end in given_runs)
     else:
         name = f"{targets.depth_by.replace('_', '-')}-{targets.num_layers}"
-        name += f"-beam-{targets.depth_beam}" if _by_maps(config) and targets.depth_beam > 1 else ""
+        name += f"-beam-{targets.depth_beam}" if by_maps(config) and targets.depth_beam > 1 else ""
     return scores.with_name(f"{scores.name}.depth-{name}")
 
 
@@ -62,7 +62,7 @@ def scan(config: PruneConfig) -> Manifest:
     )
 
 
-def _by_maps(config: PruneConfig) -> bool:
+def by_maps(config: PruneConfig) -> bool:
     """Whether layers are chosen by the loss with maps in place."""
     return config.prune.chooses_block and config.prune.depth_by == "compensated_loss"
 
@@ -70,7 +70,7 @@ def _by_maps(config: PruneConfig) -> bool:
 def _choice(config: PruneConfig) -> dict[str, Any]:
     """What tells choices by maps apart."""
     targets = config.prune
-    return {"depth_samples": targets.depth_samples, "depth_beam": targets.depth_beam} if _by_maps(config) else {}
+    return {"depth_samples": targets.depth_samples, "depth_beam": targets.depth_beam} if by_maps(config) else {}
 
 
 def cost(num_layers: int, config: PruneConfig, length: int) -> str:
@@ -116,7 +116,7 @@ def _work(
     from nemo_minitron.runtime.ranks import load_model, parallel_ranks
 
     sequences, samples = calibration.sequences(config.prune.num_block_samples, config.seed)
-    if rank() == 0 and _by_maps(config):
+    if rank() == 0 and by_maps(config):
         print(f"scan: {cost(teacher.architecture.num_layers, config, calibration.length)}", file=sys.stderr)
     with engine(config.seed, partial / LOG, cuda=layout.cuda), parallel_ranks(layout, config.seed):
         model = load_model(teacher.architecture, layout, teacher, local_spec=True)
@@ -138,7 +138,7 @@ def _scan(model: Any, sequences: Any, config: PruneConfig, drop: list[int] | Non
     if drop:
         return scan_blocks(model, sequences, batch, runs(drop), choose=False)
     count = layers - targets.num_layers
-    if _by_maps(config):
+    if by_maps(config):
         beam, samples = targets.depth_beam, targets.depth_samples
         return scan_layers(model, sequences, batch, count, samples=samples, beam=beam)
     return scan_blocks(model, sequences, batch, blocks_of(layers, count), choose=True)

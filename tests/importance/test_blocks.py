@@ -167,8 +167,9 @@ def test_the_map_never_loses_to_plain_dropping_on_held_out_samples(given_layers,
 
 def test_strengths_go_down_until_the_best_is_inside(monkeypatch):
     samples = blocks.Samples(all=[], fit=[], held_out=[], choice=[], batch=1)
-    identity = blocks.RunMoments(gram=torch.eye(2), cross=torch.eye(2))
-    monkeypatch.setattr(blocks, "run_moments", lambda *_: {((1, 2), False): identity, ((1, 2), True): identity})
+    moments = blocks.RunMoments(gram=None, cross=None)
+    monkeypatch.setattr(blocks, "run_moments", lambda *_: {((1, 2), False): moments, ((1, 2), True): moments})
+    monkeypatch.setattr(blocks, "ridge", lambda gram, cross, strength: torch.full((1, 1), strength))
 
     def tried(loss):
         """Strengths that were tried with these losses by strength, and the report."""
@@ -176,7 +177,7 @@ def test_strengths_go_down_until_the_best_is_inside(monkeypatch):
             blocks,
             "path_losses",
             lambda stage, sequences, batch, base, paths: [
-                loss(1 / float(path.maps[0][0, 0]) - 1) if path.maps else 9.0 for path in paths
+                loss(float(path.maps[0])) if path.maps else 9.0 for path in paths
             ],
         )
         _, report = blocks._best_folds(None, samples, [(1, 2)])
