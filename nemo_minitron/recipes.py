@@ -110,6 +110,8 @@ def teacher_architecture(config: c.FlowConfig) -> Architecture:
         from nemo_minitron.checkpoints import open_checkpoint
 
         return open_checkpoint(path, "teacher").architecture
+    if not config.model.architecture:
+        check_teacher(config)
     fields = stated_fields(config.model.architecture, "flow")
     if fields.get("vocab_size") is None:
         fields["vocab_size"] = padded_vocab_size(config.data.vocab_size)
@@ -120,7 +122,8 @@ def student_architecture(config: c.FlowConfig, teacher: Architecture, name: str)
     """The sizes of the student `name`; which layers go is not needed for that."""
     targets = student_targets(config, name)
     layers, targets.num_layers = targets.num_layers, None
-    student = Architecture.from_dict(plan_cut(teacher, targets, None).student)
+    method = targets.method or "compensated"
+    student = Architecture.from_dict(plan_cut(teacher, targets, None, method=method).student)
     return student.with_sizes(num_layers=layers)
 
 

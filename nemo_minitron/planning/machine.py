@@ -11,8 +11,8 @@ from nemo_minitron.runtime.versions import has_module
 USABLE = 0.85
 #: TFLOP/s that training is assumed to achieve: a core in fp32, and GPUs in bf16 by their CUDA capability.
 CORE_TFLOPS = 0.05
-GPU_TFLOPS = {8: 100.0, 9: 300.0, 10: 500.0}
-OTHER_GPU_TFLOPS = 30.0
+GPU_TFLOPS = {7: 30.0, 8: 100.0, 9: 300.0, 10: 500.0}
+OTHER_GPU_TFLOPS = 100.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,9 @@ def free_memory(root: str | os.PathLike = "/") -> float | None:
     return min(found, default=None)
 
 
-def assumed_tflops(machine: Machine, cuda: bool) -> float:
-    """TFLOP/s that a rank is assumed to achieve in training."""
-    return GPU_TFLOPS.get(machine.capability, OTHER_GPU_TFLOPS) if cuda else CORE_TFLOPS * machine.cores
+def assumed_tflops(machine: Machine, cuda: bool, ranks: int) -> tuple[float, str]:
+    """TFLOP/s that all ranks together are assumed to achieve in training, and why."""
+    if cuda:
+        each = GPU_TFLOPS.get(machine.capability, OTHER_GPU_TFLOPS)
+        return ranks * each, f"assumed, {each:g} a GPU"
+    return CORE_TFLOPS * machine.cores, f"assumed, {CORE_TFLOPS:g} for each of {machine.cores} cores"
