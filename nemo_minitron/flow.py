@@ -352,14 +352,14 @@ def summarize(config: c.FlowConfig, manifests: dict[str, Manifest], folders: dic
 
 def show(config: c.FlowConfig, report: dict[str, Any]) -> None:
     """Prints the tables of a report."""
-    from nemo_minitron.report.table import render_cuts, render_stages, render_table
+    from nemo_minitron.report.table import legend, render_cuts, render_stages, render_table
 
     print()
     print(render_table(report["table"]))
     print()
     for cut in render_cuts(report["cuts"]):
         print(cut)
-    print("losses in nats a token; gap closed = (pruned - this) / (pruned - corrected teacher), of test losses")
+    print(legend(report["table"]))
     for verdict in report["verdicts"]:
         print(verdict)
     for name, validation in report["instructed"].items():

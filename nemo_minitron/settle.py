@@ -39,7 +39,7 @@ TRAINING, TESTING, SCORING = 0.65, 0.2, 0.15
 CPU_SEQUENCE, GPU_SEQUENCE = 512, 8192
 #: More tokens in a micro batch make a CPU no faster.
 CPU_TOKENS = 2048
-#: Steps: at least LEAST_STEPS; the batch grows with what there is time for, up to NVIDIA's tutorial's, from AIMED steps.
+#: Steps: at least LEAST_STEPS; beyond AIMED_STEPS the batch grows, up to that of NVIDIA's tutorial.
 LEAST_STEPS, AIMED_STEPS, LEAST_BATCH, MOST_BATCH = 21, 60, 4, 128
 #: A text may be read so often before more steps bring little (arXiv 2305.16264).
 EPOCHS = 4

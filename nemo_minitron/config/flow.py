@@ -94,9 +94,9 @@ class HardwareConfig(Config):
     num_workers: int = 0
     """Processes of the data loader."""
     memory_gb: float | None = None
-    """What a rank can hold, in GB of 10^9 bytes, for `minitron plan` and for what a flow chooses; none: of a CPU, what is
-    free of this machine's. A card sold with 80 GB has about 85 of them: the rest is room for what is not in the plan,
-    contexts, communication and fragments."""
+    """What a rank can hold, in GB of 10^9 bytes, for `minitron plan` and for what a flow chooses; none: 85% of what is
+    free here. A card sold with 80 GB has about 85 of them: the rest is room for what is not in the plan, contexts,
+    communication and fragments."""
     tflops: float | None = None
     """TFLOP/s that a rank achieves, for what a flow chooses and for its estimates of time; none: assumed."""
 
@@ -195,8 +195,8 @@ class FlowPruneConfig(Config):
     num_layers_divisor: int = 2
     """Grid of num_layers."""
     students: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name -> targets: sizes (drop_layers, num_layers, hidden_size, ffn_hidden_size, num_attention_heads) or shares of the
-    teacher (parameters=60%, embeddings included, by hidden size and FFN in proportion; layers=60%), and how to cut
+    """Name -> targets: sizes (drop_layers, num_layers, hidden_size, ffn_hidden_size, num_attention_heads) or shares of
+    the teacher (parameters=60%, embeddings included, by hidden size and FFN in proportion; layers=60%), and how to cut
     (method, depth_by, merge_heads, untie)."""
 
     def problems(self) -> list[str]:

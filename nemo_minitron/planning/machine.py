@@ -1,4 +1,4 @@
-"""The machine that this runs on: its GPUs or its CPU, the memory that a rank may take, and how fast it is assumed to be."""
+"""The machine that this runs on: its GPUs or its CPU, the memory that a rank may take, and how fast it is assumed."""
 
 import contextlib
 import dataclasses

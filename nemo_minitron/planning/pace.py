@@ -1,4 +1,4 @@
-"""How long work takes: its operations over a rate that is assumed, measured in a moment, or learnt from stages that ran."""
+"""How long work takes: its operations over a rate that is assumed, measured, or learnt from the stages that ran."""
 
 import dataclasses
 

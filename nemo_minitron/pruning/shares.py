@@ -1,9 +1,9 @@
 """Students as shares of their teacher: the shape on the pruning grid that is nearest to so much of it.
 
-`layers=60%` is the number of layers nearest to 0.6 l. `parameters=60%` is of all parameters, embeddings included: hidden
-size and FFN are scaled alike, h' = x h and f' = x f, each rounded to its grid, and of the shapes that x = 0 .. 1 goes
-through the one with the nearest number of parameters is taken. Head size and query groups stay, and so do the heads
-unless they are named.
+`layers=60%` is the number of layers nearest to 0.6 l. `parameters=60%` is of all parameters, embeddings included:
+hidden size and FFN are scaled alike, h' = x h and f' = x f, each rounded to its grid, and of the shapes that x = 0 .. 1
+goes through the one with the nearest number of parameters is taken. Head size and query groups stay, and so do the
+heads unless they are named.
 """
 
 import itertools
