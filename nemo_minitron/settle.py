@@ -248,9 +248,9 @@ class _Settling:
         if memory is None:
             return None, "memory that is not known (hardware.memory_gb)"
         if self.cuda():
-            return memory, f"{memory / 1e9:.1f} GB, 85% of a GPU's"
+            return memory, f"{memory / 1e9:.1f} GB, 75% of a GPU's"
         memory /= hardware.devices
-        return memory, f"{memory / 1e9:.1f} GB a process, 85% of what is free here"
+        return memory, f"{memory / 1e9:.1f} GB a process, 75% of what is free here"
 
     def run(self) -> Run:
         """The run as far as it is settled, with micro batch 1 where that is open."""

@@ -8,7 +8,7 @@ from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.planning.flops import cut_flops, forward_flops, scan_flops, stage_flops, training_flops
 from nemo_minitron.planning.pace import Work
-from nemo_minitron.recipes import prune_config, student_architecture
+from nemo_minitron.recipes import pretrains_on_broad, prune_config, student_architecture
 
 #: Splits that an evaluation reads.
 SPLITS = 2
@@ -47,11 +47,11 @@ def _steps(config: c.FlowConfig, teacher: Architecture, whole: bool) -> Iterator
         tokens = SPLITS * config.limit_test_batches * config.distill.global_batch_size * length
         return Work("run", tokens * forward_flops(model, length, whole_scores=whole))
 
-    if config.model.init == "random":
-        if config.data.source == "embedded":
-            yield "data (broad)", Work("text", WORD_BYTES * 1.2 * config.data.pretrain_words)
-        yield "pretrain teacher", trained(config.pretrain, teacher)
+    if pretrains_on_broad(config):
+        yield "data (broad)", Work("text", WORD_BYTES * 1.2 * config.data.pretrain_words)
     yield "data", Work("text", text_bytes(config.data) or 0.0)
+    if config.model.init == "random":
+        yield "pretrain teacher", trained(config.pretrain, teacher)
     yield "teacher correction", trained(config.finetune, teacher)
     for name in ("teacher", "teacher corrected"):
         yield f"evaluate {name}", evaluated(teacher)
@@ -73,10 +73,11 @@ def _steps(config: c.FlowConfig, teacher: Architecture, whole: bool) -> Iterator
         if config.distill.control:
             yield f"retrain (LM loss alone) {name}", trained(config.distill, student)
             yield f"evaluate {name} control", evaluated(student)
-        if config.instruct.data:
-            yield f"instruct {name}", trained(config.instruct, student)
         kinds = 3 if config.distill.control else 2
         asked += kinds * forward_flops(student, ANSWER_TOKENS, whole_scores=True)
+    if config.instruct.data:
+        for name in config.prune.students:
+            yield f"instruct {name}", trained(config.instruct, student_architecture(config, teacher, name))
     if questions:
         yield "evaluate facts", Work("run", questions * ANSWERS * ANSWER_TOKENS * asked)
 

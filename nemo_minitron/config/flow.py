@@ -94,7 +94,7 @@ class HardwareConfig(Config):
     num_workers: int = 0
     """Processes of the data loader."""
     memory_gb: float | None = None
-    """What a rank can hold, in GB of 10^9 bytes, for `minitron plan` and for what a flow chooses; none: 85% of what is
+    """What a rank can hold, in GB of 10^9 bytes, for `minitron plan` and for what a flow chooses; none: 75% of what is
     free here. A card sold with 80 GB has about 85 of them: the rest is room for what is not in the plan, contexts,
     communication and fragments."""
     tflops: float | None = None
