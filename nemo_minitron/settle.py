@@ -19,9 +19,9 @@ from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture, PruningGrid, human, natural_divisor
 from nemo_minitron.artifacts import write_json
 from nemo_minitron.errors import ConfigError, DataError, EngineError, MinitronError
-from nemo_minitron.planning.fitting import fits, fitting_layout, lengths, peak, with_batch
+from nemo_minitron.planning.fitting import best_layout, fits, lengths, peak, with_batch
 from nemo_minitron.planning.flops import forward_flops, scan_flops, stage_flops, training_flops
-from nemo_minitron.planning.layouts import Models
+from nemo_minitron.planning.layouts import Candidate, Models
 from nemo_minitron.planning.machine import Machine, assumed_tflops, this_machine
 from nemo_minitron.planning.pace import Pace, Work
 from nemo_minitron.planning.run import Run
@@ -127,6 +127,7 @@ def settle(config: c.FlowConfig, machine: Machine | None = None) -> Settled:
         settling.recipes()
         settling.tests()
         settling.calibration()
+    settling.check_batches()
     work = flow_work(settling.config, settling.teacher, settling.run().local_spec)
     return Settled(settling.config, settling.teacher, settling.choices, settling.pace(), work)
 
@@ -138,6 +139,7 @@ class _Settling:
         self.config, self.choices = config, []
         self.teacher: Architecture | None = None
         self._machine = machine
+        self.insists = None not in (config.model.seq_length, config.hardware.micro_batch_size)
         self.kept = {} if config.overwrite else read_kept(Path(config.output_dir) / CHOSEN)
 
     @property
@@ -180,6 +182,19 @@ class _Settling:
         source = self.config.data.source
         if text_bytes(self.config.data) is None:
             raise DataError(f"data.source = {source} does not exist: name a file or a folder of text")
+
+    def check_batches(self) -> None:
+        """Raises one ConfigError with every recipe whose samples cannot be shared out."""
+        run = self.run()
+        micro, ranks = run.layout.micro_batch_size, run.data_parallel
+        found = [
+            f"{name}.global_batch_size {getattr(self.config, name).global_batch_size} must be a multiple of "
+            f"hardware.micro_batch_size {micro} x data parallel {ranks} = {micro * ranks}"
+            for name in self.used()
+            if ranks and getattr(self.config, name).global_batch_size % (micro * ranks)
+        ]
+        if found:
+            raise ConfigError(found, "flow")
 
     # students
 
@@ -240,6 +255,8 @@ class _Settling:
     def limit(self) -> tuple[float | None, str]:
         """Bytes that a rank may take, and whose they are."""
         hardware = self.config.hardware
+        if self.insists:
+            return None, "as it is given"
         if hardware.memory_gb is not None:
             return hardware.memory_gb * 1e9, f"{hardware.memory_gb:g} GB a rank (hardware.memory_gb)"
         if self.cuda() and not self.machine.gpus:
@@ -300,18 +317,12 @@ class _Settling:
         tried = [given] if given else list(lengths(self.longest()))
         for length in tried:
             run = with_batch(run, seq_length=length)
-            chosen = self.layout(models, run, limit)
-            if chosen is not None:
+            found, scoring = self.layout(models, run, limit)
+            if scoring:
                 break
         else:
-            stage, total = peak(models, run, ("finetune", "prune", "distill"))
-            hardware = self.config.hardware
-            raise EngineError(
-                f"nothing fits {whose}: {stage} needs {total / 1e9:.1f} GB a rank with sequences of {run.seq_length} "
-                f"and micro batch {run.layout.micro_batch_size} on {hardware.devices} rank(s); take more or larger "
-                "hardware (hardware=PRESET), smaller students, or give model.seq_length and hardware.micro_batch_size"
-            )
-        run, scoring = chosen
+            raise EngineError(self.nothing_fits(models, run, found, whose))
+        run = found.run
         why = "as few ranks as hold a replica"
         self.choose("hardware.tensor_model_parallel_size", run.layout.tensor_parallel, why)
         self.choose("hardware.pipeline_model_parallel_size", run.layout.pipeline_parallel, why)
@@ -327,21 +338,42 @@ class _Settling:
             why = f"the longest power of two that fits {whose}"
         self.choose("model.seq_length", length, why)
 
-    def layout(self, models: Models, run: Run, limit: float | None) -> tuple[Run, int] | None:
-        """The run with the best layout in which all fits, and the ranks that score; None: there is none."""
+    def layout(self, models: Models, run: Run, limit: float | None) -> tuple[Candidate | None, int]:
+        """The best layout, and the ranks that score; 0 where not all fits."""
         hardware = self.config.hardware
         fixed = {
             "tensor_parallel": hardware.tensor_model_parallel_size,
             "pipeline_parallel": hardware.pipeline_model_parallel_size,
         }
-        found = fitting_layout(models, run, limit, {name: size for name, size in fixed.items() if size is not None})
-        if found is None:
-            return None
+        found = best_layout(models, run, limit, {name: size for name, size in fixed.items() if size is not None})
+        if found is None or found.problem is not None:
+            return found, 0
         given, ranks = hardware.prune_pipeline_model_parallel_size, run.layout.world_size
         for scoring in [given] if given else range(1, min(ranks, self.teacher.num_layers) + 1):
             if fits(models, found.run, ("prune",), limit, (scoring, 1)):
-                return found.run, scoring
-        return None
+                return found, scoring
+        return found, 0
+
+    def nothing_fits(self, models: Models, run: Run, found: Candidate | None, whose: str) -> str:
+        """Why no sequence is short enough."""
+        hardware = self.config.hardware
+        ranks = f"{hardware.num_nodes} x {hardware.devices} rank(s)"
+        if found is None or not found.possible:
+            layout = run.layout
+            what = found.problem if found else (
+                f"{ranks} cannot be divided into tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel}"
+            )  # fmt: skip
+            return f"{what}; leave hardware.*_model_parallel_size open (null), or give sizes that divide the teacher"
+        if found.problem:
+            why = found.problem
+        else:
+            stage, total = peak(models, found.run, ("prune",))
+            why = f"{stage} needs {total / 1e9:.1f} GB"
+        return (
+            f"nothing fits {whose}: {why}, with sequences of {run.seq_length} and micro batch "
+            f"{run.layout.micro_batch_size} on {ranks}; take more or larger hardware (hardware=PRESET) or smaller "
+            "students, or insist: give both model.seq_length and hardware.micro_batch_size"
+        )
 
     # time
 
@@ -374,11 +406,13 @@ class _Settling:
 
     def recipes(self) -> None:
         """Batches, steps and validations: each training sees as many tokens."""
-        length, ranks = self.config.model.seq_length, self.run().data_parallel
+        length, each = self.config.model.seq_length, self.run().data_parallel
+        each *= self.config.hardware.micro_batch_size or 1
         tokens, bound = self.tokens()
-        batch = ranks * _power_of_two(tokens / (AIMED_STEPS * length * ranks), LEAST_BATCH / ranks, MOST_BATCH / ranks)
+        batch = each * _power_of_two(tokens / (AIMED_STEPS * length * each), LEAST_BATCH / each, MOST_BATCH / each)
         for name in self.used():
-            why = f"a power of two for {AIMED_STEPS} steps or more, {LEAST_BATCH} to {MOST_BATCH}"
+            times = f"{each} times " if each > 1 else ""
+            why = f"{times}a power of two for {AIMED_STEPS} steps or more, {LEAST_BATCH} to {MOST_BATCH}"
             self.choose(f"{name}.global_batch_size", batch, why)
         self.micro_batch()
         for name in self.used():

@@ -54,19 +54,14 @@ def fits(
     return limit is None or peak(models, run, stages, scoring)[1] <= limit
 
 
-def fitting_layout(models: Models, run: Run, limit: float | None, fixed: dict[str, int]) -> Candidate | None:
-    """The best layout for training in which `run` fits; None: there is none.
+def best_layout(models: Models, run: Run, limit: float | None, fixed: dict[str, int]) -> Candidate | None:
+    """The best layout for training, with its `problem` where `run` does not fit in it or cannot be divided so; None:
+    the ranks make none with what is given.
 
     Args:
         fixed: tensor_parallel and pipeline_parallel, as far as they are given.
     """
     stages = ("finetune", "distill") if models.student else ("finetune",)
     listed = candidates(models, run, stages, limit, auto=True)
-    return next(
-        (
-            one
-            for one in listed
-            if one.problem is None and all(getattr(one.run.layout, name) == size for name, size in fixed.items())
-        ),
-        None,
-    )
+    given = (one for one in listed if all(getattr(one.run.layout, name) == size for name, size in fixed.items()))
+    return next(given, None)

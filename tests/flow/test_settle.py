@@ -137,6 +137,14 @@ def test_what_is_given_wins(checkpoints, text):
     assert settled.config.distill.global_batch_size % 2 == 0
 
 
+def test_batches_follow_what_the_hardware_gives(checkpoints, text):
+    config = settle(asked(checkpoints["llama2"], text, "hardware=cpu", "hardware.devices=2"), LAPTOP).config
+    assert config.hardware.micro_batch_size == 8 and config.distill.global_batch_size % 16 == 0
+    both = ["model.seq_length=64", "hardware.micro_batch_size=4", "hardware.memory_gb=0.001"]
+    config = settle(asked(checkpoints["llama2"], text, *both), LAPTOP).config  # who gives both insists
+    assert (config.model.seq_length, config.hardware.micro_batch_size) == (64, 4)
+
+
 def test_a_run_goes_on_with_what_was_chosen_for_it(checkpoints, text, tmp_path, monkeypatch):
     sized(monkeypatch, SMOLLM2)
     config = asked(checkpoints["llama2"], text, f"output_dir={tmp_path / 'run'}")
@@ -197,6 +205,12 @@ def test_a_dry_run_prints_every_choice_with_its_reason_and_touches_nothing(
         (["data.source=/nowhere/text"], "data.source = /nowhere/text does not exist"),
         (["model.restore_from_path=/nowhere/model"], "/nowhere/model does not exist"),
         (["hardware.memory_gb=0.001"], "nothing fits 0.001 GB a rank (hardware.memory_gb): "),
+        (["hardware=8x80gb", "hardware.tensor_model_parallel_size=3"], "8 rank(s) cannot be divided into tensor 3"),
+        (["hardware=8x80gb"], "num_attention_heads 4 is not a multiple of tensor parallel 8"),
+        (
+            ["finetune.global_batch_size=3", "hardware.micro_batch_size=2"],
+            "finetune.global_batch_size 3 must be a multiple of hardware.micro_batch_size 2 x data parallel 1 = 2",
+        ),
         (["minutes=0"], "minutes = 0.0 must be above 0"),
         (["hardware.tflops=-1"], "hardware.tflops = -1.0 must be above 0"),
         (["prune.hidden_size_divisor=0"], "prune.hidden_size_divisor = 0 must be at least 1"),
