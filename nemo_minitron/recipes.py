@@ -131,11 +131,15 @@ def check_students(config: c.FlowConfig, teacher: Architecture) -> None:
     """Raises one ConfigError with everything that is wrong with the students' targets."""
     problems = []
     for name in config.prune.students:
-        targets = student_targets(config, name)
-        found = c.all_problems(targets) or target_problems(teacher, targets)
-        problems += [f"prune.students.{name}: {problem}" for problem in found]
+        problems += [f"prune.students.{name}: {problem}" for problem in student_problems(config, teacher, name)]
     if problems:
         raise ConfigError(problems, "flow")
+
+
+def student_problems(config: c.FlowConfig, teacher: Architecture, name: str) -> list[str]:
+    """Everything that is wrong with the targets of the student `name`."""
+    targets = student_targets(config, name)
+    return c.all_problems(targets) or target_problems(teacher, targets)
 
 
 def check_teacher(config: c.FlowConfig) -> None:

@@ -88,14 +88,14 @@ def text_bytes(data: c.FlowDataConfig) -> float | None:
         return WORD_BYTES * 1.2 * data.words
     if data.source == "wikitext103":
         return WIKITEXT103_BYTES
-    place = Path(data.source).expanduser()
-    if place.is_file():
+    place = os.path.expanduser(data.source)
+    if os.path.isfile(place):
         return _size(place)
-    if not place.is_dir():
+    if not os.path.isdir(place):
         return None
-    found = (Path(root) / name for root, _, names in os.walk(place) for name in names if not name.startswith("."))
-    return sum(_size(path) for path in found if path.is_file())
+    found = (os.path.join(root, name) for root, _, names in os.walk(place) for name in names if name[0] != ".")
+    return sum(_size(path) for path in found if os.path.isfile(path))
 
 
-def _size(path: Path) -> float:
-    return path.stat().st_size * COMPRESSED.get(path.suffix.lower(), 1.0)
+def _size(path: str) -> float:
+    return os.path.getsize(path) * COMPRESSED.get(os.path.splitext(path)[1].lower(), 1.0)

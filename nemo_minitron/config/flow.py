@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import field
 from typing import Any
 
-from nemo_minitron.config.base import Config, at_least, one_of, text_key_problems
+from nemo_minitron.config.base import Config, above_zero, at_least, one_of, text_key_problems
 from nemo_minitron.config.instructions import InstructConfig, PeftConfig
 from nemo_minitron.config.training import KDConfig
 
@@ -110,11 +110,7 @@ class HardwareConfig(Config):
             prune_pipeline_model_parallel_size=self.prune_pipeline_model_parallel_size,
             micro_batch_size=self.micro_batch_size,
         )
-        if self.memory_gb is not None and self.memory_gb <= 0:
-            found.append(f"memory_gb = {self.memory_gb} must be above 0")
-        if self.tflops is not None and self.tflops <= 0:
-            found.append(f"tflops = {self.tflops} must be above 0")
-        return found
+        return found + above_zero(memory_gb=self.memory_gb, tflops=self.tflops)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -263,4 +259,4 @@ class FlowConfig(Config):
 
     def problems(self) -> list[str]:
         found = at_least(1, limit_test_batches=self.limit_test_batches) + at_least(0, facts=self.facts)
-        return found if self.minutes > 0 else [*found, f"minutes = {self.minutes} must be above 0"]
+        return found + above_zero(minutes=self.minutes)

@@ -18,7 +18,8 @@ from nemo_minitron.planning.machine import Machine, free_memory
 from nemo_minitron.planning.pace import Pace, Work, in_words
 from nemo_minitron.recipes import student_architecture
 from nemo_minitron.repeat import repeat
-from nemo_minitron.settle import CHOSEN, OPEN, _Settling, settle
+from nemo_minitron.settle import CHOSEN, OPEN, settle
+from nemo_minitron.settle.state import State
 
 LAPTOP = Machine(gpus=0, cores=2, free_bytes=12e9)
 SMALL = Machine(gpus=0, cores=2, free_bytes=6e9)
@@ -85,8 +86,9 @@ def test_every_step_of_a_flow_has_its_work(checkpoints, text, tmp_path):
 def test_what_is_chosen_fits_and_more_would_not(checkpoints, text, monkeypatch, machine):
     sized(monkeypatch, SMOLLM2 if not machine.gpus else KNOWN["llama31_8b"])
     config = settle(asked(checkpoints["llama2"], text), machine).config
-    again = _Settling(config, machine)
+    again = State(config, machine)
     again.teacher = SMOLLM2 if not machine.gpus else KNOWN["llama31_8b"]
+    again.insists = False  # what was chosen is looked at as if it were open
     (limit, _), models, run = again.limit(), again.models(), again.run()
     scoring = (config.hardware.prune_pipeline_model_parallel_size, config.prune.batch_size)
     assert fits(models, run, ("finetune", "distill", "prune"), limit, scoring)
@@ -135,6 +137,13 @@ def test_what_is_given_wins(checkpoints, text):
     assert settled.config.finetune.val_check_interval in (2, 5)
     assert settled.config.prune.students["width"] == {"hidden_size": 48}
     assert settled.config.distill.global_batch_size % 2 == 0
+
+
+def test_a_share_may_be_taken_back(checkpoints, text):
+    back = ["prune.students.width.parameters=null", "prune.students.width.hidden_size=48"]
+    assert settle(asked(checkpoints["llama2"], text, *back), LAPTOP).config.prune.students["width"] == {
+        "hidden_size": 48
+    }
 
 
 def test_batches_follow_what_the_hardware_gives(checkpoints, text):
@@ -193,11 +202,11 @@ def test_a_dry_run_prints_every_choice_with_its_reason_and_touches_nothing(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["prune.students.width.parameters=0%"], "width.parameters = 0% is not a share of the teacher: above 0%"),
-        (["prune.students.depth.layers=101%"], "depth.layers = 101% is not a share of the teacher: above 0%"),
-        (["prune.students.width.parameters=abc"], "width.parameters = 'abc' is not a share in percent, such as 60%"),
-        (["prune.students.width.parameters=[1]"], "width.parameters = "),
-        (["prune.students.width.hidden_size=48"], "width.parameters and hidden_size are given"),
+        (["prune.students.width.parameters=0%"], "width: parameters = 0% is not a share of the teacher: above 0%"),
+        (["prune.students.depth.layers=101%"], "depth: layers = 101% is not a share of the teacher: above 0%"),
+        (["prune.students.width.parameters=abc"], "width: parameters = 'abc' is not a share in percent, such as 60%"),
+        (["prune.students.width.parameters=[1]"], "width: parameters = "),
+        (["prune.students.width.hidden_size=48"], "width: parameters and hidden_size are given"),
         (["prune.students.width.num_layers=abc"], "width.num_layers = 'abc' is not a whole number"),
         (["prune.students.width.num_layers=7"], "num_layers 7 is above the teacher's 2"),
         (["prune.students.width.num_attention_heads=3"], "num_attention_heads 3 is not on the pruning grid"),
@@ -212,6 +221,7 @@ def test_a_dry_run_prints_every_choice_with_its_reason_and_touches_nothing(
             "finetune.global_batch_size 3 must be a multiple of hardware.micro_batch_size 2 x data parallel 1 = 2",
         ),
         (["minutes=0"], "minutes = 0.0 must be above 0"),
+        (["minutes=inf"], "minutes = inf must be above 0"),
         (["hardware.tflops=-1"], "hardware.tflops = -1.0 must be above 0"),
         (["prune.hidden_size_divisor=0"], "prune.hidden_size_divisor = 0 must be at least 1"),
         (["finetune.global_batch_size=0"], "finetune.global_batch_size = 0 must be at least 1"),
