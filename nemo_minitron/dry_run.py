@@ -9,21 +9,39 @@ import yaml
 
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture, human
+from nemo_minitron.planning.pace import in_words
 from nemo_minitron.recipes import prune_config, student_architecture, student_targets
+from nemo_minitron.settle import Settled
 
 
-def describe(config: c.FlowConfig, teacher: Architecture) -> str:
+def describe(settled: Settled) -> str:
     """The resolved plan, in words; reads no weights and touches nothing."""
+    config, teacher = settled.config, settled.teacher
     lines = [f"teacher   {teacher.describe()}"]
     for name in config.prune.students:
         student = student_architecture(config, teacher, name)
         share = student.parameters() / teacher.parameters()
         lines.append(f"{name:<9} {student.describe()}, {share:.1%} of the teacher")
+    if settled.choices:
+        lines += ["", "chosen, where the settings leave it open:"]
+        lines += [f"  {choice.setting} = {choice.value}: {choice.why}" for choice in settled.choices]
     lines += ["", f"stages, under {config.output_dir}:"]
     for step in stage_names(config, teacher):
         lines.append(f"  {step}")
+    lines += ["", *times(settled)]
     lines += ["", "configuration:", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip()]
     return "\n".join(lines)
+
+
+def times(settled: Settled) -> list[str]:
+    """What each stage will take, and all together, at the rate that is assumed."""
+    pace = settled.pace
+    seconds = {name: pace.seconds(work) for name, work in settled.work.items()}
+    total = in_words(sum(seconds.values()))
+    return [
+        f"time: {total} in all, at {pace.flops / 1e12:.3g} TFLOP/s ({pace.source}); hardware.tflops=N says better",
+        *(f"  {name}: {in_words(value)}" for name, value in seconds.items()),
+    ]
 
 
 def stage_names(config: c.FlowConfig, teacher: Architecture) -> list[str]:

@@ -68,10 +68,11 @@ class PruneTargets(Config):
     None: sequential where there is data to run it on."""
     scores_path: str | None = None
     """Folder of importance scores to reuse or to make; none: beside the teacher's checkpoint, `<teacher>.scores`."""
-    hidden_size_divisor: int = 256
-    """Grid of hidden_size."""
-    ffn_hidden_size_divisor: int = 512
-    """Grid of ffn_hidden_size."""
+    hidden_size_divisor: int | None = None
+    """Grid of hidden_size; none: 256, or the largest power of two that gives a smaller model 12 steps (at least 8)."""
+    ffn_hidden_size_divisor: int | None = None
+    """Grid of ffn_hidden_size; none: 512, or the largest power of two that gives a smaller model 12 steps (at least
+    16)."""
     num_layers_divisor: int = 2
     """Grid of num_layers."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.architecture import Architecture
+from nemo_minitron.architecture import Architecture, natural_divisor
 from nemo_minitron.artifacts import ImportanceScores, Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import PruneConfig
@@ -157,10 +157,12 @@ def _by_hooks(model: Any, calibrate: Callable[[Any], None]) -> dict[str, Any]:
 def _by_modelopt(model: Any, calibrate: Callable[[Any], None]) -> dict[str, Any]:
     """This stage's scores by ModelOpt.
 
-    It scores inside its search: it is asked for the model's own sizes, so it cuts nothing.
+    It scores inside its search: it is asked for the model's own sizes, so it cuts nothing. It scores only what its grid
+    has other sizes of, so the grid has to be finer than the model.
     """
     import modelopt.torch.prune as mtp
     import torch
+    from modelopt.torch.prune.plugins.mcore_minitron import MCoreMinitronConfig
 
     from nemo_minitron.runtime.modelopt_norms import local_norms_prunable
 
@@ -178,15 +180,29 @@ def _by_modelopt(model: Any, calibrate: Callable[[Any], None]) -> dict[str, Any]
         )
 
     own = {name: getattr(model.config, name) for name in ("hidden_size", "ffn_hidden_size", "num_layers")}
+    finer = {
+        f"{name}_divisor": max(1, min(natural_divisor(name, own[name]), own[name] // 2))
+        for name in ("hidden_size", "ffn_hidden_size")
+    }
     with local_norms_prunable():
         mtp.prune(
             model,
-            mode="mcore_minitron",
+            mode=[("mcore_minitron", with_values(MCoreMinitronConfig(), finer))],
             constraints={"export_config": own},
             dummy_input=None,
             config={"forward_loop": run},
         )
     return local
+
+
+def with_values(rules: Any, values: dict[str, Any]) -> Any:
+    """ModelOpt's configuration, a tree of rules, with these values wherever it has such names."""
+    for name, value in rules.items():
+        if isinstance(value, dict):
+            with_values(value, values)
+        elif name in values:
+            rules[name] = values[name]
+    return rules
 
 
 def _gather(local: dict[str, Any]) -> dict[str, Any]:
