@@ -18,6 +18,7 @@ from typing import Any
 
 from nemo_minitron.artifacts import DepthScan
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.progress import Progress, Silent
 from nemo_minitron.ridge import ridge
 
 #: Ridge strengths, in units of the mean diagonal of the gram matrix.
@@ -49,12 +50,15 @@ def layers_of(blocks: Sequence[Run]) -> list[int]:
     return [layer + 1 for first, end in blocks for layer in range(first, end)]
 
 
-def scan_blocks(model: Any, sequences: Any, batch: int, blocks: list[Run], *, choose: bool) -> DepthScan:
+def scan_blocks(
+    model: Any, sequences: Any, batch: int, blocks: list[Run], *, choose: bool, progress: Progress | None = None
+) -> DepthScan:
     """Scans `blocks` of a Megatron GPTModel that is whole on this rank; data-parallel ranks share the samples.
 
     Args:
         sequences: tokens [n, s + 1].
         choose: drop the one block of least loss; otherwise all of them together.
+        progress: is told of each batch that was scanned.
 
     Returns:
         the scan; `report` has the teacher's loss, and on held-out samples the losses of the student by ridge strength.
@@ -65,9 +69,10 @@ def scan_blocks(model: Any, sequences: Any, batch: int, blocks: list[Run], *, ch
     held_out = torch.zeros(len(ours), dtype=torch.bool)
     held_out[HOLD_OUT - 1 :: HOLD_OUT] = True
     sums = _Sums(len(blocks), model.config.hidden_size, next(model.parameters()).device)
-    for tokens in ours[~held_out].split(batch):
+    progress = progress or Silent()
+    for tokens in progress.over(ours[~held_out].split(batch)):
         _scan_batch(model, tokens, blocks, sums, fit=True)
-    for tokens in ours[held_out].split(batch):
+    for tokens in progress.over(ours[held_out].split(batch)):
         _scan_batch(model, tokens, blocks, sums, fit=False)
     sums.reduce()
     losses = [float(value) for value in sums.losses / sums.tokens]
@@ -159,10 +164,12 @@ def _losses(model: Any, tokens: Any, stream: Any = None) -> Any:
     """Losses a token [b, s] on tokens [b, s + 1], with `stream` [s, b, h], if given, in the embedding's place."""
     import torch
 
+    from nemo_minitron.runtime.chunks import output_in_chunks
+
     tokens = tokens.to(next(model.parameters()).device)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    with torch.no_grad():
+    with torch.no_grad(), output_in_chunks(model):
         output = model(
             input_ids=inputs, position_ids=positions, attention_mask=None, decoder_input=stream, labels=labels
         )

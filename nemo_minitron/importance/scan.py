@@ -11,6 +11,7 @@ from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import EngineError
 from nemo_minitron.importance.blocks import HOLD_OUT, blocks_of, runs, scan_blocks
 from nemo_minitron.importance.calibration import Calibration, calibration_of, given, run_on_samples, scores_folder
+from nemo_minitron.progress import Progress
 from nemo_minitron.runtime.inputs import LOG
 from nemo_minitron.runtime.launch import rank
 from nemo_minitron.runtime.layout import Layout, check_fits, layout_of
@@ -92,7 +93,12 @@ def _work(
         started = time.perf_counter()
         layers = teacher.architecture.num_layers
         blocks = runs(drop) if drop else blocks_of(layers, layers - config.prune.num_layers)
-        found = scan_blocks(model, sequences, config.inference.batch_size, blocks, choose=not drop)
+        every = config.trainer.log_every_n_steps
+        mine = -(-len(sequences) // layout.world_size)
+        with Progress("depth scan", mine, unit="sample", every=every) as progress:
+            found = scan_blocks(
+                model, sequences, config.inference.batch_size, blocks, choose=not drop, progress=progress
+            )
         seconds = time.perf_counter() - started
     if rank() == 0:
         dataclasses.replace(found, teacher=teacher.content).save(partial)

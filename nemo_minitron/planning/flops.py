@@ -50,11 +50,12 @@ def stage_flops(
     whole_scores: bool,
     statistics: bool = True,
 ) -> float:
-    """A token of `stage`: the teacher's training (finetune), its forward pass and second moments (prune's scoring), or
-    the student's training with the teacher's forward pass (distill)."""
+    """A token of `stage`: the teacher's training (finetune), its layers' forward pass and second moments (prune's
+    scoring), or the student's training with the teacher's forward pass (distill)."""
     forward = forward_flops(teacher, seq_length, whole_scores=whole_scores)
     if stage == "finetune":
         return 3 * forward
     if stage == "prune":
-        return forward + (moment_flops(teacher) if statistics else 0)
+        output = 2 * teacher.vocab_size * teacher.hidden_size
+        return forward - output + (moment_flops(teacher) if statistics else 0)
     return forward + training_flops(student, seq_length, whole_scores=whole_scores)
