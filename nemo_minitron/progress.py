@@ -11,14 +11,16 @@ from nemo_minitron.streams import Lasting
 #: Where ranks that a stage started by torchrun leave their error. Their standard error is kept for its message; their
 #: standard output is the standard error of the process that started them.
 ERROR_FILE = "NEMO_MINITRON_ERROR_FILE"
+#: A log is silent no longer than this and one step.
+QUIET_SECONDS = 60
 
 
 class Progress:
     """Progress of one loop.
 
     On a terminal it is a bar. Elsewhere, as in the log of a Slurm job, it is a line after the first step, after every
-    `every`-th and after the last: what was done of how much, the values of that step, the speed since the line before
-    and the time left. Only rank 0 shows anything.
+    `every`-th, after the last, and after one that ends a minute or more after the line before: what was done of how
+    much, the values of that step, the speed since the line before and the time left. Only rank 0 shows anything.
 
     Args:
         what: the work, as it stands before everything.
@@ -37,7 +39,7 @@ class Progress:
         self.steps = 0
         self.bar: Any = None
         self.stream = (stream or _log()) if int(os.environ.get("RANK", "0")) == 0 else None
-        self.started = self.last = time.perf_counter()
+        self.started = self.last = self.printed = time.perf_counter()
         self.units, self.tokens, self.seconds = 0, 0.0, 0.0
         if self.stream is not None and self.stream.isatty():
             from tqdm import tqdm
@@ -73,7 +75,9 @@ class Progress:
             self.bar.set_postfix(values | ({"tok/s": f"{tokens / took:.0f}"} if tokens else {}))
             return
         self.units, self.tokens, self.seconds = self.units + count, self.tokens + tokens, self.seconds + took
-        if self.steps == 1 or (step or self.steps) % self.every == 0 or self.done >= self.total:
+        due = self.steps == 1 or (step or self.steps) % self.every == 0 or self.done >= self.total
+        if due or now - self.printed >= QUIET_SECONDS:
+            self.printed = now
             self._print(f"{self.unit} {self.done} of {self.total}", values, self._speed(), self._left(now))
             self.units, self.tokens, self.seconds = 0, 0.0, 0.0
 

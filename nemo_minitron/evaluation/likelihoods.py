@@ -44,7 +44,7 @@ def last_hidden(model: Any, tokens: Any) -> Any:
     return model.base_model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).last_hidden_state
 
 
-def token_log_likelihoods(model: Any, hidden: Any, targets: Any, chunk: int = CHUNK) -> tuple[Any, Any]:
+def token_log_likelihoods(model: Any, hidden: Any, targets: Any) -> tuple[Any, Any]:
     """Of each target, its log-likelihood and whether it is the likeliest token: [t] each.
 
     log p = z_target - log sum_v exp z_v of the logits z, which are in float32 at least.
@@ -52,12 +52,11 @@ def token_log_likelihoods(model: Any, hidden: Any, targets: Any, chunk: int = CH
     Args:
         hidden: what the output layer reads [t, h].
         targets: tokens [t].
-        chunk: bytes of logits in float32 that are worked out at once.
     """
     import torch
 
     layer = model.get_output_embeddings()
-    rows = max(1, chunk // (4 * layer.weight.shape[0]))
+    rows = max(1, CHUNK // (4 * layer.weight.shape[0]))
     logs, likeliest = [], []
     for some, wanted in zip(hidden.split(rows), targets.split(rows)):
         logits = layer(some)  # [rows, v]
