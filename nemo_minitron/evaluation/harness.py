@@ -64,7 +64,7 @@ def _job(config: EvaluateConfig) -> Job:
         inputs=inputs | {name: Path(path).expanduser() for name, path in read.items()},
         seed=config.seed,
         overwrite=config.overwrite,
-        ignore=("output", "overwrite", "json", "models", "log_every_n_steps", *read),
+        ignore=("output", "overwrite", "json", "models", "batch_memory_gb", "log_every_n_steps", *read),
         sampled=tuple(inputs),
     )
 

@@ -71,7 +71,7 @@ def _work(partial: Path, config: LossConfig, checkpoint: Checkpoint, inputs: Inp
 
 def _progress(config: LossConfig, split: str) -> Callable[[int], Progress]:
     """What is told of the samples of a split on this rank, by how many there are."""
-    name, every = f"{Path(config.output).name} {split}", config.trainer.log_every_n_steps
+    name, every = f"evaluate {Path(config.output).name}, {split}", config.trainer.log_every_n_steps
     return lambda samples: Progress(name, samples, unit="sample", every=every)
 
 
