@@ -65,17 +65,20 @@ def layers_of(blocks: Sequence[Run]) -> list[int]:
     return [layer + 1 for first, end in blocks for layer in range(first, end)]
 
 
-def scan_blocks(model: Any, sequences: Any, batch: int, blocks: list[Run], *, choose: bool) -> DepthScan:
+def scan_blocks(
+    model: Any, sequences: Any, batch: int, blocks: list[Run], *, choose: bool, every: int | None = None
+) -> DepthScan:
     """Scans `blocks` of a Megatron GPTModel; pipeline ranks share its layers, data-parallel ranks the samples.
 
     Args:
         sequences: tokens [n, s + 1], the same on every rank.
         choose: drop the one block of least loss; otherwise all of them together.
+        every: batches between two lines of progress in a log; None: nothing is shown.
 
     Returns:
         the scan; `report` has the teacher's loss, and on held-out samples the losses of the student by ridge strength.
     """
-    stage, samples = PipelineStage(model), Samples.of(sequences, batch)
+    stage, samples = PipelineStage(model, every), Samples.of(sequences, batch)
     plain = [Path(skip=frozenset(range(first, end))) for first, end in blocks]
     teacher, *losses = path_losses(stage, samples.all, batch, TEACHER, [TEACHER, *plain])
     listed = [{"first": first + 1, "last": end, "loss": loss} for (first, end), loss in zip(blocks, losses)]
@@ -87,18 +90,21 @@ def scan_blocks(model: Any, sequences: Any, batch: int, blocks: list[Run], *, ch
     )
 
 
-def scan_layers(model: Any, sequences: Any, batch: int, count: int, *, samples: int, beam: int = 1) -> DepthScan:
+def scan_layers(
+    model: Any, sequences: Any, batch: int, count: int, *, samples: int, beam: int = 1, every: int | None = None
+) -> DepthScan:
     """Chooses `count` layers of a Megatron GPTModel by the loss with maps in place; ranks share as in scan_blocks.
 
     Args:
         sequences: tokens [n, s + 1], the same on every rank.
         samples: how many of the held-out samples the choice is made on.
         beam: sets of layers that each round keeps.
+        every: batches between two lines of progress in a log; None: nothing is shown.
 
     Returns:
         the scan; its blocks are the single layers of the first round, `report["rounds"]` has every layer's choice.
     """
-    stage, dealt = PipelineStage(model), Samples.of(sequences, batch, choice=samples)
+    stage, dealt = PipelineStage(model, every), Samples.of(sequences, batch, choice=samples)
     (teacher,) = path_losses(stage, dealt.choice, batch, TEACHER, [TEACHER])
     order, rounds = _choose(stage, dealt, count, beam)
     dropped = runs([layer + 1 for layer in order])

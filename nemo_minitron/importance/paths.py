@@ -15,6 +15,8 @@ from typing import Any
 
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.importance.moments import DEVICE_SHARE
+from nemo_minitron.progress import Progress, Silent
+from nemo_minitron.runtime.chunks import output_in_chunks
 
 Run = tuple[int, int]
 #: What a layer makes of a stream: the stream after it and m, each [s, b, h].
@@ -48,14 +50,18 @@ TEACHER = Path()
 class PipelineStage:
     """The layers of a Megatron GPTModel that this rank holds, all of them or a pipeline stage's, to be run singly.
 
+    Args:
+        every: batches between two lines of progress in a log; None: nothing is shown.
+
     Attributes:
         first, end: its layers are first .. end - 1 of num_layers.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, every: int | None = None):
         import torch
         from megatron.core import parallel_state
 
+        self.every = every
         self.model, self.num_layers = model, model.config.num_layers
         self.layers = {layer.layer_number - 1: layer for layer in model.decoder.layers}
         self.first, self.end = min(self.layers), max(self.layers) + 1
@@ -85,8 +91,12 @@ class PipelineStage:
     def losses(self, stream: Any, tokens: Any) -> Any:
         """Losses a token [b, s] of x_l on tokens [b, s + 1]; the last stage has the final norm and the output layer."""
         inputs, labels, positions = self._inputs(tokens)
-        with _layers(self.model, []):
+        with _layers(self.model, []), output_in_chunks(self.model):
             return self._forward(stream, inputs, positions, labels=labels).float()
+
+    def progress(self, what: str, samples: int) -> Progress:
+        """Shows how far a pass over so many samples is."""
+        return Silent() if self.every is None else Progress(what, samples, unit="sample", every=self.every)
 
     def receive(self, count: int, tokens: Any) -> list[Any]:
         """`count` streams from the stage before."""
@@ -189,8 +199,9 @@ def path_losses(stage: PipelineStage, sequences: Any, batch: int, base: Path, pa
 
     sums = torch.zeros(len(paths) + 1, dtype=torch.float64, device=stage.device)  # losses; tokens
     shared = _Shared(stage, base, paths)
-    with torch.no_grad():
-        for tokens in _batches(sequences, batch):
+    said = "depth scan, losses" if len(paths) == 1 else f"depth scan, losses of {len(paths)} models"
+    with torch.no_grad(), stage.progress(said, len(sequences)) as progress:
+        for tokens in progress.over(_batches(sequences, batch)):
             found = shared.losses(tokens)
             if found is not None:
                 sums += torch.cat([found, found.new_tensor([tokens[:, 1:].numel()])])
@@ -298,8 +309,9 @@ def run_moments(
 
     keys = [(run, weighted) for run in wanted for weighted in weightings]
     sums = {key: RunMoments(gram=zeros(), cross=zeros()) for key in keys}
-    with torch.no_grad():
-        for tokens in _batches(sequences, batch) if wanted else ():
+    count = len(sequences) if wanted else 0
+    with torch.no_grad(), stage.progress("depth scan, moments", count) as progress:
+        for tokens in progress.over(_batches(sequences, batch) if wanted else ()):
             _add_moments(stage, tokens, wanted, sums)
     return {key: RunMoments(gram=stage.total(s.gram), cross=stage.total(s.cross)) for key, s in sums.items()}
 

@@ -135,10 +135,11 @@ def _work(
 
 def _scan(model: Any, sequences: Any, config: PruneConfig, drop: list[int] | None) -> DepthScan:
     targets, batch, layers = config.prune, config.inference.batch_size, model.config.num_layers
+    every = config.trainer.log_every_n_steps
     if drop:
-        return scan_blocks(model, sequences, batch, runs(drop), choose=False)
+        return scan_blocks(model, sequences, batch, runs(drop), choose=False, every=every)
     count = layers - targets.num_layers
     if by_maps(config):
         beam, samples = targets.depth_beam, targets.depth_samples
-        return scan_layers(model, sequences, batch, count, samples=samples, beam=beam)
-    return scan_blocks(model, sequences, batch, blocks_of(layers, count), choose=True)
+        return scan_layers(model, sequences, batch, count, samples=samples, beam=beam, every=every)
+    return scan_blocks(model, sequences, batch, blocks_of(layers, count), choose=True, every=every)

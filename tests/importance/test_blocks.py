@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -46,6 +47,13 @@ def scanned(tiny, tmp_path_factory):
     config = scanning(tiny, tmp_path_factory.mktemp("scanned"), num_layers=2)
     scan(config)
     return config
+
+
+def test_a_log_says_how_far_the_scan_is(tiny, tmp_path, capfd):
+    scan(scanning(tiny, tmp_path, drop_layers=[3], num_block_samples=20))
+    said = capfd.readouterr().err
+    found = re.findall(r"depth scan: sample (\d+) of 20, [\d,]+ tokens/s, 0:\d\d left", said)
+    assert found == ["8", "20"]
 
 
 @pytest.fixture(scope="module")
