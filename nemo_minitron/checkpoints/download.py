@@ -71,7 +71,7 @@ def download(config: DownloadConfig) -> Manifest:
         output=Path(config.folder),
         config=dataclasses.asdict(config),
         overwrite=config.overwrite,
-        ignore=("output", "overwrite"),
+        ignore=("output", "overwrite", *(() if config.file else ("file",))),
     )
     done = None if config.overwrite else job.finished()
     if done is not None:
