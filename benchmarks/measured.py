@@ -142,7 +142,7 @@ class Bench:
             how: `importance`, `random`, `magnitude`; of layers `influence`, `contiguous` or `loss`, the last those
                 without each of which the loss is least.
         """
-        from nemo_minitron.flow import score_and_scan
+        from nemo_minitron.flow import prerequisites
         from nemo_minitron.pruning.stage import prune
 
         output = self.folder / f"{teacher.name}-{data.name}-{shape}-{how}".replace(" ", "-")
@@ -159,7 +159,7 @@ class Bench:
                 s.made_up_scores(scores, teacher, how, self.seed)
             manifest = prune(config, scores)
         else:
-            manifest = prune(config, *score_and_scan(config))
+            manifest = prune(config, *prerequisites(config))
         return output, manifest.metrics["dropped_layers"]
 
     def least_loss(self, teacher: Path, data: Path, count: int) -> list[int]:

@@ -148,7 +148,7 @@ def in_memory(config: Any) -> None:
     import modelopt.torch.prune as mtp
 
     from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.importance.calibration import calibration_of
+    from nemo_minitron.runtime.calibration import calibration_of
     from nemo_minitron.runtime.engine import engine
     from nemo_minitron.runtime.layout import layout_of
     from nemo_minitron.runtime.modelopt_norms import local_norms_prunable

@@ -65,7 +65,7 @@ class Recipe:
 
 def cut(run: Path, recipe: Recipe, seed: int, shape: str, method: str) -> Path:
     """A student, by the package's stages."""
-    from nemo_minitron.flow import score_and_scan
+    from nemo_minitron.flow import prerequisites
     from nemo_minitron.pruning.stage import prune
 
     output = run / f"{shape}-{method}".replace(" ", "-").replace("%", "")
@@ -81,7 +81,7 @@ def cut(run: Path, recipe: Recipe, seed: int, shape: str, method: str) -> Path:
             made_up_scores(run / f"scores-{method}", run / "teacher", method, seed)
         prune(config, run / f"scores-{method}")
     else:
-        prune(config, *score_and_scan(config))
+        prune(config, *prerequisites(config))
     return output
 
 

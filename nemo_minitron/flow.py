@@ -54,17 +54,18 @@ def prune(config: c.PruneConfig) -> Manifest | None:
     from nemo_minitron.runtime.launch import rank
 
     stage.check(config)
-    folders = score_and_scan(config)
+    folders = prerequisites(config)
     if rank() > 0:
         return None
     return stage.prune(config, *folders)
 
 
-def score_and_scan(config: c.PruneConfig) -> tuple[Path | None, Path | None]:
-    """The folders of scores and of the scan of blocks, each made where it is needed and not there yet."""
+def prerequisites(config: c.PruneConfig) -> tuple[Path | None, Path | None, Path | None]:
+    """The folders of scores, of the scan of blocks and of the refit, each made where it is needed and not there yet."""
     scores = scan = None
     if config.prune.needs_scores:
-        from nemo_minitron.importance.scoring import score, scores_folder
+        from nemo_minitron.importance.scoring import score
+        from nemo_minitron.runtime.calibration import scores_folder
 
         score(config)
         scores = scores_folder(config)
@@ -73,7 +74,17 @@ def score_and_scan(config: c.PruneConfig) -> tuple[Path | None, Path | None]:
 
         scanning.scan(config)
         scan = scanning.scan_folder(config)
-    return scores, scan
+    if not config.refits:
+        return scores, scan, None
+    from nemo_minitron.pruning import refit as refitting
+
+    refitting.refit(config, scores, scan)
+    return scores, scan, refitting.refit_folder(config)
+
+
+def refit(config: c.PruneConfig) -> None:
+    """What a rank of the refit runs."""
+    prerequisites(config)
 
 
 def run_flow(config: c.FlowConfig) -> Manifest | None:
@@ -194,15 +205,21 @@ def student_steps(config: c.FlowConfig, run: Path, name: str) -> list[Step]:
     """Prune, evaluate, distil, evaluate; and the control."""
     from nemo_minitron.distillation.stage import distill
     from nemo_minitron.importance.scan import scan, scan_folder
+    from nemo_minitron.pruning.refit import refit as fit
+    from nemo_minitron.pruning.refit import refit_folder
     from nemo_minitron.pruning.stage import prune as cut
 
     pruning = prune_config(config, run, name)
-    pruned, blocks = Path(pruning.export.save_path), scan_folder(pruning)
+    pruned, scores = Path(pruning.export.save_path), run / "scores"
+    blocks = scan_folder(pruning) if pruning.needs_scan else None
+    fitted = refit_folder(pruning) if pruning.refits else None
     steps = []
     if pruning.needs_scan:
         steps.append(Step(f"scan blocks for {name}", blocks, lambda: scan(c.validated(pruning))))
+    if pruning.refits:
+        steps.append(Step(f"refit {name}", fitted, lambda: fit(c.validated(pruning), scores, blocks)))
     steps += [
-        Step(f"prune {name}", pruned, lambda: cut(c.validated(pruning), run / "scores", blocks)),
+        Step(f"prune {name}", pruned, lambda: cut(c.validated(pruning), scores, blocks, fitted)),
         evaluate_step(config, f"{name} pruned", pruned),
     ]
     runs = [("distilled", config.distill.kd)]

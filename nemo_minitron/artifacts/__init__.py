@@ -12,9 +12,11 @@ from nemo_minitron.artifacts.manifest import (
     write_json,
 )
 from nemo_minitron.artifacts.memory import peak_memory_bytes, reset_peak_memory
-from nemo_minitron.artifacts.scores import DepthScan, ImportanceScores, PruningPlan
+from nemo_minitron.artifacts.scores import DepthScan, ImportanceScores, PruningPlan, TensorFile, save_tensors
 
 __all__ = [
+    "TensorFile",
+    "save_tensors",
     "MANIFEST",
     "MANIFEST_LIMIT",
     "PARTIAL_KEY",

@@ -8,6 +8,8 @@ from nemo_minitron.config.base import Config, at_least, format_problems, one_of,
 from nemo_minitron.config.training import ModelDataConfig, TrainerConfig
 
 METHODS = ("minitron", "compensated")
+CHOICES = ("saliency", "importance")
+REFITS = ("sequential", "once")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -36,7 +38,8 @@ class PruneTargets(Config):
     num_samples: int = 1024
     """Calibration samples: random sequences of full length from the training split."""
     num_block_samples: int = 256
-    """Samples on which blocks of layers are left out, one in four of them to choose the ridge on."""
+    """Samples on which blocks of layers are left out and the student is refitted, one in four of them to choose the
+    ridge on."""
     statistics: bool = True
     """While scoring, gather the second moments that method=compensated needs."""
     ridge: float = 1e-3
@@ -47,6 +50,16 @@ class PruneTargets(Config):
     untie: bool = False
     """Compensated, tied embeddings: give the student an output matrix of its own, which takes in the final norm's
     gain."""
+    gain_tolerance: float = 0.1
+    """Compensated, tied embeddings: a rotation mixes only channels whose final gains lie within this share of a common
+    value, 0 to 1; with 0 only equal gains, so that nothing is approximated."""
+    choose_by: str = "saliency"
+    """Compensated: neurons and heads by `saliency`, what removing one costs once the rest is refitted, or by
+    `importance`, ModelOpt's, as method=minitron does."""
+    refit: str | None = None
+    """Compensated: `sequential` fits each layer of the student once more, to what the layers before it produce as they
+    are cut; `once` leaves it at the refit to the teacher's own activations, and runs no model for a further student.
+    None: sequential where there is data to run it on."""
     scores_path: str | None = None
     """Folder of importance scores to reuse or to make; none: beside the teacher's checkpoint, `<teacher>.scores`."""
     hidden_size_divisor: int = 256
@@ -87,6 +100,9 @@ class PruneTargets(Config):
         )
         found += one_of("method", self.method or "minitron", METHODS)
         found += one_of("depth_by", self.depth_by, ("block_loss", "block_influence"))
+        found += one_of("choose_by", self.choose_by, CHOICES) + one_of("refit", self.refit or "once", REFITS)
+        if not 0 <= self.gain_tolerance <= 1:
+            found.append(f"gain_tolerance = {self.gain_tolerance} must lie from 0 to 1")
         if not 0 < self.ridge < 1:
             found.append(f"ridge = {self.ridge} must be above 0 and below 1")
         if not self.drop_layers and not self.width and self.num_layers is None:
@@ -177,6 +193,13 @@ class PruneConfig(Config):
         return "minitron" if layers_alone and not self.model.data.data_prefix else "compensated"
 
     @property
+    def refits(self) -> bool:
+        """Whether the student is refitted layer by layer before it is written."""
+        if self.method != "compensated":
+            return False
+        return self.prune.refit == "sequential" or (self.prune.refit is None and bool(self.model.data.data_prefix))
+
+    @property
     def needs_scan(self) -> bool:
         """Whether blocks of layers have to be left out while the teacher runs: to choose one, or to stand in for it."""
         depth = bool(self.prune.drop_layers) or self.prune.num_layers is not None
@@ -189,4 +212,6 @@ class PruneConfig(Config):
                 f"model.tensor_model_parallel_size = {self.model.tensor_model_parallel_size}: ModelOpt scores with 1 "
                 "only; spread the layers instead, model.pipeline_model_parallel_size=N"
             )
+        if self.prune.refit == "sequential" and self.method == "minitron":
+            found.append("prune.refit=sequential is part of prune.method=compensated; method=minitron refits nothing")
         return found

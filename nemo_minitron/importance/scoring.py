@@ -14,7 +14,7 @@ from nemo_minitron.artifacts import ImportanceScores, Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.importance.calibration import Calibration, calibration_of, given, run_on_samples, scores_folder
+from nemo_minitron.runtime.calibration import Calibration, calibration_of, given, run_on_samples, scores_folder
 from nemo_minitron.runtime.inputs import LOG
 from nemo_minitron.runtime.launch import rank
 from nemo_minitron.runtime.layout import Layout, check_fits, layout_of

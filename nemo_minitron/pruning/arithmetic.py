@@ -4,12 +4,44 @@ Legend: h hidden, h' hidden of the student, f FFN, n heads, g query groups, d he
 k' what stays of it; C = E[x x^T] over calibration tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from nemo_minitron.ridge import ridge
 
 
-def stream_basis(pooled: Any, size: int, centred: bool) -> Any:
+def gain_groups(gain: Any, tolerance: float) -> list[Any]:
+    """Channels whose gains are so alike that a rotation may mix them: indices, each channel in one group.
+
+    A tied output layer makes E diag(G) n of a normalised stream n, and E is the embedding as well, so that G cannot be
+    folded into it. G commutes with a rotation that mixes only channels of equal gain: E diag(G) n = E P diag(G') P^T n,
+    P made of one rotation a group, G' its gains. What is within `tolerance` of a common value is taken for equal.
+
+    The largest group is formed first, then the largest of what is left: of all windows [c (1 - t), c (1 + t)] the one
+    that holds the most channels. Gains of two signs are never in one group; zeros are one of their own.
+
+    Args:
+        gain: the final norm's, as it multiplies [h].
+        tolerance: t, 0 to 1; with 0 only equal gains share a group.
+    """
+    import torch
+
+    gain, found = gain.double(), []
+    reach = (1 + tolerance) / (1 - tolerance) if tolerance < 1 else float("inf")
+    for sign in (1.0, 0.0, -1.0):
+        left = (gain.sign() == sign).nonzero().flatten()
+        left = left[gain[left].abs().argsort(stable=True)]
+        while len(left):
+            sizes = gain[left].abs()
+            ends = torch.searchsorted(sizes, sizes * reach if sign else sizes, right=True)
+            first = int((ends - torch.arange(len(left))).argmax())
+            group = slice(first, int(ends[first]))
+            found.append(left[group].sort().values)
+            left = torch.cat([left[: group.start], left[group.stop :]])
+    return found
+
+
+def stream_basis(pooled: Any, size: int, centred: bool, groups: Sequence[Any] | None = None) -> Any:
     """The directions P [h, h'] of the residual stream that stay: x' = P^T x, for the whole model.
 
     SliceGPT (arXiv 2401.15024, section 3.2), with one rotation for all layers instead of one a block, so that no matrix
@@ -22,10 +54,14 @@ def stream_basis(pooled: Any, size: int, centred: bool) -> Any:
     Args:
         pooled: mean over the norms of C of their normalised inputs [h, h].
         centred: whether the norms take the mean away.
+        groups: channels that may be mixed with each other (gain_groups): eigenvectors within each group, and of all of
+            them the h' of largest eigenvalue; none: all channels.
     """
     import torch
 
     pooled = pooled.double()
+    if groups is not None:
+        return _grouped(pooled, size, groups)
     keep = size - 1 if centred else size
     values, vectors = torch.linalg.eigh((pooled + pooled.T) / 2)
     if centred:
@@ -34,6 +70,23 @@ def stream_basis(pooled: Any, size: int, centred: bool) -> Any:
     basis = vectors.flip(1)[:, :keep]
     basis = basis * _signs(basis)
     return basis @ _centred_rows(size) if centred else basis
+
+
+def _grouped(pooled: Any, size: int, groups: Sequence[Any]) -> Any:
+    """The h' eigenvectors of largest eigenvalue over all groups [h, h'], each nonzero within its group only."""
+    import torch
+
+    values, vectors = [], []
+    for group in groups:
+        block = pooled[group][:, group]
+        found, inside = torch.linalg.eigh((block + block.T) / 2)
+        whole = torch.zeros(len(pooled), len(group), dtype=torch.float64)
+        whole[group] = inside
+        values.append(found)
+        vectors.append(whole)
+    order = torch.cat(values).argsort(descending=True, stable=True)[:size]
+    basis = torch.cat(vectors, dim=1)[:, order]
+    return basis * _signs(basis)
 
 
 def _without(vectors: Any, values: Any, direction: Any) -> tuple[Any, Any]:
@@ -107,9 +160,19 @@ def columns_map(moments: Any, keep: Any, strength: float) -> Any:
     return found
 
 
+def grouped_gain(gain: Any, basis: Any) -> Any:
+    """The final norm's gain [h'] of a tied student: diag(P^T diag(G) P), of each direction the mean of its channels'.
+
+    Exact where the gains of a group are equal (gain_groups with tolerance 0).
+    """
+    basis = basis.double()
+    return (basis.square() * gain.double()[:, None]).sum(dim=0)
+
+
 def tied_gain(embedding: Any, gain: Any, moments: Any, basis: Any, strength: float = 1e-6) -> Any:
     """The final norm's gain [h'] of a student whose output matrix is its embedding E' = E P.
 
+    For LayerNorm, whose centring mixes all channels (stream_basis), so that there are no groups of equal gains.
     E diag(gain) cannot be its output matrix, since E also writes. The diagonal w that comes nearest is the least
     squares of ||E diag(gain) x - E' diag(w) P^T x|| over the norm's inputs:
     ((E'^T E') * (P^T C P)) w = diag(E'^T E diag(gain) C P), with * by elements.
@@ -131,6 +194,32 @@ def input_bias(weight: Any, bias: Any, student: Any) -> Any:
     target = (weight.double() @ bias.double())[:, None]
     student = student.double()
     return ridge(student.T @ student, student.T @ target, 1e-12).flatten()
+
+
+def saliency(writer: Any, moments: Any, strength: float, unit: int = 1) -> Any:
+    """What removing each input of a matrix costs its output once the others are refitted [k / unit].
+
+    Optimal Brain Surgeon on a linear layer: ||W a||^2 grows by tr(W_u H_u^-1 W_u^T) with H_u the block of
+    (C + lambda I)^-1 that belongs to the input u (for one column: ||w_u||^2 / [(C + lambda I)^-1]_uu). Hassibi & Stork
+    (1993); of blocks as in arXiv 2203.07259, section 3.
+
+    Args:
+        writer: W [m, k], which reads these inputs.
+        moments: C of its inputs [k, k].
+        strength: lambda over the mean of C's diagonal.
+        unit: inputs that go together, one after another (a head's channels).
+    """
+    import torch
+
+    writer, moments = writer.double(), moments.double()
+    identity = torch.eye(len(moments), dtype=torch.float64)
+    inverse = ridge(moments, identity, strength)
+    if unit == 1:
+        return writer.square().sum(dim=0) / inverse.diagonal()
+    count = len(moments) // unit
+    blocks = inverse.view(count, unit, count, unit)[torch.arange(count), :, torch.arange(count)]  # [k/u, u, u]
+    columns = writer.view(len(writer), count, unit).permute(1, 2, 0)  # [k/u, u, m]
+    return (torch.linalg.solve(blocks, columns) * columns).sum(dim=(1, 2))
 
 
 def merged_queries(queries: Any, ranking: Any, stay: int) -> Any:

@@ -2,8 +2,9 @@
 
 Legend: h hidden, f FFN, n heads, g query groups, d head size, v vocabulary rows; ' of the student.
 
-With P [h, h'] the directions of the stream that stay (arithmetic.stream_basis; the identity where hidden_size stays), G
-a norm's gain, D the map that stands in for a dropped block (zero but before one), X_f and X_n the columns' maps::
+With P [h, h'] the directions of the stream that stay (arithmetic.stream_basis; with tied embeddings made of one
+rotation a group of channels of like final gain, arithmetic.gain_groups; the identity where hidden_size stays), G a
+norm's gain, D the map that stands in for a dropped block (zero but before one), X_f and X_n the columns' maps::
 
     embedding    [v, h']    E P
     reads        [k, h']    W diag(G) M        qkv, fc1, output layer; M: arithmetic.reader_map
@@ -39,12 +40,17 @@ class Settings:
     Attributes:
         ridge: lambda over the mean of the diagonal of what is inverted.
         refit_readers: whether the matrices that read the stream are.
+        gain_tolerance: how far final gains that a rotation mixes may lie from each other, with tied embeddings
+            (arithmetic.gain_groups).
+        final_norm_weight: weight of the final norm's moments among those that choose the directions; the others have 1.
         merge_heads: merge the residual of dropped heads into the queries instead of refitting linear_proj.
         rotate: rotate the stream even where no channel goes, which changes nothing but rounding.
     """
 
     ridge: float = 1e-3
     refit_readers: bool = True
+    gain_tolerance: float = 0.1
+    final_norm_weight: float = 20.0
     merge_heads: bool = False
     rotate: bool = False
 
@@ -86,10 +92,23 @@ class CompensatedCut:
         """Numbers of the norms that stay, as in ImportanceScores.moments."""
         return [2 * layer + part for layer in self.stay for part in (0, 1)] + [2 * self.teacher.num_layers]
 
+    @property
+    def tied(self) -> bool:
+        """Whether the student's output matrix is its embedding."""
+        return self.student.share_embeddings_and_output_weights
+
+    @property
+    def centred(self) -> bool:
+        return self.teacher.normalization == "LayerNorm"
+
     def _basis(self) -> Any:
-        pooled = sum(self.moments[f"stream.{norm}"].double() for norm in self.norms()) / len(self.norms())
-        centred = self.teacher.normalization == "LayerNorm"
-        return arithmetic.stream_basis(pooled, self.student.hidden_size, centred)
+        norms = self.norms()
+        weights = [1.0] * (len(norms) - 1) + [self.settings.final_norm_weight]
+        pooled = sum(w * self.moments[f"stream.{norm}"].double() for w, norm in zip(weights, norms)) / sum(weights)
+        groups = None
+        if self.tied and not self.centred:
+            groups = arithmetic.gain_groups(self._gain(norms[-1]), self.settings.gain_tolerance)
+        return arithmetic.stream_basis(pooled, self.student.hidden_size, self.centred, groups)
 
     def kept_energy(self) -> float:
         """Share of the normalised stream's energy that lies in the directions that stay, mean over the norms."""
@@ -106,21 +125,29 @@ class CompensatedCut:
     def summary(self) -> dict[str, Any]:
         """What was done, for the manifest."""
         heads = "cut with their residual merged into the queries" if self.settings.merge_heads else "cut, proj refitted"
-        tied = self.student.share_embeddings_and_output_weights and self.basis is not None
         parts = {
             "hidden": "rotated, readers refitted" if self.basis is not None else None,
             "kept_energy": self.kept_energy() if self.basis is not None else None,
-            "output_matrix": "untied"
-            if self.unties
-            else "tied: the final norm's gain is its best diagonal"
-            if tied
-            else None,
+            "output_matrix": self._output_matrix(),
             "ffn": "cut, fc2 refitted" if self.kept.ffn is not None else None,
             "heads": heads if self.kept.heads is not None else None,
             "depth": [f"layer {layer} stands in" for layer in self.folds] or None,
             "ridge": self.settings.ridge,
         }
         return {name: value for name, value in parts.items() if value is not None}
+
+    def _output_matrix(self) -> str | None:
+        if self.unties:
+            return "untied"
+        if not self.tied or self.basis is None:
+            return None
+        if self.centred:
+            return "tied: the final norm's gain is its best diagonal"
+        groups = arithmetic.gain_groups(self._gain(2 * self.teacher.num_layers), self.settings.gain_tolerance)
+        return (
+            f"tied: rotated within {len(groups)} groups of channels of like final gain, the largest of "
+            f"{max(map(len, groups))} of {self.teacher.hidden_size}"
+        )
 
     def cut(self) -> dict[str, Lazy]:
         """The student's tensors by canonical name."""
@@ -149,7 +176,7 @@ class CompensatedCut:
             return ByRows(shape, tensor.dtype, lambda: (tensor.read(), self._times(self.basis)))
         if name == OUTPUT:
             return self._reader(tensor, last, None, tensor.shape[0])
-        if self.student.share_embeddings_and_output_weights and name.endswith("weight"):
+        if self.tied and name.endswith("weight"):
             return _computed((self.student.hidden_size,), tensor.dtype, self._tied_gain)
         return self._norm(name, tensor, last, self.tensors.get(OUTPUT, self.tensors[EMBEDDING]), None)
 
@@ -207,7 +234,7 @@ class CompensatedCut:
         found = self.basis
         if self.settings.refit_readers:
             found = arithmetic.reader_map(self.moments[f"stream.{norm}"], self.basis, self.settings.ridge)
-        if self.teacher.normalization == "LayerNorm":
+        if self.centred:
             found = found + (self.teacher.hidden_size * self.student.hidden_size) ** -0.5
         return found
 
@@ -242,8 +269,11 @@ class CompensatedCut:
 
     def _tied_gain(self) -> Any:
         last = 2 * self.teacher.num_layers
-        moments, embedding = self.moments[f"stream.{last}"], self.tensors[EMBEDDING].read()
-        gain = arithmetic.tied_gain(embedding, self._gain(last), moments, self.basis)
+        if self.centred:
+            moments, embedding = self.moments[f"stream.{last}"], self.tensors[EMBEDDING].read()
+            gain = arithmetic.tied_gain(embedding, self._gain(last), moments, self.basis)
+        else:
+            gain = arithmetic.grouped_gain(self._gain(last), self.basis)
         return gain * self._scale(last) - self._shift
 
     def _writer(self, module: str, kind: str, layer: int, tensor: Lazy) -> Lazy:

@@ -22,8 +22,8 @@ class Kept:
 
     Attributes:
         hidden: channels of the residual stream [h'].
-        ffn: FFN neurons of each layer [l, f'].
-        heads: attention heads of each layer, group by group [l, n'].
+        ffn: FFN neurons of each layer that stays [l, f'].
+        heads: attention heads of each layer that stays, group by group [l, n'].
         ranking: all heads of each query group, numbered within it, the most important first [l, g, n/g].
     """
 

@@ -11,26 +11,47 @@ from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.convert import check_room, progress
 from nemo_minitron.checkpoints.tensors import Lazy
 from nemo_minitron.checkpoints.write import place_in, write_checkpoint
-from nemo_minitron.config import PruneConfig
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.config import PruneConfig, PruneTargets
+from nemo_minitron.errors import CheckpointError, MinitronError
 from nemo_minitron.jobs import Job
+from nemo_minitron.pruning.choice import choose_by_saliency
+from nemo_minitron.pruning.compensated import FINAL, CompensatedCut, Settings
 from nemo_minitron.pruning.cut import choose, cut
 from nemo_minitron.pruning.plan import check_targets, plan_cut
 
 #: Settings that shape a compensated student beyond its plan.
-COMPENSATION = ("ridge", "merge_heads", "untie")
+COMPENSATION = ("ridge", "merge_heads", "untie", "gain_tolerance", "choose_by", "refit")
 
 
 def check(config: PruneConfig) -> Checkpoint:
     """Checks targets and teacher, and that the output is free or ours; returns the teacher."""
     teacher = open_checkpoint(config.model.restore_from_path, "teacher")
     check_targets(teacher.architecture, config.prune)
+    if config.method == "compensated" and config.prune.width:
+        _check_final_norm(teacher)
     return teacher
 
 
-def prune(config: PruneConfig, scores_folder: str | Path | None, scan_folder: str | Path | None = None) -> Manifest:
-    """Cuts the teacher with the scores in `scores_folder` and the scan of blocks in `scan_folder` (None where the plan
-    needs none).
+def _check_final_norm(teacher: Checkpoint) -> None:
+    """Raises CheckpointError where the final norm lets nothing through, so that there are no directions to keep."""
+    gain = teacher.tensors[f"{FINAL}.weight"].read().double()
+    gain = gain + (1.0 if teacher.architecture.layernorm_zero_centered_gamma else 0.0)
+    if not gain.isfinite().all() or not gain.any():
+        what = "are all 0" if gain.isfinite().all() else "are not all finite"
+        raise CheckpointError(
+            f"the teacher {teacher.path}: the gains of its final norm ({FINAL}.weight) {what}, so that its output says "
+            "nothing of its stream, and there is nothing to choose directions by; prune.method=minitron cuts it anyway"
+        )
+
+
+def prune(
+    config: PruneConfig,
+    scores_folder: str | Path | None,
+    scan_folder: str | Path | None = None,
+    refit_folder: str | Path | None = None,
+) -> Manifest:
+    """Cuts the teacher with the scores in `scores_folder`, the scan of blocks in `scan_folder` and the refit in
+    `refit_folder` (None where the plan needs none).
 
     Raises:
         ConfigError: a target is off the grid, above the teacher, or names layers that are not there.
@@ -38,17 +59,9 @@ def prune(config: PruneConfig, scores_folder: str | Path | None, scan_folder: st
         OutputExistsError: export.save_path was made from something else.
     """
     teacher = check(config)
-    inputs: dict[str, Any] = {"teacher": config.model.restore_from_path}
-    scores = scan = None
-    if config.prune.needs_scores:
-        scores = ImportanceScores.load(scores_folder)
-        check_scores(scores, teacher, scores_folder, statistics=config.method == "compensated" and config.prune.width)
-        inputs["scores"] = scores_folder
-    if config.needs_scan:
-        scan = DepthScan.load(scan_folder)
-        check_scan(scan, teacher, scan_folder)
-        inputs["scan"] = scan_folder
-    plan = plan_cut(teacher.architecture, config.prune, scores, scan, config.method)
+    plan, scores, scan, inputs = measured(config, teacher, scores_folder, scan_folder)
+    if refit_folder is not None:
+        inputs["refit"] = refit_folder
     relevant: dict[str, Any] = {"plan": dataclasses.asdict(plan), "command": dataclasses.asdict(config)}
     if config.method == "compensated":
         relevant["compensation"] = {name: getattr(config.prune, name) for name in COMPENSATION}
@@ -59,9 +72,30 @@ def prune(config: PruneConfig, scores_folder: str | Path | None, scan_folder: st
         inputs=inputs,
         overwrite=config.overwrite,
         ignore=("overwrite", "command"),
-        sampled=("teacher", "scores", "scan"),
+        sampled=("teacher", "scores", "scan", "refit"),
     )
-    return job.run(lambda partial: _work(partial, config, teacher, plan, scores, scan))
+    return job.run(lambda partial: _work(partial, config, teacher, plan, scores, scan, refit_folder))
+
+
+def measured(
+    config: PruneConfig, teacher: Checkpoint, scores_folder: str | Path | None, scan_folder: str | Path | None
+) -> tuple[PruningPlan, ImportanceScores | None, DepthScan | None, dict[str, Any]]:
+    """The plan, what it rests on, and the folders that this comes from, the teacher's first.
+
+    Raises:
+        MinitronError: scores or scan are another teacher's, or lack what is needed.
+    """
+    inputs: dict[str, Any] = {"teacher": config.model.restore_from_path}
+    scores = scan = None
+    if config.prune.needs_scores:
+        scores = ImportanceScores.load(scores_folder)
+        check_scores(scores, teacher, scores_folder, statistics=config.method == "compensated" and config.prune.width)
+        inputs["scores"] = scores_folder
+    if config.needs_scan:
+        scan = DepthScan.load(scan_folder)
+        check_scan(scan, teacher, scan_folder)
+        inputs["scan"] = scan_folder
+    return plan_cut(teacher.architecture, config.prune, scores, scan, config.method), scores, scan, inputs
 
 
 def check_scores(scores: ImportanceScores, teacher: Checkpoint, folder: str | Path | None, statistics: bool) -> None:
@@ -114,6 +148,7 @@ def _work(
     plan: PruningPlan,
     scores: ImportanceScores | None,
     scan: DepthScan | None,
+    refit_folder: str | Path | None,
 ) -> dict[str, Any]:
     import time
 
@@ -121,6 +156,11 @@ def _work(
     place = place_in(partial, config.output, config.target_format)
     started = time.perf_counter()
     tensors, compensation = student_tensors(teacher, plan, scores, scan, config)
+    if refit_folder is not None:
+        from nemo_minitron.pruning.refit import refitted
+
+        tensors, said = refitted(tensors, refit_folder)
+        compensation |= said
     check_room(config.output, sum(tensor.nbytes for tensor in tensors.values()))
     with progress(tensors, "prune") as watched:
         write_checkpoint(place, config.target_format, student, watched, teacher.tokenizer_files, teacher.generation)
@@ -152,12 +192,26 @@ def student_tensors(
     config: PruneConfig,
 ) -> tuple[Mapping[str, Lazy], dict[str, Any]]:
     """The student's tensors, each made when it is read; and what the manifest says of the compensation."""
-    kept = choose(scores, teacher.architecture, plan.width)
     if plan.method == "minitron":
-        return cut(teacher.tensors, plan, kept), {}
-    from nemo_minitron.pruning.compensated import CompensatedCut, Settings
-
-    settings = Settings(ridge=config.prune.ridge, merge_heads=config.prune.merge_heads)
-    moments = scores.moments if scores else {}
-    made = CompensatedCut(teacher.tensors, plan, kept, moments, scan.folds if scan else {}, settings)
+        return cut(teacher.tensors, plan, choose(scores, teacher.architecture, plan.width)), {}
+    made = compensated_cut(teacher, plan, scores, scan, config.prune)
     return made.cut(), made.summary()
+
+
+def compensated_cut(
+    teacher: Checkpoint,
+    plan: PruningPlan,
+    scores: ImportanceScores | None,
+    scan: DepthScan | None,
+    targets: PruneTargets,
+) -> CompensatedCut:
+    """The compensated cut that `targets` ask for."""
+    moments = scores.moments if scores else {}
+    kept = choose(scores, teacher.architecture, plan.width)
+    if targets.choose_by == "saliency":
+        heads = not targets.merge_heads  # their residual is merged in the order of the published importance
+        by_cost = choose_by_saliency(teacher.tensors, plan, moments, targets.ridge, heads=heads)
+        chosen = {name: value for name, value in vars(by_cost).items() if value is not None}
+        kept = dataclasses.replace(kept, **chosen)
+    settings = Settings(ridge=targets.ridge, merge_heads=targets.merge_heads, gain_tolerance=targets.gain_tolerance)
+    return CompensatedCut(teacher.tensors, plan, kept, moments, scan.folds if scan else {}, settings)

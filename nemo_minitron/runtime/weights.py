@@ -31,8 +31,11 @@ def bare(module: Any) -> Any:
     return module
 
 
-def load_weights(model: Any, architecture: Architecture, checkpoint: Checkpoint) -> None:
+def load_weights(model: Any, architecture: Architecture, checkpoint: Checkpoint, only: str = "") -> None:
     """Loads a checkpoint of any format into a Megatron GPTModel; every rank calls it and reads its own shards.
+
+    Args:
+        only: load just what begins so, by the names of sharded checkpoints.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
@@ -40,7 +43,7 @@ def load_weights(model: Any, architecture: Architecture, checkpoint: Checkpoint)
     from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories, apply_factory_merges
 
-    shards = model.sharded_state_dict()
+    shards = {name: value for name, value in model.sharded_state_dict().items() if name.startswith(only)}
     factories, _ = extract_matching_values(
         shards, lambda value: isinstance(value, ShardedTensorFactory), return_lists_as_dicts=True
     )
@@ -48,13 +51,14 @@ def load_weights(model: Any, architecture: Architecture, checkpoint: Checkpoint)
     read = _ShardReader(checkpoint)
     loaded = apply_factory_merges(dict_list_map_inplace(read, shards), factories)
     state = {name: value for name, value in loaded.items() if value is not None}
+    if _gamma_is_shifted(model, architecture):
+        state |= {name: value.float() + 1.0 for name, value in state.items() if name.endswith(NORM_WEIGHTS)}
     result = model.load_state_dict(state, strict=False)
-    missing = [name for name in result.missing_keys if not name.endswith(EXTRA_STATE)]
+    missing = [name for name in result.missing_keys if name.startswith(only) and not name.endswith(EXTRA_STATE)]
     if missing or result.unexpected_keys:
         raise CheckpointError(
             f"{checkpoint.path} does not fit the model: missing {missing}, left over {result.unexpected_keys}"
         )
-    _shift_gamma(model, architecture, 1.0)
 
 
 def load_strictly(model: Any, checkpoint: Checkpoint) -> None:
@@ -248,11 +252,16 @@ def check_shapes(model: Any, architecture: Architecture) -> None:
         raise CheckpointError("the weights disagree with the architecture: " + "; ".join(wrong))
 
 
-def _shift_gamma(model: Any, architecture: Architecture, by: float) -> None:
+def _gamma_is_shifted(model: Any, architecture: Architecture) -> bool:
     """Checkpoints of zero-centred LayerNorms hold gamma - 1; Megatron's local norm wants gamma itself."""
+    return architecture.layernorm_zero_centered_gamma and not model.config.layernorm_zero_centered_gamma
+
+
+def _shift_gamma(model: Any, architecture: Architecture, by: float) -> None:
+    """Adds `by` to the gains of a model whose checkpoints hold others."""
     import torch
 
-    if not architecture.layernorm_zero_centered_gamma or model.config.layernorm_zero_centered_gamma:
+    if not _gamma_is_shifted(model, architecture):
         return
     with torch.no_grad():
         for name, parameter in model.named_parameters():

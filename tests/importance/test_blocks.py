@@ -19,7 +19,7 @@ SAMPLES = 32
 
 
 def scanning(tiny, folder, **targets):
-    config = tiny.pruning(folder / "student", **{"depth_by": "block_loss", "num_block_samples": SAMPLES, **targets})
+    config = tiny.pruning(folder / "student", **{"depth_by": "block_loss", "num_block_samples": SAMPLES, "refit": "once", **targets})
     config.prune.scores_path = str(folder / "scores")
     return config
 

@@ -128,6 +128,57 @@ def test_the_tied_gain_is_the_best_diagonal(generator):
     assert torch.allclose(ones, torch.ones(8, dtype=torch.float64), atol=1e-6)
 
 
+def test_groups_hold_gains_within_the_tolerance_and_every_channel_once(generator):
+    gain = torch.cat([samples(generator, 40, 1).flatten(), torch.tensor([0.0, 0.0, 1.0, 1.0, -1.0])]).double()
+    for tolerance in (0.0, 0.05, 0.5, 1.0):
+        groups = arithmetic.gain_groups(gain, tolerance)
+        assert torch.equal(torch.cat(groups).sort().values, torch.arange(45))
+        for group in groups:
+            values = gain[group]
+            middle = (values.min() + values.max()) / 2
+            assert (values - middle).abs().max() <= tolerance * middle.abs() + 1e-12
+            assert len(set(values.sign().tolist())) == 1
+        assert [40, 41] in [group.tolist() for group in groups]  # zeros
+    assert sorted(len(group) for group in arithmetic.gain_groups(gain, 0.0)) == [1] * 41 + [2, 2]
+    assert len(arithmetic.gain_groups(gain, 1.0)) == 3
+
+
+def test_the_largest_group_is_the_largest_there_can_be(generator):
+    gain = samples(generator, 30, 1).flatten().abs().double() + 0.1
+    found = max(len(group) for group in arithmetic.gain_groups(gain, 0.2))
+    windows = [((gain >= low) & (gain <= low * 1.2 / 0.8)).sum() for low in gain]
+    assert found == max(windows)
+
+
+def test_a_grouped_basis_mixes_within_groups_and_commutes_with_equal_gains(generator):
+    pooled = moments(samples(generator, 200, 9))
+    gain = torch.tensor([1.0, 1, 1, 1, 2, 2, -1, -1, 0]).double()
+    groups = arithmetic.gain_groups(gain, 0.0)
+    basis = arithmetic.stream_basis(pooled, 9, False, groups)
+    assert torch.allclose(basis.T @ basis, torch.eye(9).double(), atol=1e-12)
+    new = arithmetic.grouped_gain(gain, basis)
+    assert torch.allclose(basis @ torch.diag(new) @ basis.T, torch.diag(gain), atol=1e-12)
+    # The five directions that stay have the most energy of all that lie within a group.
+    energies = [torch.linalg.eigvalsh(pooled[group][:, group].double()) for group in groups]
+    small = arithmetic.stream_basis(pooled, 5, False, groups)
+    best = torch.cat(energies).sort(descending=True).values[:5].sum()
+    assert torch.isclose(((pooled.double() @ small) * small).sum(), best)
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+def test_saliency_is_what_the_best_refit_without_the_inputs_leaves(generator, unit):
+    """Least squares without the inputs of each unit, in float64, against the formula."""
+    x = samples(generator, 300, 6).double()
+    writer = samples(generator, 4, 6).double()
+    found = arithmetic.saliency(writer, moments(x), TINY, unit)
+    for number in range(6 // unit):
+        gone = range(number * unit, (number + 1) * unit)
+        stay = [index for index in range(6) if index not in gone]
+        refit = torch.linalg.lstsq(x[:, stay], x @ writer.T).solution
+        left = (x[:, stay] @ refit - x @ writer.T).square().sum() / len(x)
+        assert torch.isclose(found[number], left, rtol=1e-4), number
+
+
 def test_a_norms_bias_is_read_as_before_where_that_is_possible(generator):
     weight, bias = torch.randn(10, 6, generator=generator), torch.randn(6, generator=generator)
     student = torch.randn(10, 4, generator=generator)

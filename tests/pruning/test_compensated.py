@@ -1,5 +1,6 @@
 """The compensated cut on transformers' models of every family: what must not change does not, the rest is refitted."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -111,12 +112,32 @@ def test_a_tied_teacher_rotated_and_untied_is_the_teacher(cases, name, tmp_path)
 
 
 @pytest.mark.parametrize("name", TIED)
-def test_a_tied_student_stays_tied_and_untying_is_nearer(cases, name, tmp_path):
+def test_a_tied_student_at_full_size_is_the_teacher_where_only_equal_gains_are_mixed(cases, name, tmp_path):
+    """Gains of both signs, zeros and equal ones among them."""
+    case = cases(name)
+    model = copy.deepcopy(case.model)
+    with torch.no_grad():
+        model.model.norm.weight[:6] = torch.tensor([0.0, 0.0, -1.0, -1.0, 2.0, 2.0])
+    model.save_pretrained(tmp_path / "teacher")
+    other = dataclasses.replace(case, folder=tmp_path / "teacher", model=model)
+    exact = Settings(rotate=True, gain_tolerance=0.0)
+    student = other.student(tmp_path / "student", settings=exact, ffn_hidden_size=case.ffn)
+    assert student.config.tie_word_embeddings
+    with torch.no_grad():
+        expected, found = model(case.tokens).logits, student(case.tokens).logits
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    basis = other.cut(settings=exact, ffn_hidden_size=case.ffn)[0].basis
+    mixed = [(column != 0).nonzero().flatten().tolist() for column in basis.T[:, :6] if (column != 0).any()]
+    assert sorted(set(map(tuple, mixed))) == [(0, 1), (2, 3), (4, 5)]
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_tied_student_stays_tied_and_is_as_near_as_an_untied_one(cases, name, tmp_path):
     case = cases(name)
     tied = case.student(tmp_path / "tied", hidden_size=48)
     assert tied.config.tie_word_embeddings
     untied = case.student(tmp_path / "untied", hidden_size=48, untie=True)
-    assert case.loss_to(untied) < case.loss_to(tied)
+    assert case.loss_to(tied) < 1.1 * case.loss_to(untied)
 
 
 PARTS = {
