@@ -74,7 +74,8 @@ class Tutorial:
     def prune(self, student: str) -> dict[str, Manifest]:
         """Lesson 3: importance once a teacher, then the cut of one student, evaluated as it is."""
         self.needs("teacher", "02_teacher_finetuning")
-        return self.run("importance", f"scan blocks for {student}", f"prune {student}", f"evaluate {student} pruned")
+        before = ("importance", f"scan blocks for {student}", f"refit {student}")
+        return self.run(*before, f"prune {student}", f"evaluate {student} pruned")
 
     def distill(self, student: str) -> dict[str, Manifest]:
         """Lesson 4: the student distilled, a control retrained without the teacher, and both evaluated."""
