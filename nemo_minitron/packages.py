@@ -24,7 +24,7 @@ CORE = (
     "yaml",
 )
 #: Modules of several extras.
-MODELS = ("datasets", "peft", "pyarrow", "sentencepiece", "tiktoken", "tokenizers", "torch", "transformers")
+MODELS = ("datasets", "gguf", "peft", "pyarrow", "sentencepiece", "tiktoken", "tokenizers", "torch", "transformers")
 #: Extra -> modules that it brings, beyond CORE.
 EXTRAS = {
     ENGINE: (

@@ -145,10 +145,12 @@ def student_problems(config: c.FlowConfig, teacher: Architecture, name: str) -> 
 def check_teacher(config: c.FlowConfig) -> None:
     """Checks, before any work, that a teacher that is to come from a checkpoint is there."""
     if config.model.init == "checkpoint" and not Path(config.model.restore_from_path).exists():
-        where = f" Get it from {config.model.download}, and" if config.model.download else ""
+        place = config.model.restore_from_path
+        sources = (config.model.download or "").split(" or ")
+        where = f" Get it, {' or '.join(f'`minitron download {source} {place}`' for source in sources)}, or"
         raise CheckpointError(
-            f"the teacher model.restore_from_path={config.model.restore_from_path} does not exist."
-            f"{where} name its place, model.restore_from_path=PATH"
+            f"the teacher model.restore_from_path={place} does not exist.{where if config.model.download else ''} name "
+            "its place, model.restore_from_path=PATH"
         )
     if config.model.init == "checkpoint" and config.data.tokenizer is None:
         from nemo_minitron.checkpoints import open_checkpoint

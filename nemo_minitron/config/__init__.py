@@ -14,7 +14,14 @@ from nemo_minitron.config.base import (
     output_format,
     validated,
 )
-from nemo_minitron.config.checkpoints import HF_SOURCE, NGC_SOURCE, ConvertConfig, DownloadConfig, InspectConfig
+from nemo_minitron.config.checkpoints import (
+    HF_SOURCE,
+    NGC_SOURCE,
+    WHEEL_SOURCE,
+    ConvertConfig,
+    DownloadConfig,
+    InspectConfig,
+)
 from nemo_minitron.config.data import DataConfig
 from nemo_minitron.config.deployment import CalibrationDataConfig, QuantizeConfig
 from nemo_minitron.config.evaluation import BenchmarkConfig, EvaluateConfig, GenerateConfig, InferenceSettings
@@ -98,6 +105,7 @@ __all__ = [
     "SlurmConfig",
     "StageConfig",
     "TrainerConfig",
+    "WHEEL_SOURCE",
     "all_problems",
     "at_least",
     "format_problems",

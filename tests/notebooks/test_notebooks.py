@@ -1,4 +1,7 @@
-"""Every notebook, headless, with the tiny preset, in order, from a clean workspace; shortened by settings alone."""
+"""Every notebook, headless, in order, from a clean workspace; shortened by settings alone.
+
+All run the tiny preset but the one on a real model, whose teacher and text are small ones that are made here.
+"""
 
 import base64
 import io
@@ -10,8 +13,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
+import models
 from nemo_minitron.artifacts import Manifest
+from nemo_minitron.data import embedded
+from nemo_minitron.data.tokenizer import train_bpe
 
 HERE = Path(__file__).resolve().parents[2] / "notebooks"
 NAMES = ["introduction", *sorted(path.stem for path in HERE.glob("0*.ipynb"))]
@@ -21,8 +28,25 @@ SHORTER = [
     *(f"{stage}.{key}" for stage in ("pretrain", "finetune", "distill")
       for key in ("max_steps=4", "val_check_interval=2", "limit_val_batches=1", "warmup_steps=1")),
 ]  # fmt: skip
+REAL = "00_a_real_model"
+SMALLER = [
+    "model.seq_length=32", "prune.num_samples=8", "prune.num_block_samples=8", "limit_test_batches=2",
+    "prune.students.width.hidden_size=32", "prune.students.width.ffn_hidden_size=64",
+    "prune.students.depth.num_layers=1", *SHORTER[-8:],
+]  # fmt: skip
 #: A notebook may not live on names of the one before it.
 EMPTIED = "for name in [name for name in globals() if not name.startswith('_')]: del globals()[name]"
+
+
+def small_teacher(folder: Path) -> list[str]:
+    """A teacher of two layers and a text in `folder`; returns the settings that take them."""
+    texts = list(embedded.documents("encyclopedic", "train", 20_000, 1))
+    train_bpe(texts, 300, folder / "teacher")
+    models.save("llama3", torch.bfloat16, folder / "teacher", vocab_size=300, max_position_embeddings=256)
+    (folder / "text").mkdir()
+    for number, text in enumerate(texts):
+        (folder / "text" / f"{number}.txt").write_text(text, encoding="utf-8")
+    return [f"model.restore_from_path={folder / 'teacher'}", f"data.source={folder / 'text'}"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +58,8 @@ def executed(tmp_path_factory):
     workspace = tmp_path_factory.mktemp("notebooks")
     for path in HERE.glob("*.ipynb"):
         shutil.copy(path, workspace)
-    environment = {**os.environ, "NEMO_MINITRON_OVERRIDES": " ".join(SHORTER), "JUPYTER_PLATFORM_DIRS": "1"}
+    real = [*SMALLER, *small_teacher(tmp_path_factory.mktemp("real"))]
+    environment = {**os.environ, "JUPYTER_PLATFORM_DIRS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(workspace), env=environment)
     found = {}
@@ -44,6 +69,8 @@ def executed(tmp_path_factory):
             resources = {"metadata": {"path": str(workspace)}}
             runner = NotebookClient(notebook, km=manager, timeout=400, resources=resources)
             runner.kc = client
+            settings = " ".join(real if name == REAL else SHORTER)
+            client.execute_interactive(f"import os; os.environ['NEMO_MINITRON_OVERRIDES'] = {settings!r}", silent=True)
             runner.execute(reset_kc=False)
             found[name] = notebook
             client.execute_interactive(EMPTIED, silent=True, output_hook=lambda message: None)
@@ -73,9 +100,9 @@ def pictures(notebook) -> list[bytes]:
 
 def test_none_is_missing():
     assert NAMES == [
-        "introduction", "01_data_preparation", "02_teacher_finetuning", "03_a_depth_pruning", "03_b_width_pruning",
-        "04_a_distilling_depth_pruned_student", "04_b_distilling_width_pruned_student", "05_display_results",
-        "06_evaluate_and_deploy",
+        "introduction", "00_a_real_model", "01_data_preparation", "02_teacher_finetuning", "03_a_depth_pruning",
+        "03_b_width_pruning", "04_a_distilling_depth_pruned_student", "04_b_distilling_width_pruned_student",
+        "05_display_results", "06_evaluate_and_deploy",
     ]  # fmt: skip
 
 
