@@ -12,7 +12,7 @@ from nemo_minitron.planning.run import Run
 
 #: As in nemo_minitron.distillation: bytes of a chunk's logits and its tokens at least, and bytes of a block in float32
 #: (on a CPU for each thread).
-CPU_CHUNK, CUDA_CHUNK = 64 << 20, 1 << 30
+CPU_CHUNK, CUDA_CHUNK = 72 << 20, 1 << 30
 CHUNK_TOKENS = 128
 CPU_BLOCK, CUDA_BLOCK = 4 << 20, 64 << 20
 BLOCKS = 3
