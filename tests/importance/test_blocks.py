@@ -231,15 +231,15 @@ def test_each_round_drops_the_layer_of_least_loss_with_maps_in_place(chosen, ref
     ]
 
 
-@pytest.fixture(scope="module")
-def model(tiny, tmp_path_factory):
+@pytest.fixture
+def model(tiny, tmp_path):
     """The teacher as a Megatron model on one rank, to be run in this process."""
     from nemo_minitron.runtime.engine import engine
     from nemo_minitron.runtime.layout import Layout
     from nemo_minitron.runtime.ranks import load_model, parallel_ranks
 
     layout, teacher = Layout(cuda=False, bf16=False), open_checkpoint(tiny.teacher)
-    with engine(1234, tmp_path_factory.mktemp("model"), cuda=False), parallel_ranks(layout, 1234):
+    with engine(1234, tmp_path / "log", cuda=False), parallel_ranks(layout, 1234):
         yield load_model(teacher.architecture, layout, teacher, local_spec=True)
 
 
@@ -303,6 +303,9 @@ def test_choosing_runs_as_many_layers_as_it_says(model, reference, monkeypatch, 
 def test_what_choosing_costs_is_said_before(tiny, chosen):
     # 4 for the teacher, then 3 + 6 with four layers left and 2 + 3 with three.
     assert choice_cost(4, 2) == 4 + 9 + 5 and choice_cost(4, 2, beam=2) == 4 + 9 + 2 * 5
+    assert scan_folder(chosen[0]).name == "scores.depth-compensated-loss-2"
+    beams = dataclasses.replace(chosen[0], prune=dataclasses.replace(chosen[0].prune, depth_beam=3))
+    assert scan_folder(beams).name == "scores.depth-compensated-loss-2-beam-3"
     said = cost(4, chosen[0], 64)
     assert "2 of 4 layers" in said and "18 layer forwards on each of 8 x 64 tokens (36 samples" in said
     assert "48 samples through it to fit maps" in said
