@@ -20,7 +20,8 @@ CONTAINERS := 25.09 25.11 26.02
 WITHOUT_NEMO := 26.04 26.08
 # What depends on the versions of NeMo, Megatron Core, ModelOpt, NeMo-Run, transformers and lm-evaluation-harness.
 ENGINE_TESTS := $(addprefix tests/,importance/test_scoring.py pruning/test_modelopt.py pruning/test_compensated.py \
-	distillation/test_distill.py finetuning runtime/test_training.py runtime/test_windows.py runtime/test_versions.py \
+	distillation/test_distill.py finetuning runtime/test_training.py runtime/test_attention.py runtime/test_windows.py \
+	runtime/test_versions.py \
 	runtime/test_cpu.py checkpoints/test_nemo_trainer.py checkpoints/test_nemo2.py evaluation planning/test_planning.py test_launching.py \
 	test_connectors.py)
 

@@ -1,11 +1,16 @@
 """What a distillation step costs beyond its parts: step / (teacher forward + student step).
 
     python benchmarks/kd_step.py [--shapes NAME ...] [--steps 12] [--rounds 3] [--threads N] [--json FILE] [--quick]
+    python benchmarks/kd_step.py --peer [--teacher DIR (--student DIR | --sizes hidden_size=448 ...)] [--batch 4 256]
 
 For each shape: the teacher's forward pass to its logits, a training step of the student alone (language-model loss:
 forward, backward, clipping, Adam) and a distillation step of the same student, all by the package's own training by
 NeMo and Megatron, on the same batches, one after another in one process, in rounds. The times are medians over all
 steps but each round's first two. One micro batch a step. On CUDA where there is one.
+
+With --peer the whole step stands beside plain PyTorch with transformers' models instead (kd_peer.py), on a CPU: time
+and peak memory, and their ratios. A teacher of yours takes the place of the shapes, in any format, with a student of
+yours, or one that is cut from it to --sizes (prune.method=minitron).
 """
 
 import argparse
@@ -94,6 +99,15 @@ def now(torch: Any) -> float:
 
 def training_steps(config: c.DistillConfig, folder: Path, forward: bool = True) -> tuple[list[float], list[float]]:
     """Seconds of each step, and with `forward` of as many forward passes of the teacher on the same shape of batch."""
+    watch = stopwatch()
+    alone, _ = run_training(config, folder, [watch], forward=forward)
+    return watch.seconds, alone
+
+
+def run_training(
+    config: c.DistillConfig, folder: Path, watches: list[Any], *, forward: bool = False
+) -> tuple[list[float], dict[str, Any]]:
+    """Seconds of the teacher's forward passes after the run (with `forward`), and the run's history."""
     from nemo_minitron.checkpoints import open_checkpoint
     from nemo_minitron.distillation import stage
     from nemo_minitron.distillation.module import teacher_in_validation
@@ -110,11 +124,11 @@ def training_steps(config: c.DistillConfig, folder: Path, forward: bool = True) 
     ):
         tokenizer = nemo_tokenizer(inputs.tokenizer)
         module = stage._module(config, student, teacher, inputs, [], tokenizer)
-        data, watch = build_data(config, inputs, tokenizer, Path(partial)), stopwatch()
-        callbacks = [watch] + ([teacher_in_validation()] if teacher else [])
-        train_and_validate(module, data, config, inputs.layout, Path(partial), callbacks)
+        data = build_data(config, inputs, tokenizer, Path(partial))
+        callbacks = [*watches] + ([teacher_in_validation()] if teacher else [])
+        history = train_and_validate(module, data, config, inputs.layout, Path(partial), callbacks)
         alone = teacher_forward(module, config, inputs.seq_length) if teacher and forward else []
-    return watch.seconds, alone
+    return alone, history
 
 
 def teacher_forward(module: Any, config: c.DistillConfig, length: int) -> list[float]:
@@ -163,6 +177,99 @@ def measure(name: str, steps: int, rounds: int, data: Path, folder: Path) -> dic
     return {"shape": name, "tokens": length * samples, **medians, "ratio": ratio, "samples": found}
 
 
+def cut(teacher: Path, data: Path, folder: Path, sizes: dict[str, int]) -> Path:
+    """A Hugging Face student of these sizes, cut by importance on a few samples."""
+    from nemo_minitron.flow import score_and_scan
+    from nemo_minitron.pruning.stage import prune
+
+    model = c.PruneModelConfig(
+        restore_from_path=str(teacher), data=c.ModelDataConfig(data_prefix=str(data), seq_length=128, num_workers=0)
+    )
+    targets = c.PruneTargets(
+        method="minitron", num_samples=4, statistics=False, scores_path=str(folder / "scores"),
+        hidden_size_divisor=1, ffn_hidden_size_divisor=1, num_layers_divisor=1, **sizes,
+    )  # fmt: skip
+    export = c.ExportConfig(save_path=str(folder / "student"))
+    config = c.PruneConfig(trainer=c.TrainerConfig(accelerator="cpu"), model=model, prune=targets, export=export)
+    prune(config, *score_and_scan(config))
+    return folder / "student"
+
+
+def as_transformers_reads(path: Path, folder: Path) -> Path:
+    """A checkpoint, or a copy of it, as a Hugging Face directory."""
+    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.checkpoints.convert import convert
+
+    if open_checkpoint(path).format == "hf":
+        return path
+    convert(c.ConvertConfig(source=str(path), output=str(folder), to="hf"))
+    return folder
+
+
+def peer_cases(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> teacher, student, data and batch: of the teacher that was given, or of the shapes."""
+    from nemo_minitron.data.stage import prepare
+
+    cases = {}
+    if options.teacher:
+        data, place = folder / "data", folder / "given"
+        prepare(c.DataConfig(output=str(data), words=120_000, tokenizer=options.teacher))
+        teacher = as_transformers_reads(Path(options.teacher), place / "teacher")
+        student = Path(options.student) if options.student else cut(teacher, data, place, sizes_of(options.sizes))
+        student = as_transformers_reads(student, place / "student-hf")
+        samples, length = options.batch
+        cases[Path(options.teacher).name] = {"data": data, "teacher": teacher, "student": student} | {
+            "samples": samples, "length": length
+        }  # fmt: skip
+        return cases
+    data = folder / "data"
+    prepare(c.DataConfig(output=str(data), words=120_000, vocab_size=512))
+    for name in options.shapes:
+        teacher, changed, length, samples = SHAPES[name]
+        place = folder / name.replace(" ", "-").replace(",", "")
+        paths = {}
+        for role, sizes in {"teacher": teacher, "student": teacher | changed}.items():
+            make_model(data, place / role, sizes, length)
+            paths[role] = as_transformers_reads(place / role, place / f"{role}-hf")
+        cases[name] = {"data": data, **paths, "samples": samples, "length": length}
+    return cases
+
+
+def sizes_of(given: list[str]) -> dict[str, int]:
+    return {name: int(value) for name, value in (one.split("=") for one in given)}
+
+
+def compare_with_peer(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    import kd_peer
+    import torch
+
+    common = {"steps": options.steps, "threads": options.threads or torch.get_num_threads()}
+    rows = []
+    for name, case in peer_cases(options, folder).items():
+        if not rows:
+            print(kd_peer.HEADER)
+        rows.append(kd_peer.compare(name, plain(case | common), options.rounds, folder))
+        print(kd_peer.table(rows[-1]), flush=True)
+    return rows
+
+
+def compare_with_parts(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    from nemo_minitron.data.stage import prepare
+
+    rows = []
+    prepare(c.DataConfig(output=str(folder / "data"), words=120_000, vocab_size=512))
+    print(f"{'shape':<24}{'tokens':>7}{'teacher fwd':>13}{'student step':>14}{'distillation':>14}{'ratio':>7}")
+    for shape in options.shapes:
+        row = measure(shape, options.steps, options.rounds, folder / "data", folder)
+        rows.append(row)
+        print(
+            f"{shape:<24}{row['tokens']:>7}{row['teacher forward']:>11.3f} s{row['student step']:>12.3f} s"
+            f"{row['distillation step']:>12.3f} s{row['ratio']:>7.2f}",
+            flush=True,
+        )
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
@@ -171,31 +278,26 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="threads of torch; none: its own choice")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="the first shape, five steps, one round")
+    parser.add_argument("--peer", action="store_true", help="beside plain PyTorch with transformers' models, on a CPU")
+    parser.add_argument("--teacher", metavar="DIR", help="with --peer: a checkpoint of yours in the shapes' place")
+    parser.add_argument("--student", metavar="DIR", help="with --teacher: its student")
+    parser.add_argument("--sizes", nargs="+", metavar="NAME=N", help="with --teacher: sizes to cut a student to")
+    parser.add_argument("--batch", nargs=2, type=int, default=(4, 256), metavar="N", help="samples, tokens of each")
     options = parser.parse_args()
     if options.quick:
         options.shapes, options.steps, options.rounds = options.shapes[:1], 5, 1
     if options.steps <= WARM_UP or options.rounds < 1:
         parser.error(f"--steps must be above {WARM_UP} and --rounds at least 1")
+    if options.teacher and (not options.peer or bool(options.student) == bool(options.sizes)):
+        parser.error("--teacher goes with --peer and one of --student and --sizes")
 
     import torch
 
-    from nemo_minitron.data.stage import prepare
-
     if options.threads:
         torch.set_num_threads(options.threads)
-    results = []
     with tempfile.TemporaryDirectory(prefix="kd-step-") as name:
-        folder = Path(name)
-        prepare(c.DataConfig(output=str(folder / "data"), words=120_000, vocab_size=512))
-        print(f"{'shape':<24}{'tokens':>7}{'teacher fwd':>13}{'student step':>14}{'distillation':>14}{'ratio':>7}")
-        for shape in options.shapes:
-            row = measure(shape, options.steps, options.rounds, folder / "data", folder)
-            results.append(row)
-            print(
-                f"{shape:<24}{row['tokens']:>7}{row['teacher forward']:>11.3f} s{row['student step']:>12.3f} s"
-                f"{row['distillation step']:>12.3f} s{row['ratio']:>7.2f}",
-                flush=True,
-            )
+        run = compare_with_peer if options.peer else compare_with_parts
+        results = run(options, Path(name))
     if options.json:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
         found = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": results}
@@ -204,7 +306,11 @@ def main() -> int:
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    return {name: plainly(value) for name, value in values.items()}
+
+
+def plainly(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What a cut keeps: test loss of students of one teacher, just cut and after equal distillation, method by method.
 
-    python benchmarks/prune_quality.py --source DIR [--seeds 0 1 2] [--steps 150] [--json FILE] [--quick]
+    python benchmarks/prune_quality.py --source DIR [--model DIR] [--seeds 0 1 2] [--steps 150] [--json FILE] [--quick]
+
+With --model, any checkpoint is the teacher: real_model.py says what is done. Without, small ones are trained.
 
 For each seed: a Llama-shaped teacher is trained on the training text of DIR (a folder with train.txt or valid.txt and
 test.txt, or any text that `minitron data` takes), scored once, and cut to each shape by each method; each student is
@@ -23,6 +25,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import real_model
 
 from students import (
     load,
@@ -161,11 +165,27 @@ def main() -> None:
     parser.add_argument("--source", required=True, help="text, as minitron data's source")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150, help="distillation steps of each student")
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=None, help="names of shapes; default: all")
+    real = parser.add_argument_group("with --model")
+    real.add_argument("--model", help="the teacher: a checkpoint of any format")
+    real.add_argument("--shares", nargs="+", type=float, default=[75, 62, 50], help="percent of the parameters")
+    real.add_argument("--shape", nargs="+", action="append", metavar="NAME SIZE=N", help="a shape of one's own")
+    real.add_argument("--methods", nargs="+", default=list(real_model.METHODS))
+    real.add_argument("--rates", nargs="+", type=float, default=list(real_model.Settings.rates), help="peak rates")
+    real.add_argument("--samples", type=int, default=64, help="calibration samples of 512 tokens")
+    real.add_argument("--test-windows", type=int, default=64, help="of 512 tokens")
+    real.add_argument("--batch", type=int, default=4, help="samples of a distillation step")
+    real.add_argument("--training-length", type=int, default=256, help="tokens of such a sample")
+    real.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu")
+    real.add_argument("--part", default="1/1", help="i/n: this process takes part i of n of the students")
     parser.add_argument("--folder", default="prune_quality", help="where to work; must not exist")
     parser.add_argument("--json", default="prune_quality.json", help="file to write")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args()
+    if options.model:
+        real_model.run(options)
+        return
+    shapes = options.shapes or list(SHAPES)
     recipe = Recipe(20, 3, 16, 16) if options.quick else Recipe(steps=options.steps)
     folder = Path(options.folder)
     if folder.exists():
@@ -173,7 +193,7 @@ def main() -> None:
     prepared(folder / "data", options.source)
     started, rows = time.perf_counter(), []
     for seed in options.seeds:
-        rows += run_seed(folder, recipe, seed, options.shapes)
+        rows += run_seed(folder, recipe, seed, shapes)
         found = {
             "summary": summary(rows), "rows": rows, "recipe": dataclasses.asdict(recipe), "teacher": TEACHER,
             "seconds": time.perf_counter() - started,

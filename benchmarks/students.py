@@ -21,37 +21,38 @@ def prepared(folder: Path, source: str, **fields: Any) -> Path:
     return folder
 
 
-def windows(prefix: Path, count: int, generator: Any) -> Any:
-    """Random training windows [count, LENGTH + 1]."""
+def windows(prefix: Path, count: int, generator: Any, length: int = LENGTH) -> Any:
+    """Random training windows [count, length + 1]."""
     import numpy
     import torch
 
     from nemo_minitron.data.samples import token_stream
 
     stream = token_stream(str(prefix))
-    starts = torch.randint(0, len(stream) - LENGTH, (count,), generator=generator)
-    return torch.stack([torch.from_numpy(stream[start : start + LENGTH + 1].astype(numpy.int64)) for start in starts])
+    starts = torch.randint(0, len(stream) - length, (count,), generator=generator)
+    return torch.stack([torch.from_numpy(stream[start : start + length + 1].astype(numpy.int64)) for start in starts])
 
 
-def test_windows(data: Path, count: int) -> Any:
-    """The first windows of the test text, side by side [count, LENGTH + 1]."""
+def test_windows(data: Path, count: int, length: int = LENGTH, split: str = "test") -> Any:
+    """The first windows of the test text, side by side [count, length + 1]."""
     from nemo_minitron.data.samples import consecutive_sequences
 
-    return consecutive_sequences([str(data / "test")], LENGTH, count)
+    return consecutive_sequences([str(data / split)], length, count)
 
 
-def loss_of(model: Any, tokens: Any) -> float:
-    """Mean loss a token on windows [n, LENGTH + 1], nats."""
+def loss_of(model: Any, tokens: Any, batch: int = 32) -> float:
+    """Mean loss a token on windows [n, length + 1], nats."""
     import torch
 
-    total = 0.0
+    total, device = 0.0, next(model.parameters()).device
     with torch.no_grad():
-        for part in tokens.split(32):
-            logits = model(part[:, :-1]).logits
+        for part in tokens.split(batch):
+            part = part.to(device)
+            logits = model(part[:, :-1], use_cache=False).logits.float()
             total += float(
                 torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
             )
-    return total / (len(tokens) * LENGTH)
+    return total / tokens[:, 1:].numel()
 
 
 def parameters_of(model: Any) -> int:
@@ -81,10 +82,13 @@ def train(
     seed: int,
     teacher: Any = None,
     objective: Callable[[Any, Any, Any], Any] | None = None,
+    length: int = LENGTH,
+    warmup: float = 0.05,
 ) -> None:
-    """AdamW with a cosine and clipping.
+    """AdamW with a cosine and clipping; on a GPU products are in bf16.
 
     Args:
+        warmup: share of the steps.
         objective: of the student's and the teacher's logits [tokens, v] (None without a teacher) and the labels
             [tokens]; none: forward KL with a teacher, else the language-model loss.
     """
@@ -93,17 +97,20 @@ def train(
     objective = objective or (cross_entropy if teacher is None else kl)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=max(1, steps // 20))
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - steps // 20), eta_min=lr / 20)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, decay], [max(1, steps // 20)])
+    rising, device = int(warmup * steps), next(model.parameters()).device
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=max(1, rising))
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - rising), eta_min=lr / 20)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, decay], [max(1, rising)])
     model.train()
     for _ in range(steps):
-        tokens = windows(prefix, batch, generator)
+        tokens = windows(prefix, batch, generator, length).to(device)
         target = None
-        if teacher is not None:
-            with torch.no_grad():
-                target = teacher(tokens[:, :-1]).logits.flatten(0, 1)
-        loss = objective(model(tokens[:, :-1]).logits.flatten(0, 1), target, tokens[:, 1:].flatten())
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            if teacher is not None:
+                with torch.no_grad():
+                    target = teacher(tokens[:, :-1], use_cache=False).logits.flatten(0, 1)
+            logits = model(tokens[:, :-1], use_cache=False).logits.flatten(0, 1)
+        loss = objective(logits, target, tokens[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -147,20 +154,31 @@ def load(folder: Path) -> Any:
     return load_model(checkpoint, getattr(torch, checkpoint.dtype))
 
 
-def prune_config(teacher: Path, data: Path, output: Path, samples: int, seed: int, **targets: Any) -> Any:
-    """Settings of `minitron prune` for a teacher of this benchmark."""
+def prune_config(
+    teacher: Path,
+    data: Path,
+    output: Path,
+    samples: int,
+    seed: int,
+    *,
+    length: int = LENGTH,
+    batch: int = 16,
+    accelerator: str = "cpu",
+    **targets: Any,
+) -> Any:
+    """Settings of `minitron prune` for a teacher of this benchmark; on a GPU in fp32, too."""
     from nemo_minitron import config as c
 
     return c.validated(
         c.PruneConfig(
             seed=seed,
             to="hf",
-            trainer=c.TrainerConfig(accelerator="cpu"),
+            trainer=c.TrainerConfig(accelerator=accelerator, precision="32"),
             model=c.PruneModelConfig(
                 restore_from_path=str(teacher),
-                data=c.ModelDataConfig(data_prefix=str(data), seq_length=LENGTH),
+                data=c.ModelDataConfig(data_prefix=str(data), seq_length=length),
             ),
-            inference=c.InferenceConfig(batch_size=16),
+            inference=c.InferenceConfig(batch_size=batch),
             prune=c.PruneTargets(num_samples=samples, num_block_samples=samples, **targets),
             export=c.ExportConfig(save_path=str(output)),
         )

@@ -45,6 +45,9 @@ SCHEMAS: dict[str, type[Config]] = {
 #: Commands that `--launch` takes; their files and overrides may hold hardware.* and slurm.* (LaunchConfig) too.
 LAUNCHED = ("finetune", "prune", "distill", "flow")
 
+#: The presets of a flow on any checkpoint and on this machine.
+AUTO = "auto"
+
 #: Commands that take the overrides of NeMo 24.07's scripts; the two tables below are for them.
 NEMO_COMMANDS = ("finetune", "prune", "distill")
 
@@ -155,7 +158,12 @@ def _merged(
     schema = SCHEMAS[command]
     outside = _beside(command)
     choices, settings = _split(overrides, schema, outside, source)
-    composed = _compose_files(config_name or command, choices, Path(config_dir or conf_dir()).resolve(), source)
+    files = functools.partial(
+        _compose_files, config_name or command, conf=Path(config_dir or conf_dir()).resolve(), source=source
+    )
+    composed = files(choices)
+    if schema is schemas.FlowConfig:
+        composed = _without_preset(composed, choices, settings, files)
     merge, beside = _Merge(schema, nemo_names=command in NEMO_COMMANDS), _Merge(LaunchConfig, nemo_names=False)
     if "slurm" not in outside:
         composed.pop("slurm", None)  # of a preset of hardware, for commands that start no ranks
@@ -174,6 +182,34 @@ def _merged(
     return merge, beside
 
 
+def _without_preset(
+    composed: dict[str, Any],
+    choices: list[str],
+    settings: list[tuple[str, Any]],
+    files: Callable[[list[str]], dict[str, Any]],
+) -> dict[str, Any]:
+    """A flow's files, with model=auto where a checkpoint is named and no preset of it is chosen; with hardware=auto
+    where neither a command nor a file asks for other hardware than the flow's own; called like its checkpoint.
+
+    Args:
+        composed: what the files say as they stand.
+        files: what they say with other choices.
+    """
+    given = dict(settings)
+    model = composed.get("model") or {}
+    checkpoint = given.get("model.restore_from_path", model.get("restore_from_path"))
+    chosen = {choice.partition("=")[0] for choice in choices}
+    named = checkpoint not in (None, "null") and "model" not in chosen and model.get("init") == "random"
+    if not named and model.get("name") != AUTO:
+        return composed
+    own = (composed.get("hardware") or {}).get("name") == "cpu" and "hardware" not in chosen
+    composed = files([*choices, *([f"model={AUTO}"] if named else []), *([f"hardware={AUTO}"] if own else [])])
+    if checkpoint not in (None, "null") and composed["model"]["name"] == AUTO:
+        place = Path(str(checkpoint).strip("'\"")).expanduser().absolute()
+        composed["model"]["name"] = place.name.removesuffix(".nemo") or AUTO
+    return composed
+
+
 def _beside(command: str) -> list[str]:
     """The groups of LaunchConfig that `command` takes and its own configuration does not have."""
     own = typing.get_type_hints(SCHEMAS[command])
@@ -186,7 +222,8 @@ def _with_hardware(composed: dict[str, Any], given: dict[str, Any]) -> dict[str,
 
     tree = OmegaConf.create({**composed, "hardware": {}})
     for key, value in given.items():
-        OmegaConf.update(tree, key, value)
+        if value is not None:  # hardware=auto leaves it open
+            OmegaConf.update(tree, key, value)
 
     def resolved(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         found = {}

@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.artifacts import Manifest, versions, write_json
+from nemo_minitron.artifacts import MANIFEST, Manifest, versions, write_json
 from nemo_minitron.dry_run import describe
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.planning.machine import this_machine
+from nemo_minitron.planning.pace import in_words, measured_flops
 from nemo_minitron.recipes import (
     check_instructions,
-    check_students,
     check_teacher,
     instruct_config,
     pretrains_on_broad,
     prune_config,
     student_targets,
-    teacher_architecture,
     teachers,
     training_fields,
 )
@@ -33,6 +33,7 @@ from nemo_minitron.report.collect import collect
 from nemo_minitron.report.stages import PAGE, REPORT
 from nemo_minitron.reporting import check_free, write_run
 from nemo_minitron.runtime.versions import check_training
+from nemo_minitron.settle import Settled, settle
 
 FACTS = "evaluate facts"
 
@@ -89,18 +90,20 @@ def refit(config: c.PruneConfig) -> None:
 
 def run_flow(config: c.FlowConfig) -> Manifest | None:
     """`minitron flow`: runs every stage that is not done yet, then writes report.json and prints the table."""
-    teacher = teacher_architecture(config)
-    check_students(config, teacher)
+    settled = settle(config)
     if config.dry_run:
-        print(describe(config, teacher))
+        print(describe(settled))
         return None
+    config = settled.config
     check_training("minitron flow")
     check_teacher(config)
     check_instructions(config)
     manifests = {}
-    steps = plan_steps(config, teacher)
+    steps = plan_steps(config, settled.teacher)
+    settled.keep()
+    clock = Clock(settled, steps)
     for number, step in enumerate(steps, 1):
-        manifests[step.name] = run_step(step, f"[{number}/{len(steps)}]")
+        manifests[step.name] = run_step(step, f"[{number}/{len(steps)}]", clock)
     show(config, finish(config, steps, manifests))
     draw(Path(config.output_dir))
     return None
@@ -118,12 +121,45 @@ def finish(config: c.FlowConfig, steps: list[Step], manifests: dict[str, Manifes
     return report
 
 
-def run_step(step: Step, position: str) -> Manifest:
+class Clock:
+    """What the steps of a flow will take, from a measurement of a moment and then from those that ran.
+
+    Attributes:
+        work: step -> its work.
+    """
+
+    def __init__(self, settled: Settled, steps: list[Step]):
+        self.work, self.pace = settled.work, settled.pace
+        hardware = settled.config.hardware
+        on_cpu = hardware.accelerator == "cpu" or (hardware.accelerator == "auto" and not this_machine().gpus)
+        if on_cpu and hardware.tflops is None:
+            self.pace.flops, self.pace.source = measured_flops(), "measured just now"
+        ahead = [step for step in steps if not done(step)]
+        total = sum(self.pace.seconds(self.work[step.name]) for step in ahead)
+        rate = f"{self.pace.flops / 1e12:.3g} TFLOP/s, {self.pace.source}"
+        finished = f", {len(steps) - len(ahead)} of them done before" if len(ahead) < len(steps) else ""
+        print(f"{len(steps)} stages{finished}: {in_words(total)} in all ({rate})", file=sys.stderr, flush=True)
+
+    def estimate(self, step: Step) -> str:
+        """How long a step will take, in words; what is done already takes none."""
+        return "done before" if done(step) else in_words(self.pace.seconds(self.work[step.name]))
+
+    def learn(self, step: Step, manifest: Manifest) -> None:
+        self.pace.learn(self.work[step.name], manifest.timings.get("total_seconds", 0.0))
+
+
+def done(step: Step) -> bool:
+    """Whether the step's folder holds a finished result; whether it is of this very step, the step itself checks."""
+    return (step.output / MANIFEST).is_file()
+
+
+def run_step(step: Step, position: str, clock: Clock) -> Manifest:
     """Runs one step with a line before and after it."""
-    print(f"{position} {step.name} ...", file=sys.stderr, flush=True)
+    print(f"{position} {step.name} ... {clock.estimate(step)}", file=sys.stderr, flush=True)
     started = time.perf_counter()
     manifest = step.run()
     seconds = time.perf_counter() - started
+    clock.learn(step, manifest)
     print(f"{position} {step.name}: {seconds:.1f} s -> {step.output}", file=sys.stderr, flush=True)
     return manifest
 
@@ -333,14 +369,14 @@ def summarize(config: c.FlowConfig, manifests: dict[str, Manifest], folders: dic
 
 def show(config: c.FlowConfig, report: dict[str, Any]) -> None:
     """Prints the tables of a report."""
-    from nemo_minitron.report.table import render_cuts, render_stages, render_table
+    from nemo_minitron.report.table import legend, render_cuts, render_stages, render_table
 
     print()
     print(render_table(report["table"]))
     print()
     for cut in render_cuts(report["cuts"]):
         print(cut)
-    print("losses in nats a token; gap closed = (pruned - this) / (pruned - corrected teacher), of test losses")
+    print(legend(report["table"]))
     for verdict in report["verdicts"]:
         print(verdict)
     for name, validation in report["instructed"].items():

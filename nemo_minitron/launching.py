@@ -72,8 +72,14 @@ def check(name: str, config: Config, slurm: SlurmConfig, launcher: str) -> None:
         ModuleNotFoundError: NeMo-Run is not installed.
     """
     source = f"minitron {name} --launch {launcher}"
-    nodes, _ = ranks(config)
+    nodes, devices = ranks(config)
     check_installed("nemo_run")
+    if devices is None:
+        raise ConfigError(
+            "hardware.devices is open, and the machine that the job gets is not known here: give hardware=slurm, or "
+            "another preset of what it runs on",
+            source,
+        )
     if launcher == "torchrun" and name == "flow":
         raise ConfigError(
             "a flow starts torchrun for each of its stages by itself, with hardware.devices ranks: leave --launch away",

@@ -110,6 +110,8 @@ def teacher_architecture(config: c.FlowConfig) -> Architecture:
         from nemo_minitron.checkpoints import open_checkpoint
 
         return open_checkpoint(path, "teacher").architecture
+    if not config.model.architecture:
+        check_teacher(config)
     fields = stated_fields(config.model.architecture, "flow")
     if fields.get("vocab_size") is None:
         fields["vocab_size"] = padded_vocab_size(config.data.vocab_size)
@@ -120,7 +122,8 @@ def student_architecture(config: c.FlowConfig, teacher: Architecture, name: str)
     """The sizes of the student `name`; which layers go is not needed for that."""
     targets = student_targets(config, name)
     layers, targets.num_layers = targets.num_layers, None
-    student = Architecture.from_dict(plan_cut(teacher, targets, None).student)
+    method = targets.method or "compensated"
+    student = Architecture.from_dict(plan_cut(teacher, targets, None, method=method).student)
     return student.with_sizes(num_layers=layers)
 
 
@@ -128,11 +131,15 @@ def check_students(config: c.FlowConfig, teacher: Architecture) -> None:
     """Raises one ConfigError with everything that is wrong with the students' targets."""
     problems = []
     for name in config.prune.students:
-        targets = student_targets(config, name)
-        found = c.all_problems(targets) or target_problems(teacher, targets)
-        problems += [f"prune.students.{name}: {problem}" for problem in found]
+        problems += [f"prune.students.{name}: {problem}" for problem in student_problems(config, teacher, name)]
     if problems:
         raise ConfigError(problems, "flow")
+
+
+def student_problems(config: c.FlowConfig, teacher: Architecture, name: str) -> list[str]:
+    """Everything that is wrong with the targets of the student `name`."""
+    targets = student_targets(config, name)
+    return c.all_problems(targets) or target_problems(teacher, targets)
 
 
 def check_teacher(config: c.FlowConfig) -> None:

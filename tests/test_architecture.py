@@ -191,5 +191,5 @@ def test_a_model_smaller_than_the_grid_is_told_the_grids_own_step():
     small = Architecture(
         num_layers=4, hidden_size=192, ffn_hidden_size=576, num_attention_heads=6, num_query_groups=2, vocab_size=512
     )
-    (problem,) = PruningGrid().problems(small, {"hidden_size": 100})
+    (problem,) = PruningGrid(hidden_size=256).problems(small, {"hidden_size": 100})
     assert "multiples of 256 up to 192 (100 mod 256 = 100); nearest 192" in problem

@@ -93,7 +93,8 @@ def test_every_file_of_conf_is_a_command_or_a_preset():
 
 @pytest.mark.parametrize("model, hardware", itertools.product(presets("flow")["model"], presets("flow")["hardware"]))
 def test_flow_presets_validate_together(model, hardware):
-    config = compose("flow", [f"model={model}", f"hardware={hardware}"])
+    own = ["model.restore_from_path=/models/auto", "data.source=/text"] if model == "auto" else []
+    config = compose("flow", [f"model={model}", f"hardware={hardware}", *own])
     assert (config.model.name, config.hardware.name) == (model, hardware)
     assert config.output_dir == f"runs/{model}"
 
@@ -101,6 +102,35 @@ def test_flow_presets_validate_together(model, hardware):
 def test_recipes_follow_the_model_and_can_be_chosen_alone():
     assert compose("flow", ["model=llama31_8b"]).prune.students["width"]["hidden_size"] == 3072
     assert compose("flow", ["model=llama31_8b", "prune=tiny"]).prune.students["width"]["hidden_size"] == 128
+
+
+def test_a_checkpoint_without_a_preset_is_a_flow_of_its_own(tmp_path):
+    """Named by a setting or a file of the user's, it brings model=auto and hardware=auto; what is chosen wins."""
+    named = ["model.restore_from_path=/models/Llama-3.2-1B", "data.source=/text"]
+    config = compose("flow", named)
+    assert (config.model.name, config.hardware.name, config.output_dir) == (
+        "Llama-3.2-1B", "auto", "runs/Llama-3.2-1B",
+    )  # fmt: skip
+    assert config.model.init == "checkpoint" and config.finetune.max_steps is None and config.model.seq_length is None
+    assert config.prune.students == {"depth": {"layers": "60%"}, "width": {"parameters": "60%"}}
+    assert compose("flow", ["model.restore_from_path=/m/a.nemo", "data.source=/text"]).output_dir == "runs/a"
+    assert compose("flow", [*named, "hardware=cpu"]).hardware.name == "cpu"
+    assert compose("flow", [*named, "prune=tiny", "finetune.max_steps=7"]).finetune.max_steps == 7
+    preset = compose("flow", ["model=llama31_8b", named[0]])
+    assert (preset.model.name, preset.hardware.name, preset.finetune.max_steps) == ("llama31_8b", "cpu", 30)
+    file = tmp_path / "mine.yaml"
+    file.write_text("defaults:\n  - flow\n  - _self_\nmodel:\n  restore_from_path: /m/b\ndata:\n  source: /text\n")
+    config = compose("flow", config_name=str(file))
+    assert (config.model.name, config.hardware.name, config.prune.students["width"]) == (
+        "b", "auto", {"parameters": "60%"},
+    )  # fmt: skip
+    assert problems("flow", "model=tiny", named[0])[0].startswith("model.init = random makes a teacher, but")
+    assert problems("flow", named[0]) == ["data.source is missing: name the text to teach on, data.source=PATH"]
+
+
+def test_hardware_that_is_left_open_gives_stages_their_defaults():
+    config = compose("finetune", [*REQUIRED["finetune"], "hardware=auto"])
+    assert (config.trainer.devices, config.model.micro_batch_size) == (1, 4)
 
 
 def test_fields_that_no_file_mentions_can_be_set():
@@ -171,7 +201,7 @@ def test_all_values_off_range_are_reported_together():
 
 def test_a_preset_that_does_not_exist_names_those_that_do():
     assert problems("flow", "model=foo") == [
-        "model=foo is not a preset; there are llama31_8b, llama32_1b, llama32_3b, minitron_4b, minitron_8b, "
+        "model=foo is not a preset; there are auto, llama31_8b, llama32_1b, llama32_3b, minitron_4b, minitron_8b, "
         "smollm2_135m, tiny"
     ]
     assert "without presets" in problems("finetune", "model=tiny")[0]

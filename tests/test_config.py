@@ -109,12 +109,36 @@ def test_flow_students_have_known_targets():
         ({"num_layers": 2, "method": "minitron"}, "data", "minitron", True, False),
         ({"num_layers": 2, "method": "minitron", "depth_by": "block_loss"}, "data", "minitron", False, True),
         ({"hidden_size": 64}, None, "compensated", True, False),
+        ({"num_layers": 2, "depth_by": "compensated_loss"}, "data", "compensated", False, True),
+        ({"num_layers": 2, "hidden_size": 64, "depth_by": "compensated_loss"}, "data", "compensated", True, True),
     ],
 )
 def test_the_method_and_what_it_needs_follow_from_targets_and_data(targets, data, method, scores, scan):
     config = pruned(targets)
     config.model.data.data_prefix = data
     assert (config.method, config.prune.needs_scores, config.needs_scan) == (method, scores, scan)
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        ({"depth_by": "compensated"}, "block_loss, block_influence, compensated_loss"),
+        ({"depth_by": "compensated_loss", "depth_beam": 0}, "depth_beam = 0"),
+        ({"depth_by": "compensated_loss", "depth_samples": 0}, "depth_samples = 0"),
+        ({"depth_by": "compensated_loss", "method": "minitron"}, "method = minitron leaves out"),
+    ],
+)
+def test_depth_settings_that_cannot_be_are_refused(targets, said):
+    (found,) = all_problems(schemas.PruneTargets(num_layers=2, **targets))
+    assert said in found
+
+
+@pytest.mark.parametrize("targets", [{"num_layers": 2}, {"drop_layers": [1], "method": "compensated"}])
+def test_ranks_that_do_not_fill_the_stages_are_refused(targets):
+    config = pruned(targets)
+    config.trainer.devices, config.model.pipeline_model_parallel_size = 3, 2
+    (found,) = config.problems()
+    assert "world size 3" in found and "pipeline 2" in found
 
 
 def test_a_method_that_is_none_is_refused_with_those_that_are():

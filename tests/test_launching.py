@@ -114,16 +114,21 @@ def test_settings_of_a_file_win_over_the_preset_that_it_names(tmp_path):
 
 
 def test_presets_are_checked_and_shown(capsys):
-    assert "there are 1x24gb, 1x80gb, 8x80gb, cpu, slurm" in refused(
+    assert "there are 1x24gb, 1x80gb, 8x80gb, auto, cpu, slurm" in refused(
         capsys, "distill", *STAGES["distill"], "hardware=9x"
     )
     said = refused(capsys, "distill", "hardware.devcies=2", "slurm.time_=1", "hardware.devices=two")
     assert "did you mean hardware.devices" in said and "did you mean slurm.time" in said
     assert "hardware.devices = 'two' is not a whole number" in said
     text = printed(capsys, "distill", "--help", "hardware=8x80gb", "slurm.partition=batch")
-    assert "\n  hardware=1x24gb|1x80gb|8x80gb|cpu|slurm\n" in text
+    assert "\n  hardware=1x24gb|1x80gb|8x80gb|auto|cpu|slurm\n" in text
     assert "\n  trainer.devices=8\n" in text and "\n  model.tensor_model_parallel_size=8\n" in text
     assert "\n  slurm.partition=batch\n" in text and "[--launch torchrun|slurm]" in text
+
+
+def test_a_flow_for_a_machine_that_is_not_known_is_refused(capsys):
+    named = ["model.restore_from_path=/teacher", "data.source=/text", "slurm.partition=batch"]
+    assert "hardware.devices is open" in refused(capsys, "flow", *named, "--launch", "slurm", "--dry-run")
 
 
 def test_a_stage_knows_nothing_of_where_it_was_launched():

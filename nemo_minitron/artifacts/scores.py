@@ -130,12 +130,16 @@ class DepthScan:
     """What leaving blocks of layers out does to the language-model loss, and the linear maps that stand in for them.
 
     Attributes:
-        blocks: one a contiguous block: first and last layer (1-based), and the loss without it (nats a token).
+        blocks: one a contiguous block: first and last layer (1-based), and the loss without it (nats a token); where
+            layers were chosen one after the other with maps in place, the single layers of the first round.
         drop_layers: the layers chosen, or given, 1-based.
         folds: layer before a dropped block (1-based, as text) -> D [h, h]: with m the output of that layer's MLP,
             adding m D to the stream stands in for the block (ReplaceMe, arXiv 2505.02819). Empty: plain dropping is
             better.
-        report: losses of the teacher and, on held-out samples, of plain and folded students by ridge strength.
+        report: losses of the teacher and, on held-out samples, of plain and folded students by ridge strength and
+            weighting (``held_out_losses``), the best of these (``ridge``, ``ridge_weighted``, ``ridge_inside_grid``);
+            ``rounds``, where layers were chosen one after the other: the layer, the loss without it and all before it,
+            and the same of each other candidate.
         teacher: fingerprint of the teacher's weights.
     """
 

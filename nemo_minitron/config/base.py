@@ -1,6 +1,7 @@
 """What every configuration class is, and checks that several share."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def at_least(minimum: float, **values: float | None) -> list[str]:
         f"{name} = {value} must be at least {minimum}"
         for name, value in values.items()
         if value is not None and value < minimum
+    ]
+
+
+def above_zero(**values: float | None) -> list[str]:
+    """A problem for each named value that is given and is no finite number above 0."""
+    return [
+        f"{name} = {value} must be above 0"
+        for name, value in values.items()
+        if value is not None and not 0 < value < math.inf
     ]
 
 

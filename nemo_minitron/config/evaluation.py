@@ -83,10 +83,18 @@ class EvaluateConfig(InferenceSettings):
     summarization."""
     num_fewshot: int | None = None
     """Examples before each question of lm-evaluation-harness's own tasks; none: as each task says."""
-    batch_size: int = 16
-    """Sequences a forward pass."""
+    batch_memory_gb: float = 0.5
+    """GB (10^9 bytes) that the activations of a forward pass may take, beside the weights: so many sequences are in a
+    batch, one at least. Logits are worked out 64 MiB at a time."""
+    batch_size: int | None = None
+    """Sequences a forward pass at most; none: as many as batch_memory_gb holds."""
     max_length: int | None = None
     """Tokens of context; none: the model's own."""
+    window: int = 2048
+    """Tokens of the windows in which perplexity reads a document, at most the shortest model's length and max_length;
+    figures of different windows do not compare."""
+    log_every_n_steps: int = 10
+    """Where standard error is no terminal, a line of progress every so many forward passes."""
     task_data: str | None = None
     """Folder with downloaded data sets, ORG/NAME in it as `hf download --local-dir` leaves them; none: the hub."""
     allow_code: bool = False
@@ -119,10 +127,12 @@ class EvaluateConfig(InferenceSettings):
             limit=self.limit,
             words=self.words,
             batch_size=self.batch_size,
+            log_every_n_steps=self.log_every_n_steps,
             max_new_tokens=self.max_new_tokens,
             max_input_tokens=self.max_input_tokens,
         )
-        found += at_least(0, num_fewshot=self.num_fewshot) + at_least(2, max_length=self.max_length)
+        found += at_least(0, num_fewshot=self.num_fewshot) + at_least(2, max_length=self.max_length, window=self.window)
+        found += [] if self.batch_memory_gb > 0 else [f"batch_memory_gb = {self.batch_memory_gb} must be above 0"]
         if self.task_data is not None and not Path(self.task_data).is_dir():
             found.append(f"task_data = {self.task_data} is not a folder")
         return found

@@ -7,6 +7,8 @@ from typing import Any
 from nemo_minitron.config.base import Config, at_least, one_of
 from nemo_minitron.config.flow import HardwareConfig
 
+#: Samples a rank works on at once where the hardware leaves it open, before they are cut to what fits.
+FREE_MICRO_BATCH = 8
 PLAN_STAGES = ("finetune", "prune", "distill")
 
 
@@ -51,9 +53,9 @@ class PlanConfig(Config):
     stage: str = "all"
     """`finetune` (teacher correction), `prune` (its scoring; the cut needs one tensor's memory), `distill` or `all`."""
     seq_length: int | None = None
-    """Tokens a sample; none: the model's own length."""
+    """Tokens a sample; none: the model's own length, or as much of it as fits."""
     micro_batch_size: int | None = None
-    """Samples a rank works on at once; none: the hardware's."""
+    """Samples a rank works on at once; none: the hardware's, or as many of them as fit."""
     global_batch_size: int = 128
     """Samples an optimizer step."""
     score_batch_size: int = 1
@@ -63,7 +65,7 @@ class PlanConfig(Config):
     kd_form: str = "auto"
     """`fused` or `chunked`, as kd.form; auto: fused, without sequence parallel."""
     transformer_engine: bool = True
-    """Whether Transformer Engine is installed on the GPUs; without it attention scores are kept."""
+    """Whether Transformer Engine is installed on the GPUs; without it layers are PyTorch's."""
     tflops_per_gpu: float | None = None
     """TFLOP/s that a rank achieves on your machine, for estimates of time; none: no estimates."""
     layouts: bool = True
@@ -85,7 +87,7 @@ class PlanConfig(Config):
     @property
     def micro_batch(self) -> int:
         """Samples a rank works on at once."""
-        return self.micro_batch_size or self.hardware.micro_batch_size
+        return self.micro_batch_size or self.hardware.micro_batch_size or FREE_MICRO_BATCH
 
     def problems(self) -> list[str]:
         found = one_of("stage", self.stage, (*PLAN_STAGES, "all"))

@@ -10,6 +10,7 @@ from nemo_minitron.config.training import ModelDataConfig, TrainerConfig
 METHODS = ("minitron", "compensated")
 CHOICES = ("saliency", "importance")
 REFITS = ("sequential", "once")
+DEPTH_BY = ("block_loss", "block_influence", "compensated_loss")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -32,7 +33,12 @@ class PruneTargets(Config):
     is no data to run the teacher on."""
     depth_by: str = "block_influence"
     """How num_layers are chosen. `block_loss`: the contiguous block without which the loss is least. `block_influence`:
-    the layers that change the stream least, one by one."""
+    the layers that change the stream least, one by one. `compensated_loss`: one layer after the other, the one that
+    costs least loss with linear maps in the place of all that go; far more to compute."""
+    depth_beam: int = 1
+    """depth_by=compensated_loss: sets of layers that are kept in each round; above 1 it is a beam search."""
+    depth_samples: int = 8
+    """depth_by=compensated_loss: held-out samples to choose layers on; one in four of num_block_samples at most."""
     num_query_groups: int | None = None
     """Kept for NeMo 24.07's overrides; ModelOpt no longer prunes it, so only the teacher's own value is taken."""
     num_samples: int = 1024
@@ -62,10 +68,11 @@ class PruneTargets(Config):
     None: sequential where there is data to run it on."""
     scores_path: str | None = None
     """Folder of importance scores to reuse or to make; none: beside the teacher's checkpoint, `<teacher>.scores`."""
-    hidden_size_divisor: int = 256
-    """Grid of hidden_size."""
-    ffn_hidden_size_divisor: int = 512
-    """Grid of ffn_hidden_size."""
+    hidden_size_divisor: int | None = None
+    """Grid of hidden_size; none: 256, or the largest power of two that gives a smaller model 12 steps (at least 8)."""
+    ffn_hidden_size_divisor: int | None = None
+    """Grid of ffn_hidden_size; none: 512, or the largest power of two that gives a smaller model 12 steps (at least
+    16)."""
     num_layers_divisor: int = 2
     """Grid of num_layers."""
 
@@ -82,8 +89,8 @@ class PruneTargets(Config):
 
     @property
     def chooses_block(self) -> bool:
-        """Whether the loss without each block of layers decides which goes."""
-        return self.num_layers is not None and self.depth_by == "block_loss"
+        """Whether the loss without blocks of layers decides which go."""
+        return self.num_layers is not None and self.depth_by in ("block_loss", "compensated_loss")
 
     def problems(self) -> list[str]:
         found = at_least(
@@ -94,15 +101,22 @@ class PruneTargets(Config):
             num_attention_heads=self.num_attention_heads,
             num_samples=self.num_samples,
             num_block_samples=self.num_block_samples,
+            depth_beam=self.depth_beam,
+            depth_samples=self.depth_samples,
             hidden_size_divisor=self.hidden_size_divisor,
             ffn_hidden_size_divisor=self.ffn_hidden_size_divisor,
             num_layers_divisor=self.num_layers_divisor,
         )
         found += one_of("method", self.method or "minitron", METHODS)
-        found += one_of("depth_by", self.depth_by, ("block_loss", "block_influence"))
         found += one_of("choose_by", self.choose_by, CHOICES) + one_of("refit", self.refit or "once", REFITS)
         if not 0 <= self.gain_tolerance <= 1:
             found.append(f"gain_tolerance = {self.gain_tolerance} must lie from 0 to 1")
+        found += one_of("depth_by", self.depth_by, DEPTH_BY)
+        if self.method == "minitron" and self.chooses_block and self.depth_by == "compensated_loss":
+            found.append(
+                "depth_by = compensated_loss chooses layers with linear maps in their place, which method = minitron "
+                "leaves out: give method=compensated, or depth_by=block_loss"
+            )
         if not 0 < self.ridge < 1:
             found.append(f"ridge = {self.ridge} must be above 0 and below 1")
         if not self.drop_layers and not self.width and self.num_layers is None:
@@ -207,11 +221,23 @@ class PruneConfig(Config):
 
     def problems(self) -> list[str]:
         found = [] if self.output == "???" else format_problems(self.output, self.to)
+        if self.prune.refit == "sequential" and self.method == "minitron":
+            found.append("prune.refit=sequential is part of prune.method=compensated; method=minitron refits nothing")
         if self.prune.needs_scores and self.model.tensor_model_parallel_size != 1:
             found.append(
                 f"model.tensor_model_parallel_size = {self.model.tensor_model_parallel_size}: ModelOpt scores with 1 "
                 "only; spread the layers instead, model.pipeline_model_parallel_size=N"
             )
-        if self.prune.refit == "sequential" and self.method == "minitron":
-            found.append("prune.refit=sequential is part of prune.method=compensated; method=minitron refits nothing")
-        return found
+            return found
+        return found + self._rank_problems()
+
+    def _rank_problems(self) -> list[str]:
+        """What is wrong with the ranks that run the teacher."""
+        world = self.trainer.devices * self.trainer.num_nodes
+        tensor, pipeline = self.model.tensor_model_parallel_size, self.model.pipeline_model_parallel_size
+        if not (self.prune.needs_scores or self.needs_scan) or (tensor * pipeline and world % (tensor * pipeline) == 0):
+            return []
+        return [
+            f"world size {world} = trainer.devices {self.trainer.devices} x trainer.num_nodes {self.trainer.num_nodes} "
+            f"must be a multiple of tensor {tensor} x pipeline {pipeline} parallel = {tensor * pipeline}"
+        ]

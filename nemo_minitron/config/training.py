@@ -27,7 +27,7 @@ class TrainerConfig(Config):
     limit_val_batches: int = 32
     """Global batches a validation."""
     log_every_n_steps: int = 10
-    """Write to TensorBoard every so many steps."""
+    """Write to TensorBoard, and a line where standard error is no terminal, every so many steps."""
     gradient_clip_val: float = 1.0
     """Clip the gradient's norm."""
     num_sanity_val_steps: int = 0

@@ -27,6 +27,8 @@ class TextDataModule(PreTrainingDataModule):
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.dataset_cls = TextDataset
+        # Without Transformer Engine NeMo asks for a mask [1, s, s] of each sample: the causal one, the layers' own.
+        self.create_attention_mask = False
 
     def build(
         self,

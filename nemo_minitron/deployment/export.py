@@ -21,6 +21,7 @@ from nemo_minitron.checkpoints.write import write_checkpoint
 from nemo_minitron.config import QuantizeConfig
 from nemo_minitron.deployment.formats import DECODERS, MODELOPT
 from nemo_minitron.errors import EngineError
+from nemo_minitron.progress import Progress
 
 DTYPE = "bfloat16"
 PLAIN, TOKENIZER, LOG = ".plain", "tokenizer", "logs/modelopt.log"
@@ -77,14 +78,16 @@ def calibrate(model: Any, sequences: Any, config: QuantizeConfig) -> None:
     """Runs ModelOpt's algorithm of the format over the sequences [n, s]; changes the model in place."""
     import modelopt.torch.quantization as mtq
     import torch
-    from tqdm import tqdm
 
     batches = sequences.split(config.batch_size)
 
     def run(model: Any) -> None:
-        with torch.no_grad():
-            for batch in tqdm(batches, desc="calibrate", unit="batch", disable=None, leave=False):
-                model(batch.to(model.device), use_cache=False)
+        with torch.no_grad(), Progress("calibrate", len(sequences), unit="sample") as progress:
+            for batch in batches:
+                # With a mask that hides nothing transformers knows that attention is causal, and makes no mask [s, s].
+                tokens = batch.to(model.device)
+                model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False, logits_to_keep=1)
+                progress.advance(len(batch), tokens=batch.numel())
 
     mtq.quantize(model, getattr(mtq, MODELOPT[config.qformat]), run)
 

@@ -28,9 +28,10 @@ from nemo_minitron.distillation.divergences import (
     scaled_gradient,
 )
 
-#: Bytes of a chunk's logits, both models together: more makes products faster and roundings of the weight's gradient
-#: fewer, by little beyond these.
-CPU_CHUNK, CUDA_CHUNK = 128 << 20, 1 << 30
+#: Bytes of a chunk's logits, both models together, and tokens that a chunk has at least: more makes products faster and
+#: roundings of the weight's gradient fewer, by little beyond these.
+CPU_CHUNK, CUDA_CHUNK = 64 << 20, 1 << 30
+CHUNK_TOKENS = 128
 LOG2E = 1 / LN2
 
 
@@ -179,7 +180,8 @@ class FusedDistillation(torch.autograd.Function):
         kd = torch.empty(tokens, dtype=work.dtype, device=hidden.device)
         lm = None if labels is None else torch.empty_like(kd)
         grad_hidden = torch.empty_like(hidden) if plan.wanted[0] else None
-        grad_weight = torch.zeros_like(weight) if plan.wanted[1] else None
+        empty = torch.empty_like if tokens else torch.zeros_like
+        grad_weight = empty(weight) if plan.wanted[1] else None
         for start in range(0, tokens, plan.chunk_tokens):
             chunk = slice(start, min(start + plan.chunk_tokens, tokens))
             student = torch.mm(hidden[chunk], weight.t(), out=student_logits[: chunk.stop - start])
@@ -191,7 +193,7 @@ class FusedDistillation(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(student, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
-                grad_weight.addmm_(student.t(), hidden[chunk])
+                grad_weight.addmm_(student.t(), hidden[chunk], beta=float(start > 0))
         if grad_hidden is not None and plan.group is not None and plan.reduce_hidden_grad:
             torch.distributed.all_reduce(grad_hidden, group=plan.group)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -267,4 +269,4 @@ def _fitting_layers(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teac
 def default_chunk(weight: Tensor) -> int:
     """Tokens of a chunk for an output weight [v, h]."""
     size = CUDA_CHUNK if weight.is_cuda else CPU_CHUNK
-    return max(1, size // (2 * len(weight) * weight.dtype.itemsize))
+    return max(CHUNK_TOKENS, size // (2 * len(weight) * weight.dtype.itemsize))

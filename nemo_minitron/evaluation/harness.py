@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from nemo_minitron.artifacts import Manifest, write_json
 from nemo_minitron.checkpoints import FORMATS, Checkpoint
 from nemo_minitron.config import DataConfig, EvaluateConfig
 from nemo_minitron.errors import ConfigError, DataError
-from nemo_minitron.evaluation import facts, lm_eval_api, perplexity, suite, summarization
+from nemo_minitron.evaluation import facts, likelihoods, lm_eval_api, perplexity, suite, summarization
 from nemo_minitron.evaluation.loading import Loaded, check_tokens, display_names, load, open_all, quiet_transformers
 from nemo_minitron.evaluation.results import render, rows_of
 from nemo_minitron.jobs import Job
+from nemo_minitron.progress import Progress
 
 KNOWN = (perplexity.TASK, "facts", summarization.TASK)
 RESULTS, TABLE, SAMPLES = "results.json", "table.txt", "samples.jsonl"
@@ -62,7 +64,7 @@ def _job(config: EvaluateConfig) -> Job:
         inputs=inputs | {name: Path(path).expanduser() for name, path in read.items()},
         seed=config.seed,
         overwrite=config.overwrite,
-        ignore=("output", "overwrite", "json", "models", *read),
+        ignore=("output", "overwrite", "json", "models", "batch_memory_gb", "log_every_n_steps", *read),
         sampled=tuple(inputs),
     )
 
@@ -123,6 +125,11 @@ class Prepared:
             task.set_fewshot_seed(seed=self.config.seed)
         return loaded
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether a task scores texts whole, window by window."""
+        return any(task.get_config("output_type") == "loglikelihood_rolling" for task in self.loaded["tasks"].values())
+
     def _questions(self) -> list[dict[str, Any]]:
         from nemo_minitron.data.sources import open_corpus
 
@@ -174,10 +181,11 @@ def run_tasks(
     samples: list[dict[str, Any]] = []
     right: dict[str, dict[str, list[float]]] = {}
     models = []
+    window = window_of(config, checkpoints)
     for name, path, checkpoint in zip(names, config.models, checkpoints):
         started = time.perf_counter()
         loaded = load(checkpoint, config)
-        found[name], answers = run_model(config, loaded, prepared)
+        found[name], answers = run_model(config, loaded, prepared, name=name, window=window)
         samples += [{"model": name} | answer for answer in answers]
         right[name] = {
             task: [answer["acc"] for answer in answers if answer["task"] == task]
@@ -195,8 +203,11 @@ def run_tasks(
             }
         )
         del loaded
+        gc.collect()  # the model, which the harness's view of it keeps in cycles
     results = {"models": models, "reference": names[0], "results": found, "shown": rows_of(found, prepared.shown),
                "notes": prepared.notes}  # fmt: skip
+    if prepared.has_windows:
+        results["window"] = window
     if prepared.questions:
         chance = sum(1 / len(question["choices"]) for question in prepared.questions) / len(prepared.questions)
         results["facts"] = {
@@ -208,22 +219,21 @@ def run_tasks(
 
 
 def run_model(
-    config: EvaluateConfig, loaded: Loaded, prepared: Prepared
+    config: EvaluateConfig, loaded: Loaded, prepared: Prepared, *, name: str, window: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One checkpoint: task -> metric -> value and standard error; and its answers."""
     found: dict[str, Any] = {}
     answers: list[dict[str, Any]] = []
     with quiet_transformers(), _to_stderr():
-        for part, reuse in _parts(prepared.loaded):
-            measured, answered = run_harness(language_model(loaded, config, reuse), part, config)
-            found |= measured
-            answers += answered
+        if prepared.loaded["tasks"]:
+            model = language_model(loaded, config, name=name, window=window)
+            found, answers = run_harness(model, prepared.loaded, config)
         if prepared.documents:
             tokens = [len(loaded.tokenizer(text, add_special_tokens=False).input_ids) for text in prepared.documents]
             documents = [answer for answer in answers if answer["task"] == perplexity.TASK]
             found[perplexity.TASK] = perplexity.metrics(documents, tokens)
         if prepared.articles:
-            made = summarization.summarize(loaded, prepared.articles, config)
+            made = summarization.summarize(loaded, prepared.articles, config, name)
             found[summarization.TASK] = made["metrics"]
             answers += [
                 {"task": summarization.TASK, "doc_id": number, "answer": summary}
@@ -232,39 +242,42 @@ def run_model(
     return found, answers
 
 
-def _parts(loaded: dict[str, Any]) -> list[tuple[dict[str, Any], bool]]:
-    """The tasks in two parts, and whether logits of equal texts may be used again.
-
-    lm-evaluation-harness 0.4.13 takes the wrong ones where windows of a document are equal but for what of them is
-    asked for, as in text that repeats itself: so not for perplexity.
-    """
-    rolling = {
-        name: task
-        for name, task in loaded["tasks"].items()
-        if task.get_config("output_type") == "loglikelihood_rolling"
-    }
-    others = {name: task for name, task in loaded["tasks"].items() if name not in rolling}
-    parts = [(loaded | {"tasks": others}, True), ({"tasks": rolling, "groups": {}, "group_map": {}}, False)]
-    return [part for part in parts if part[0]["tasks"]]
-
-
-def language_model(loaded: Loaded, config: EvaluateConfig, reuse: bool = True) -> Any:
+def language_model(loaded: Loaded, config: EvaluateConfig, *, name: str, window: int) -> Any:
     """lm-evaluation-harness's view of a loaded model.
 
     Args:
-        reuse: use logits of equal texts again.
+        name: what lines of progress call it.
+        window: tokens of the windows of texts that are scored whole.
 
     Raises:
         DataError: later, where a text has a token that the model's embedding has no row for.
     """
+    from nemo_minitron.evaluation.language_model import Bounds
+
+    architecture, element = loaded.checkpoint.architecture, loaded.model.dtype.itemsize
+    bounds = Bounds(
+        window=window,
+        room=config.batch_memory_gb * 1e9,
+        a_token=likelihoods.activation_bytes(architecture, element),
+        cache=likelihoods.cache_bytes(architecture, element),
+        most=config.batch_size,
+        watched=lambda what, total: Progress(
+            f"evaluate {name}, {what}", total, unit="sequence", every=config.log_every_n_steps
+        ),
+    )
     return lm_eval_api.language_model(
         pretrained=loaded.model,
         tokenizer=loaded.tokenizer,
-        batch_size=config.batch_size,
-        max_length=config.max_length or loaded.checkpoint.architecture.seq_length,
-        reuse=reuse,
+        max_length=config.max_length or architecture.seq_length,
+        bounds=bounds,
         check=lambda ids: check_tokens(ids, loaded),
     )
+
+
+def window_of(config: EvaluateConfig, checkpoints: Sequence[Checkpoint]) -> int:
+    """Tokens of the windows of perplexity: one number for all models, at most the shortest model's length."""
+    lengths = [checkpoint.architecture.seq_length for checkpoint in checkpoints]
+    return min([config.window, *lengths, *([config.max_length] if config.max_length else [])])
 
 
 def run_harness(

@@ -1,35 +1,160 @@
-"""A model of transformers as lm-evaluation-harness asks it, for where the harness has no class that works.
+"""A model of transformers as lm-evaluation-harness asks it, in a bounded amount of memory.
 
-NVIDIA's fork of lm-evaluation-harness serves endpoints: its own class for models of transformers, HFLM, imports helpers
-that the fork removed. This one answers the same questions as HFLM of 0.4.13, for causal models on one device. It is
-imported where lm_eval is.
+Bounded answers for any class of the harness's that has a `model` and a `tokenizer`; TransformersLM is one of our own,
+for where the harness has none that works: NVIDIA's fork of lm-evaluation-harness serves endpoints, and its own class
+for models of transformers, HFLM, imports helpers that the fork removed. It answers the same questions as HFLM of
+0.4.13, for causal models on one device. This module is imported where lm_eval is.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from nemo_minitron.errors import DataError
+from nemo_minitron.evaluation.likelihoods import batches, last_hidden, token_log_likelihoods
+from nemo_minitron.progress import Progress, Silent
+
 #: Tokens that are written at most where a task does not say.
 NEW_TOKENS = 256
 
 
-class TransformersLM(TemplateLM):
-    """Log-likelihoods and greedy text of one causal model.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What a forward pass may hold.
+
+    Attributes:
+        window: tokens of a window of texts that are scored whole.
+        room: bytes of a batch's activations.
+        a_token: bytes of them a token.
+        cache: bytes a token of keys and values.
+        most: sequences a batch at most; None: no limit but `room`.
+        watched: gives, for what is done and how many there are of it, what is told of each batch.
+    """
+
+    window: int
+    room: float
+    a_token: int
+    cache: int = 0
+    most: int | None = None
+    watched: Callable[[str, int], Progress] = lambda what, total: Silent()
+
+
+class Bounded:
+    """Log-likelihoods and texts of a language model batch by batch, as many sequences in one as `bounds` allow.
+
+    Put it before a class of lm-evaluation-harness's: it answers what that class would, to rounding, and never holds the
+    logits of a batch.
+    """
+
+    bounds: Bounds
+    model: Any
+    tokenizer: Any
+    max_length: int
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of each text: every token predicted once, in windows; the last one ends with the text.
+
+        A special token that the tokenizer puts before a text is the first window's context, and is not predicted.
+        """
+        asked, owners = [], []
+        for number, (text,) in enumerate(request.args for request in requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text, add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=min(self.bounds.window, self.max_length),
+                context_len=1,
+            )
+            asked += [((None, None), *make_disjoint_window(window)) for window in windows]
+            owners += [number] * (len(asked) - len(owners))
+        found = [0.0] * len(requests)
+        for number, (value, _) in zip(owners, self._loglikelihood_tokens(asked)):
+            found[number] += value
+        return found
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(self, requests: Sequence[Any], *_: Any, **__: Any) -> list[tuple[float, bool]]:
+        """Of each (texts, context, continuation) in tokens: the continuation's log-likelihood, and whether it is what
+        the model would write. Requests for the same tokens share a forward pass."""
+        wanted: dict[tuple[int, ...], list[int]] = {}
+        for number, (_, context, continuation) in enumerate(requests):
+            tokens = tuple((context + continuation)[-(self.max_length + 1) : -1])
+            wanted.setdefault(tokens, []).append(number)
+        sequences = sorted(wanted, key=len, reverse=True)
+        found: list[Any] = [None] * len(requests)
+        with self.bounds.watched("log-likelihoods", len(sequences)) as progress:
+            for batch in self._batches([len(tokens) for tokens in sequences], self.bounds.a_token):
+                some = [sequences[place] for place in batch]
+                for tokens, hidden in zip(some, self._hidden(some)):
+                    for number in wanted[tokens]:
+                        found[number] = self._likelihood(hidden, requests[number][2])
+                progress.advance(len(some), tokens=sum(map(len, some)))
+        return found
+
+    def _batches(self, lengths: Sequence[int], bytes_a_token: int) -> list[range]:
+        return batches(lengths, bytes_a_token, self.bounds.room, self.bounds.most)
+
+    def _hidden(self, sequences: Sequence[Sequence[int]]) -> list[Any]:
+        """What the output layer reads [s, h] of each sequence; shorter ones are filled up behind their end, where
+        nothing looks."""
+        tokens = [torch.tensor(sequence) for sequence in sequences]
+        inputs = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(self.model.device)
+        hidden = last_hidden(self.model, inputs)  # [b, s, h]
+        return [row[: len(sequence)] for row, sequence in zip(hidden, sequences)]
+
+    def _likelihood(self, hidden: Any, continuation: Sequence[int]) -> tuple[float, bool]:
+        """Log-likelihood of the last tokens of a sequence, and whether each is the likeliest."""
+        if len(continuation) > len(hidden):
+            raise DataError(
+                f"an answer has {len(continuation)} tokens, the model takes {self.max_length}: give a larger "
+                "max_length, or a model that takes more"
+            )
+        tokens = torch.tensor(list(continuation), device=hidden.device)
+        logs, likeliest = token_log_likelihoods(self.model, hidden[-len(tokens) :], tokens)
+        return float(logs.sum(dtype=torch.float64)), bool(likeliest.all())
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each context until one of the request's texts, its end token, or so many
+        tokens."""
+
+        def tokens_of(request: Any) -> int:
+            context, settings = request.args
+            made = int(settings.get("max_gen_toks", NEW_TOKENS))
+            return min(len(self.tok_encode(context)) + made, self.max_length)
+
+        alike: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            alike.setdefault(repr(request.args[1]), []).append(number)
+        found = [""] * len(requests)
+        a_token = self.bounds.a_token + self.bounds.cache
+        with self.bounds.watched("texts", len(requests)) as progress:
+            for numbers in alike.values():
+                lengths = {number: tokens_of(requests[number]) for number in numbers}
+                numbers.sort(key=lengths.__getitem__, reverse=True)
+                for batch in self._batches([lengths[number] for number in numbers], a_token):
+                    some = [numbers[place] for place in batch]
+                    texts = super().generate_until([requests[number] for number in some], disable_tqdm=True)
+                    for number, text in zip(some, texts):
+                        found[number] = text
+                    progress.advance(len(some))
+        return found
+
+
+class OneBatch(TemplateLM):
+    """Texts of one causal model, all that are asked for at once; log-likelihoods are Bounded's.
 
     Args:
         pretrained: the model, on its device.
         tokenizer: as transformers loads it; it decides whether text begins with a special token.
-        batch_size: sequences in one forward pass.
         max_length: tokens that the model takes.
     """
 
-    def __init__(self, *, pretrained: Any, tokenizer: Any, batch_size: int, max_length: int):
+    def __init__(self, *, pretrained: Any, tokenizer: Any, max_length: int):
         super().__init__()
-        self.model, self.tokenizer = pretrained, tokenizer
-        self.batch_size, self.max_length = batch_size, max_length
+        self.model, self.tokenizer, self.max_length = pretrained, tokenizer, max_length
 
     @property
     def eot_token_id(self) -> int:
@@ -60,56 +185,10 @@ class TransformersLM(TemplateLM):
             asked.append(((context, continuation), *encoded))
         return self._loglikelihood_tokens(asked)
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each text: every token predicted once, in windows of the model's length."""
-        found = []
-        for (text,) in (request.args for request in requests):
-            windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text, add_special_tokens=False),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            asked = [((None, None), *make_disjoint_window(window)) for window in windows]
-            found.append(sum(value for value, _ in self._loglikelihood_tokens(asked)))
-        return found
-
-    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """Of each (texts, context, continuation) in tokens: the continuation's log-likelihood, and whether it is what
-        the model would write. Requests for the same tokens share a forward pass."""
-        wanted: dict[tuple[int, ...], list[int]] = {}
-        for number, (_, context, continuation) in enumerate(requests):
-            tokens = tuple((context + continuation)[-(self.max_length + 1) : -1])
-            wanted.setdefault(tokens, []).append(number)
-        found: list[Any] = [None] * len(requests)
-        for batch in _batches(sorted(wanted, key=len, reverse=True), self.batch_size):
-            for tokens, logits in zip(batch, self._logits(batch)):
-                for number in wanted[tokens]:
-                    found[number] = _likelihood(logits, requests[number][2])
-        return found
-
-    @torch.no_grad()
-    def _logits(self, batch: Sequence[Sequence[int]]) -> Iterator[Any]:
-        """Logits [s, v] of each sequence; shorter ones are filled up behind their end, where nothing looks."""
-        inputs = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in batch], batch_first=True)
-        logits = self.model(inputs.to(self.model.device)).logits  # [b, s, v]
-        return (row[: len(tokens)] for row, tokens in zip(logits, batch))
-
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context until one of the request's texts, its end token, or so many
-        tokens."""
+        """What the model writes after each context; all requests with the same settings."""
         contexts, settings = zip(*(request.args for request in requests))
-        alike: dict[str, list[int]] = {}
-        for number, wanted in enumerate(settings):
-            alike.setdefault(repr(wanted), []).append(number)
-        found = [""] * len(contexts)
-        for numbers in alike.values():
-            numbers.sort(key=lambda number: len(contexts[number]), reverse=True)
-            for batch in _batches(numbers, self.batch_size):
-                texts = self._write([contexts[number] for number in batch], dict(settings[batch[0]]))
-                for number, text in zip(batch, texts):
-                    found[number] = text
-        return found
+        return self._write(contexts, dict(settings[0]))
 
     @torch.no_grad()
     def _write(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
@@ -139,16 +218,17 @@ class TransformersLM(TemplateLM):
         return [_before(text, until) for text in texts]
 
 
-def _likelihood(logits: Any, continuation: Sequence[int]) -> tuple[float, bool]:
-    """Log-likelihood of the last tokens of a sequence whose logits are [s, v], and whether each is the likeliest."""
-    logs = torch.log_softmax(logits[-len(continuation) :], dim=-1)  # [c, v]
-    tokens = torch.tensor(list(continuation), device=logs.device)
-    value = logs.gather(1, tokens[:, None]).sum()
-    return float(value), bool((logs.argmax(dim=-1) == tokens).all())
+class TransformersLM(Bounded, OneBatch):
+    """Log-likelihoods and greedy text of one causal model.
 
+    Args:
+        bounds: what a forward pass may hold.
+        pretrained, tokenizer, max_length: as OneBatch takes them.
+    """
 
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[first : first + size] for first in range(0, len(items), size))
+    def __init__(self, *, bounds: Bounds, **model: Any):
+        super().__init__(**model)
+        self.bounds = bounds
 
 
 def _listed(until: str | Sequence[str] | None) -> Sequence[str]:

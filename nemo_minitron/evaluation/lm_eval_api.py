@@ -8,6 +8,9 @@ fork's own form nests them instead.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+#: Sequences a batch that HFLM does not make smaller: how many there are is said by what they hold.
+LARGEST_BATCH = 1 << 16
+
 
 def task_manager(include_defaults: bool = True) -> Any:
     """lm-evaluation-harness's tasks by name; with its own, finding them takes seconds."""
@@ -72,24 +75,30 @@ def for_evaluation(loaded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def language_model(
-    *, pretrained: Any, tokenizer: Any, batch_size: int, max_length: int, reuse: bool, check: Callable[[Any], None]
+    *, pretrained: Any, tokenizer: Any, max_length: int, bounds: Any, check: Callable[[Any], None]
 ) -> Any:
     """The harness's view of a model of transformers: its own HFLM where that works, ours where it does not.
 
-    The fork ships HFLM, but not the helpers that it imports.
+    The fork ships HFLM, but not the helpers that it imports. Log-likelihoods are ours in both (language_model.Bounded).
 
     Args:
-        reuse: HFLM uses logits of equal texts again.
+        bounds: what a forward pass may hold, language_model.Bounds.
         check: is given the tokens of each text before the model is.
     """
-    model = {"pretrained": pretrained, "tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
+    from nemo_minitron.evaluation.language_model import Bounded, TransformersLM
+
+    model = {"pretrained": pretrained, "tokenizer": tokenizer, "max_length": max_length}
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError:
-        from nemo_minitron.evaluation.language_model import TransformersLM
+        return _checked(TransformersLM, check)(**model, bounds=bounds)
 
-        return _checked(TransformersLM, check)(**model)
-    return _checked(HFLM, check)(**model, backend="causal", logits_cache=reuse)
+    class BoundedHFLM(Bounded, HFLM):
+        """HFLM, whose batches Bounded makes."""
+
+    found = _checked(BoundedHFLM, check)(**model, backend="causal", batch_size=bounds.most or LARGEST_BATCH)
+    found.bounds = bounds
+    return found
 
 
 def _checked(kind: type, check: Callable[[Any], None]) -> type:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import LossConfig
 from nemo_minitron.data.module import paths
 from nemo_minitron.jobs import Job
+from nemo_minitron.progress import Progress, Silent
 from nemo_minitron.runtime.inputs import LOG, NOT_THE_RESULT, Inputs, training_inputs
 from nemo_minitron.runtime.launch import run_stage
 
@@ -57,7 +59,7 @@ def _work(partial: Path, config: LossConfig, checkpoint: Checkpoint, inputs: Inp
         model = load_model(checkpoint.architecture, inputs.layout, checkpoint)
         for split in config.splits:
             sequences = consecutive_sequences(paths(inputs.prefixes[split]), inputs.seq_length, limit)
-            loss = mean_loss(model, sequences, config.model.micro_batch_size)
+            loss = mean_loss(model, sequences, config.model.micro_batch_size, _progress(config, split))
             metrics[split] = {
                 "loss": loss,
                 "perplexity": math.exp(min(loss, 700.0)),
@@ -67,8 +69,19 @@ def _work(partial: Path, config: LossConfig, checkpoint: Checkpoint, inputs: Inp
     return {"metrics": metrics, "timings": {"evaluation_seconds": time.perf_counter() - started}}
 
 
-def mean_loss(model: Any, sequences: Any, batch: int) -> float:
-    """Mean negative log-likelihood in nats a token over token sequences [n, s + 1], on every rank."""
+def _progress(config: LossConfig, split: str) -> Callable[[int], Progress]:
+    """What is told of the samples of a split on this rank, by how many there are."""
+    name, every = f"evaluate {Path(config.output).name}, {split}", config.trainer.log_every_n_steps
+    return lambda samples: Progress(name, samples, unit="sample", every=every)
+
+
+def mean_loss(model: Any, sequences: Any, batch: int, watched: Callable[[int], Progress] | None = None) -> float:
+    """Mean negative log-likelihood in nats a token over token sequences [n, s + 1], on every rank.
+
+    Args:
+        batch: samples a forward pass.
+        watched: gives, for the number of samples of this rank, what is told of each batch.
+    """
     import torch
     from megatron.core import parallel_state
 
@@ -84,7 +97,8 @@ def mean_loss(model: Any, sequences: Any, batch: int) -> float:
         total[1] += losses.numel()
 
     if len(mine):
-        run_forward(model, mine, batch, take)
+        with watched(len(mine)) if watched else Silent() as progress:
+            run_forward(model, mine, batch, take, progress)
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     total = from_last_stage(total, 2)
     return float(total[0] / total[1])

@@ -35,10 +35,15 @@ def render(results: dict[str, Any]) -> str:
         for task, metric in map(tuple, results["shown"])
         if task not in (CHOICE, COMPLETION)
     ]
-    text = [aligned([*head, *lines]), "± one standard error"] if lines else []
+    text = [aligned([*head, *lines]), f"± one standard error{_windows(results)}"] if lines else []
     if "facts" in results:
         text += ["", *render_facts(results)] if lines else render_facts(results)
     return "\n".join([*text, *(f"note: {note}" for note in results["notes"])])
+
+
+def _windows(results: dict[str, Any]) -> str:
+    """In what windows texts were read."""
+    return f"; perplexity in windows of {results['window']} tokens" if "window" in results else ""
 
 
 def render_facts(results: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.errors import DataError
 from nemo_minitron.evaluation.loading import Loaded, check_tokens
 from nemo_minitron.evaluation.made import first_line, folder_of, own_cache
+from nemo_minitron.progress import Progress
 
 TASK = "summarization"
 DATASET = "abisee/cnn_dailymail"
@@ -82,12 +83,15 @@ def _cnn_dailymail(task_data: str | None) -> list[dict[str, Any]]:
         ) from None
 
 
-def summarize(loaded: Loaded, articles: Sequence[Article], config: EvaluateConfig) -> dict[str, Any]:
+def summarize(loaded: Loaded, articles: Sequence[Article], config: EvaluateConfig, name: str) -> dict[str, Any]:
     """Greedy summaries, one article at a time, and what was measured of them.
 
     ROUGE is the mean F1 over articles, in per cent, without stemming (TensorRT-LLM's script takes the median of
     bootstrap means, which is within their noise). total_latency_seconds counts generation alone, after one article
     that is not counted.
+
+    Args:
+        name: what lines of progress call the model.
 
     Returns:
         `metrics`: name -> value and standard error; `summaries`: what was written.
@@ -95,12 +99,15 @@ def summarize(loaded: Loaded, articles: Sequence[Article], config: EvaluateConfi
     prompts = [_prompt(loaded, article, config) for article in articles]
     _generate(loaded, prompts[0], config)
     summaries, seconds, tokens = [], 0.0, 0
-    for prompt in prompts:
-        started = time.perf_counter()
-        made = _generate(loaded, prompt, config)
-        seconds += time.perf_counter() - started
-        tokens += len(made)
-        summaries.append(loaded.tokenizer.decode(made, skip_special_tokens=True))
+    every = config.log_every_n_steps
+    with Progress(f"evaluate {name}, summaries", len(prompts), unit="article", every=every) as progress:
+        for prompt in prompts:
+            started = time.perf_counter()
+            made = _generate(loaded, prompt, config)
+            seconds += time.perf_counter() - started
+            tokens += len(made)
+            summaries.append(loaded.tokenizer.decode(made, skip_special_tokens=True))
+            progress.advance(tokens=len(made))
     measured = rouge(summaries, [article.summary for article in articles])
     measured |= {
         "total_latency_seconds": {"value": seconds, "stderr": None},

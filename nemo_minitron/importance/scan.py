@@ -1,15 +1,16 @@
 """Scans the blocks of layers that a depth cut may leave out."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import parse_layers
-from nemo_minitron.artifacts import ImportanceScores, Manifest
+from nemo_minitron.artifacts import DepthScan, ImportanceScores, Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import EngineError
-from nemo_minitron.importance.blocks import HOLD_OUT, blocks_of, runs, scan_blocks
+from nemo_minitron.importance.blocks import HOLD_OUT, blocks_of, choice_cost, runs, scan_blocks, scan_layers
 from nemo_minitron.runtime.calibration import Calibration, calibration_of, given, run_on_samples, scores_folder
 from nemo_minitron.runtime.inputs import LOG
 from nemo_minitron.runtime.launch import rank
@@ -24,14 +25,15 @@ def scan_folder(config: PruneConfig) -> Path:
         name = "+".join(f"{first + 1}-{end}" if end - first > 1 else f"{end}" for first, end in given_runs)
     else:
         name = f"{targets.depth_by.replace('_', '-')}-{targets.num_layers}"
+        name += f"-beam-{targets.depth_beam}" if by_maps(config) and targets.depth_beam > 1 else ""
     return scores.with_name(f"{scores.name}.depth-{name}")
 
 
 def scan(config: PruneConfig) -> Manifest:
     """Makes the scan of blocks that `config` needs, or finds it made.
 
-    Every contiguous block of as many layers as prune.num_layers leaves out (prune.depth_by=block_loss), or just the
-    layers that are named, or chosen by block influence.
+    Every contiguous block of as many layers as prune.num_layers leaves out (prune.depth_by=block_loss), each layer in
+    rounds (compensated_loss), or just the layers that are named, or chosen by block influence.
 
     Raises:
         ConfigError, CheckpointError, DataError, EngineError: before any work.
@@ -43,7 +45,7 @@ def scan(config: PruneConfig) -> Manifest:
         return Manifest.read(folder)
     drop = _named(config)
     calibration = calibration_of(config, teacher)
-    layout = dataclasses.replace(layout_of(config.trainer, config.model), pipeline_parallel=1)
+    layout = layout_of(config.trainer, config.model)
     check_fits(teacher.architecture, layout, "teacher")
     _check_samples(config, layout)
     return run_on_samples(
@@ -56,6 +58,32 @@ def scan(config: PruneConfig) -> Manifest:
         output=folder,
         num_samples=config.prune.num_block_samples,
         drop_layers=drop,
+        **_choice(config),
+    )
+
+
+def by_maps(config: PruneConfig) -> bool:
+    """Whether layers are chosen by the loss with maps in place."""
+    return config.prune.chooses_block and config.prune.depth_by == "compensated_loss"
+
+
+def _choice(config: PruneConfig) -> dict[str, Any]:
+    """What tells choices by maps apart."""
+    targets = config.prune
+    return {"depth_samples": targets.depth_samples, "depth_beam": targets.depth_beam} if by_maps(config) else {}
+
+
+def cost(num_layers: int, config: PruneConfig, length: int) -> str:
+    """What choosing layers by maps will run, in words, of a teacher of `num_layers` and samples of `length` tokens."""
+    targets = config.prune
+    count, held_out = num_layers - targets.num_layers, targets.num_block_samples // HOLD_OUT
+    samples = min(targets.depth_samples, held_out)
+    forwards = choice_cost(num_layers, count, targets.depth_beam)
+    fits = (1 + (count - 1) * targets.depth_beam) * (targets.num_block_samples - held_out) if count else 0
+    return (
+        f"choosing {count} of {num_layers} layers with their maps in place: {forwards} layer forwards on each of "
+        f"{samples} x {length} tokens ({forwards * samples / num_layers:.0f} samples through the whole teacher), and "
+        f"{fits} samples through it to fit maps"
     )
 
 
@@ -63,14 +91,15 @@ def _named(config: PruneConfig) -> list[int] | None:
     """The layers that are given, or chosen by block influence (1-based); None: the scan shall choose."""
     if config.prune.drop_layers:
         return sorted(set(parse_layers(config.prune.drop_layers)))
-    if config.prune.depth_by == "block_loss":
+    if config.prune.chooses_block:
         return None
     scores = ImportanceScores.load(scores_folder(config))
     return sorted(scores.layers_by_importance()[config.prune.num_layers :])
 
 
 def _check_samples(config: PruneConfig, layout: Layout) -> None:
-    ranks, count = layout.world_size, config.prune.num_block_samples
+    ranks = layout.world_size // (layout.tensor_parallel * layout.pipeline_parallel)
+    count = config.prune.num_block_samples
     if count < HOLD_OUT * ranks:
         raise EngineError(
             f"prune.num_block_samples = {count}: {HOLD_OUT} a rank are needed, {HOLD_OUT} x {ranks} = "
@@ -87,12 +116,12 @@ def _work(
     from nemo_minitron.runtime.ranks import load_model, parallel_ranks
 
     sequences, samples = calibration.sequences(config.prune.num_block_samples, config.seed)
+    if rank() == 0 and by_maps(config):
+        print(f"scan: {cost(teacher.architecture.num_layers, config, calibration.length)}", file=sys.stderr)
     with engine(config.seed, partial / LOG, cuda=layout.cuda), parallel_ranks(layout, config.seed):
         model = load_model(teacher.architecture, layout, teacher, local_spec=True)
         started = time.perf_counter()
-        layers = teacher.architecture.num_layers
-        blocks = runs(drop) if drop else blocks_of(layers, layers - config.prune.num_layers)
-        found = scan_blocks(model, sequences, config.inference.batch_size, blocks, choose=not drop)
+        found = _scan(model, sequences, config, drop)
         seconds = time.perf_counter() - started
     if rank() == 0:
         dataclasses.replace(found, teacher=teacher.content).save(partial)
@@ -102,3 +131,15 @@ def _work(
         "timings": {"scan_seconds": seconds},
         "details": {"blocks": found.blocks, "report": found.report, "samples": samples, "teacher": teacher.content},
     }
+
+
+def _scan(model: Any, sequences: Any, config: PruneConfig, drop: list[int] | None) -> DepthScan:
+    targets, batch, layers = config.prune, config.inference.batch_size, model.config.num_layers
+    every = config.trainer.log_every_n_steps
+    if drop:
+        return scan_blocks(model, sequences, batch, runs(drop), choose=False, every=every)
+    count = layers - targets.num_layers
+    if by_maps(config):
+        beam, samples = targets.depth_beam, targets.depth_samples
+        return scan_layers(model, sequences, batch, count, samples=samples, beam=beam, every=every)
+    return scan_blocks(model, sequences, batch, blocks_of(layers, count), choose=True, every=every)

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.architecture import Architecture
+from nemo_minitron.architecture import Architecture, natural_divisor
 from nemo_minitron.artifacts import ImportanceScores, Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.progress import Progress
 from nemo_minitron.runtime.calibration import Calibration, calibration_of, given, run_on_samples, scores_folder
 from nemo_minitron.runtime.inputs import LOG
 from nemo_minitron.runtime.launch import rank
@@ -62,7 +63,11 @@ def _work(
     with engine(config.seed, partial / LOG, cuda=layout.cuda), parallel_ranks(layout, config.seed):
         model = load_model(teacher.architecture, layout, teacher, local_spec=True)
         started = time.perf_counter()
-        found, moments = collect(model, sequences, config.inference.batch_size, config.prune.statistics)
+        every = config.trainer.log_every_n_steps
+        with Progress("importance", len(sequences), unit="sample", every=every) as progress:
+            found, moments = collect(
+                model, sequences, config.inference.batch_size, config.prune.statistics, progress=progress
+            )
         _write(partial, found, moments, teacher.content, samples)
         seconds = time.perf_counter() - started
     notes = [note for note in [singular(teacher.architecture, samples["tokens"])] if note and config.prune.statistics]
@@ -124,7 +129,9 @@ def _write(
         torch.distributed.barrier()
 
 
-def collect(model: Any, sequences: Any, batch: int, statistics: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def collect(
+    model: Any, sequences: Any, batch: int, statistics: bool, *, progress: Progress | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Runs Minitron's estimators over token sequences [n, s + 1]; `model` cannot be used afterwards.
 
     Returns:
@@ -138,7 +145,7 @@ def collect(model: Any, sequences: Any, batch: int, statistics: bool) -> tuple[d
 
     def calibrate(model: Any) -> None:
         with gathered(model) if statistics else contextlib.nullcontext() as sums:
-            run_forward(model, sequences, batch)
+            run_forward(model, sequences, batch, progress=progress)
         moments.update(sums.means() if sums else {})
 
     estimate = _by_modelopt if modelopt_takes_local_layers() else _by_hooks
@@ -157,10 +164,12 @@ def _by_hooks(model: Any, calibrate: Callable[[Any], None]) -> dict[str, Any]:
 def _by_modelopt(model: Any, calibrate: Callable[[Any], None]) -> dict[str, Any]:
     """This stage's scores by ModelOpt.
 
-    It scores inside its search: it is asked for the model's own sizes, so it cuts nothing.
+    It scores inside its search: it is asked for the model's own sizes, so it cuts nothing. It scores only what its grid
+    has other sizes of, so the grid has to be finer than the model.
     """
     import modelopt.torch.prune as mtp
     import torch
+    from modelopt.torch.prune.plugins.mcore_minitron import MCoreMinitronConfig
 
     from nemo_minitron.runtime.modelopt_norms import local_norms_prunable
 
@@ -178,15 +187,29 @@ def _by_modelopt(model: Any, calibrate: Callable[[Any], None]) -> dict[str, Any]
         )
 
     own = {name: getattr(model.config, name) for name in ("hidden_size", "ffn_hidden_size", "num_layers")}
+    finer = {
+        f"{name}_divisor": max(1, min(natural_divisor(name, own[name]), own[name] // 2))
+        for name in ("hidden_size", "ffn_hidden_size")
+    }
     with local_norms_prunable():
         mtp.prune(
             model,
-            mode="mcore_minitron",
+            mode=[("mcore_minitron", with_values(MCoreMinitronConfig(), finer))],
             constraints={"export_config": own},
             dummy_input=None,
             config={"forward_loop": run},
         )
     return local
+
+
+def with_values(rules: Any, values: dict[str, Any]) -> Any:
+    """ModelOpt's configuration, a tree of rules, with these values wherever it has such names."""
+    for name, value in rules.items():
+        if isinstance(value, dict):
+            with_values(value, values)
+        elif name in values:
+            rules[name] = values[name]
+    return rules
 
 
 def _gather(local: dict[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.planning.run import FUSED_GATE, Run
 
 FP32 = 4
+#: Queries of a block of a sliding window without Transformer Engine (runtime.attention).
+BLOCK = 1024
 
 
 def kept_by_layer(a: Architecture, run: Run) -> int:
     """What one transformer layer keeps of a micro batch."""
-    mask = run.seq_length**2 if run.local_spec and run.core.mask_by_layer else 0
-    return (_norm(a, run) * 2 + _attention(a, run) + _ffn(a, run)) * run.tokens + _rotations(a, run) + mask
+    return (_norm(a, run) * 2 + _attention(a, run) + _ffn(a, run)) * run.tokens + _rotations(a, run)
 
 
 def kept_at_the_end(a: Architecture, run: Run) -> int:
@@ -25,29 +26,31 @@ def kept_at_the_end(a: Architecture, run: Run) -> int:
 def _norm(a: Architecture, run: Run) -> float:
     """A token's input and output of a norm, and its statistics.
 
-    torch's RMSNorm, in the local spec, works in float32 on a copy and keeps what it normalised before the gain too.
+    In the local spec LayerNorm's are in the activations' precision; RMSNorm on a GPU, torch's own, works in float32 on
+    a copy and keeps what it normalised before the gain too.
     """
-    e, h = run.bytes, a.hidden_size
-    if run.local_spec and a.normalization == "RMSNorm":
+    e, h, rms = run.bytes, a.hidden_size, a.normalization == "RMSNorm"
+    if run.local_spec and rms and run.layout.cuda:
         return 2 * FP32 * h + FP32 + e * h
-    statistics = 1 if a.normalization == "RMSNorm" else 2
     share = run.layout.tensor_parallel if run.layout.sequence_parallel else 1
-    return (2 * e * h + (e if run.local_spec else FP32) * statistics) / share
+    return (2 * e * h + (FP32 if rms else (e if run.local_spec else FP32) * 2)) / share
 
 
 def _attention(a: Architecture, run: Run) -> float:
-    """A token's queries, keys and values, its scores without flash attention, and the input of linear_proj.
+    """A token's queries, keys and values, the logarithm of each head's sum, and the input of linear_proj.
 
-    The local spec repeats keys and values for each head of a query group; where there is nothing to repeat, the values
-    are a view that keeps the whole output of linear_qkv, as they do with Transformer Engine.
+    With Transformer Engine the values are a view that keeps the whole output of linear_qkv. Without it they are a copy,
+    and a sliding window is worked out in blocks (runtime.attention), whose results are kept beside the joined one.
     """
     e, d, n, g = run.bytes, a.kv_channels, a.num_attention_heads, a.num_query_groups
-    if run.local_spec:
-        values = n * d if n != g else a.qkv_rows()
-        kept = e * (n * d + n * d + values + n * run.seq_length + n * d)
-    else:
-        kept = e * (n * d + g * d + a.qkv_rows() + n * d) + FP32 * n
+    values = g * d if run.local_spec else a.qkv_rows()
+    blocks = n * d if run.local_spec and _windowed(a, run) and run.seq_length > BLOCK else 0
+    kept = e * (n * d + g * d + values + n * d + blocks) + FP32 * n
     return kept / run.layout.tensor_parallel
+
+
+def _windowed(a: Architecture, run: Run) -> bool:
+    return a.sliding_window is not None and a.sliding_window < run.seq_length
 
 
 def _ffn(a: Architecture, run: Run) -> float:
@@ -57,9 +60,10 @@ def _ffn(a: Architecture, run: Run) -> float:
 
 
 def _gated(a: Architecture, run: Run) -> int:
-    """Widths of a gated FFN that are kept: both halves of linear_fc1's output and their product; without fusion the
-    activated half too, and the linear half with its offset."""
-    if not run.local_spec and a.family in FUSED_GATE:
+    """Widths of a gated FFN that are kept: both halves of linear_fc1's output and their product; unless the gate is one
+    operation (fused, or runtime.lean's) the activated half too, and the linear half with its offset."""
+    whole = run.core.takes_gate and a.activation == "silu" if run.local_spec else a.family in FUSED_GATE
+    if whole:
         return 3
     return 5 if run.core.gate_offset else 4
 
@@ -75,9 +79,7 @@ def forward_work(a: Architecture, run: Run) -> float:
     """What one layer needs beside its input while it runs without a backward pass to come."""
     e, n, d = run.bytes, a.num_attention_heads, a.kv_channels
     stream, tensor = 2 * a.hidden_size, run.layout.tensor_parallel
-    scores = 2 * n * run.seq_length if run.local_spec else 0
-    heads = 3 * n * d + a.num_query_groups * d  # queries and keys rotated, keys and values repeated
-    attention = stream + (a.qkv_rows() + heads + scores) / tensor
+    attention = stream + (a.qkv_rows() + 4 * n * d) / tensor  # queries, and the products of their rotation
     ffn = stream + (_gated(a, run) if a.gated_linear_unit else 2) * a.ffn_hidden_size / tensor
     return e * max(attention, ffn) * run.tokens
 
@@ -86,8 +88,7 @@ def backward_work(a: Architecture, run: Run) -> float:
     """What the backward pass of one layer's attention needs beyond what is kept, its FFN's being gone by then; or that
     of its FFN, whichever leaves more."""
     e, tensor = run.bytes, run.layout.tensor_parallel
-    scores = 2 * a.num_attention_heads * run.seq_length if run.local_spec else 0
-    attention = (scores + 4 * a.num_attention_heads * a.kv_channels) / tensor * e - _ffn(a, run)
+    attention = 4 * a.num_attention_heads * a.kv_channels / tensor * e - _ffn(a, run)
     gate = 5 if a.gated_linear_unit else 2
     ffn = gate * a.ffn_hidden_size / tensor * e
     fc1_gradient = a.ffn_hidden_size * (2 if a.gated_linear_unit else 1) // tensor * a.hidden_size * e
@@ -95,11 +96,15 @@ def backward_work(a: Architecture, run: Run) -> float:
 
 
 def global_buffer(a: Architecture, run: Run) -> int:
-    """Megatron's global buffer, which stays once it was asked for.
-
-    It takes raw attention scores, without flash attention: nothing is ever written to that, so that on a CPU it has no
-    pages. With sequence parallel it takes a matrix's whole input, gathered.
-    """
-    if run.local_spec and run.layout.cuda:
-        return run.bytes * a.num_attention_heads * run.seq_length * run.tokens // run.layout.tensor_parallel
+    """What stays once it was asked for: Megatron's global buffer, which with sequence parallel takes a matrix's whole
+    input, gathered; and the masks of a sliding window's blocks, without Transformer Engine."""
+    if run.local_spec:
+        return run.bytes * _window_masks(a, run) if _windowed(a, run) else 0
     return run.bytes * a.hidden_size * run.tokens if run.layout.sequence_parallel else 0
+
+
+def _window_masks(a: Architecture, run: Run) -> int:
+    """Elements of the masks [r, t] of a window's blocks; blocks of one shape share theirs."""
+    s, before = run.seq_length, a.sliding_window - 1
+    stops = ((start, min(start + BLOCK, s)) for start in range(0, s, BLOCK))
+    return sum(rows * keys for rows, keys in {(stop - start, stop - max(0, start - before)) for start, stop in stops})

@@ -113,7 +113,7 @@ def _candidate(models: Models, run: Run, stages: tuple[str, ...], limit: float |
     problems = layout_problems(models, smallest, stages)
     if problems:
         return Candidate(run=run, stages={}, problem=problems[0])
-    micro_batch = _largest(models, run, stages, limit) if limit is not None else 0
+    micro_batch = largest_micro_batch(models, run, stages, limit) if limit is not None else 0
     problems = layout_problems(models, run, stages)
     if problems:
         return Candidate(run=run, stages={}, problem=problems[0], micro_batch=micro_batch)
@@ -128,7 +128,7 @@ def _candidate(models: Models, run: Run, stages: tuple[str, ...], limit: float |
     return Candidate(run=run, stages=needed, problem=problem, micro_batch=micro_batch)
 
 
-def _largest(models: Models, run: Run, stages: tuple[str, ...], limit: float) -> int:
+def largest_micro_batch(models: Models, run: Run, stages: tuple[str, ...], limit: float) -> int:
     """The largest micro batch, a power of two, that divides the global batch and with which every stage fits."""
     found, size = 0, 1
     while run.layout.global_batch_size % (size * run.data_parallel) == 0:

@@ -10,8 +10,10 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.planning.activations import FP32
 from nemo_minitron.planning.run import Run
 
-#: As in nemo_minitron.distillation: bytes of a chunk's logits, and of a block in float32 (on a CPU for each thread).
-CPU_CHUNK, CUDA_CHUNK = 128 << 20, 1 << 30
+#: As in nemo_minitron.distillation: bytes of a chunk's logits and its tokens at least, and bytes of a block in float32
+#: (on a CPU for each thread).
+CPU_CHUNK, CUDA_CHUNK = 64 << 20, 1 << 30
+CHUNK_TOKENS = 128
 CPU_BLOCK, CUDA_BLOCK = 4 << 20, 64 << 20
 BLOCKS = 3
 
@@ -44,7 +46,7 @@ def distillation(teacher: Architecture, student: Architecture, run: Run) -> Loss
 def _fused(teacher: Architecture, student: Architecture, run: Run) -> LossWork:
     """Logits of a chunk, both models'; the gradients are there when forward ends."""
     t, v, e = run.tokens, student.vocab_size // run.layout.tensor_parallel, run.bytes
-    chunk = min(t, max(1, (CUDA_CHUNK if run.layout.cuda else CPU_CHUNK) // (2 * v * e)))
+    chunk = min(t, max(CHUNK_TOKENS, (CUDA_CHUNK if run.layout.cuda else CPU_CHUNK) // (2 * v * e)))
     gradients = e * v * student.hidden_size + e * student.hidden_size * t
     states = e * teacher.hidden_size * t
     return LossWork(forward=gradients + states + 2 * chunk * v * e + _blocks(chunk, v, run), backward=gradients)

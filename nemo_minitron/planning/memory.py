@@ -135,18 +135,16 @@ def _adam_work(a: Architecture, run: Run, stage: int) -> int:
 
 
 def _scoring(a: Architecture, run: Run, stage: int, layers: int) -> Iterator[Memory]:
-    """Forward passes with ModelOpt's estimators; always Megatron's local layer spec. Sums of second moments that take
-    more than their share of a GPU lie in the host's memory."""
+    """Forward passes with ModelOpt's estimators, without logits; always Megatron's local layer spec. Sums of second
+    moments that take more than their share of a GPU lie in the host's memory."""
     run = dataclasses.replace(run, transformer_engine=False)
     last = stage == run.layout.pipeline_parallel - 1
     weights = run.bytes * rank_parameters(a, run.layout, stage)
-    logits = loss.language_model(a, run).forward if last else 0
     work = global_buffer(a, run) + int(forward_work(a, run))
     statistics, product = moment_bytes(a, layers, last) if run.statistics else (0, 0)
     if run.layout.cuda and run.device_bytes and statistics >= DEVICE_SHARE * (run.device_bytes - weights):
         statistics = 0
     yield Memory(moment="forward", weights=weights, work=work + product, statistics=statistics)
-    yield Memory(moment="loss", weights=weights, loss=logits, work=global_buffer(a, run), statistics=statistics)
     if statistics and not run.layout.cuda:
         widest = max(a.hidden_size, a.ffn_hidden_size, a.num_attention_heads * a.kv_channels)
         means = statistics * FP32 // FP64 + FP64 * widest**2

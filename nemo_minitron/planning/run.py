@@ -1,7 +1,6 @@
 """What a plan is about: a layout, its sequence length, and what is installed where it runs."""
 
 import dataclasses
-import re
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.runtime.engine import uneven_stages
@@ -10,8 +9,6 @@ from nemo_minitron.runtime.versions import core_source
 
 #: Families whose gated activation Megatron fuses (NeMo's configs of them set bias_activation_fusion).
 FUSED_GATE = ("llama",)
-#: Megatron Core keeps the causal mask for the next layer.
-MASK_ONCE = re.compile(r"@lru_cache\([^)]*\)\ndef get_default_causal_mask")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,19 +17,19 @@ class Core:
 
     Attributes:
         gate_offset: adds an offset to the linear half of a gated FFN, and keeps the sum; before 0.15 there is none.
-        mask_by_layer: makes the local spec's causal mask anew in each layer, as 0.16 does, rather than once.
+        takes_gate: takes the gate of the local spec from this package, which keeps its input alone; from 0.15 on.
     """
 
     gate_offset: bool = True
-    mask_by_layer: bool = False
+    takes_gate: bool = True
 
 
 def installed_core() -> Core:
     """The Megatron Core that is installed, or 0.15 where none is."""
-    ffn, masks = core_source("transformer/mlp.py"), core_source("transformer/utils.py")
-    if ffn is None or masks is None:
+    ffn = core_source("transformer/mlp.py")
+    if ffn is None:
         return Core()
-    return Core(gate_offset="glu_linear_offset" in ffn, mask_by_layer=not MASK_ONCE.search(masks))
+    return Core(gate_offset="glu_linear_offset" in ffn, takes_gate="submodules.activation_func" in ffn)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +39,7 @@ class Run:
     Attributes:
         layout: ranks, parallel sizes, precision and batch, as the engine takes them.
         seq_length: tokens a sample.
-        transformer_engine: whether Transformer Engine is there; on a GPU it brings flash attention and its layer spec.
+        transformer_engine: whether Transformer Engine is there; on a GPU it brings its layer spec.
         fused_loss: distillation: whether the loss is worked out together with the output layer (kd.form).
         statistics: scoring: whether second moments are gathered.
         threads: of torch on a CPU; each has its share of the loss's buffers.
@@ -61,7 +58,7 @@ class Run:
 
     @property
     def local_spec(self) -> bool:
-        """Whether Megatron's local layer spec runs, which keeps attention scores."""
+        """Whether Megatron's local layer spec runs, its norms and attention PyTorch's."""
         return not (self.layout.cuda and self.transformer_engine)
 
     @property

@@ -1,5 +1,6 @@
 """`minitron plan`: resolves models and layout, works out every stage, and prints tables or JSON."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from nemo_minitron.config import PlanConfig, all_problems
 from nemo_minitron.errors import ConfigError, EngineError
 from nemo_minitron.known import known_model, stated_fields
 from nemo_minitron.planning import table
+from nemo_minitron.planning.fitting import fits, halves, lengths, peak, with_batch
 from nemo_minitron.planning.flops import forward_flops, stage_flops
 from nemo_minitron.planning.layouts import (
     Candidate,
@@ -19,6 +21,7 @@ from nemo_minitron.planning.layouts import (
     scoring_candidates,
     scoring_run,
 )
+from nemo_minitron.planning.machine import this_machine
 from nemo_minitron.planning.memory import RankMemory, stage_memory
 from nemo_minitron.planning.run import Run
 from nemo_minitron.runtime.layout import Layout
@@ -43,6 +46,7 @@ def plan(config: PlanConfig) -> None:
 def work_out(config: PlanConfig) -> dict[str, Any]:
     """The plan as a plain dict."""
     models = resolve_models(config)
+    config = on_this_machine(config)
     run = resolve_run(config, models)
     training = tuple(stage for stage in config.stages if stage != "prune")
     if training:
@@ -50,6 +54,7 @@ def work_out(config: PlanConfig) -> dict[str, Any]:
         if problems:
             raise EngineError(f"{SOURCE}: " + "; ".join(problems))
     limit = _limit(config)
+    asked, run = run, what_fits(config, models, run, limit)
     stages = {stage: _stage(config, models, run, stage, limit) for stage in config.stages}
     listed = []
     if config.layouts:
@@ -75,10 +80,57 @@ def work_out(config: PlanConfig) -> dict[str, Any]:
             "micro_batch_size": run.layout.micro_batch_size,
             "global_batch_size": run.layout.global_batch_size,
         },
+        "instead_of": None if run == asked else _asked(config, models, asked),
         "layout": _layout(run),
         "stages": stages,
         "layouts_of": list(training or config.stages),
         "layouts": listed,
+    }
+
+
+def on_this_machine(config: PlanConfig) -> PlanConfig:
+    """`config` with what its hardware leaves open taken from this machine: ranks, GPU or CPU, and a CPU's memory."""
+    hardware = config.hardware
+    if hardware.memory_gb is not None and hardware.devices is not None:
+        return config
+    if hardware.devices is not None and hardware.accelerator == "gpu":
+        return config  # GPUs elsewhere, of a size that is not said
+    machine = this_machine(hardware.accelerator if hardware.devices is None else "cpu")
+    devices = hardware.devices or machine.gpus or 1
+    memory = machine.rank_bytes
+    if memory is not None:
+        memory /= 1e9 * (1 if machine.gpus else devices)
+    found = dataclasses.replace(
+        hardware,
+        devices=devices,
+        accelerator="gpu" if machine.gpus else hardware.accelerator,
+        memory_gb=hardware.memory_gb or (round(memory, 1) if memory else None),
+    )
+    return dataclasses.replace(config, hardware=found)
+
+
+def what_fits(config: PlanConfig, models: Models, run: Run, limit: float | None) -> Run:
+    """`run`, or where it does not fit, with the largest micro batch and the longest sequence that do.
+
+    The micro batch shrinks before the sequence; what is given (micro_batch_size, seq_length) stays. Where nothing
+    fits, `run` stays as it is.
+    """
+    scoring = (config.hardware.prune_pipeline_model_parallel_size or 1, config.score_batch_size)
+    tried = [run.seq_length] if config.seq_length else lengths(run.seq_length)
+    sizes = [config.micro_batch] if config.micro_batch_size else list(halves(run.layout.micro_batch_size))
+    shrunk = (with_batch(run, seq_length=length, micro_batch=size) for length in tried for size in sizes)
+    return next((one for one in shrunk if fits(models, one, config.stages, limit, scoring)), run)
+
+
+def _asked(config: PlanConfig, models: Models, run: Run) -> dict[str, Any]:
+    """What a plan would have been about, had it fitted."""
+    scoring = (config.hardware.prune_pipeline_model_parallel_size or 1, config.score_batch_size)
+    stage, total = peak(models, run, config.stages, scoring)
+    return {
+        "seq_length": run.seq_length,
+        "micro_batch_size": run.layout.micro_batch_size,
+        "stage": stage,
+        "total": total,
     }
 
 
@@ -122,9 +174,9 @@ def resolve_run(config: PlanConfig, models: Models) -> Run:
         bf16=hardware.precision.startswith("bf16") or (hardware.precision == "auto" and cuda),
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
-        tensor_parallel=hardware.tensor_model_parallel_size,
-        pipeline_parallel=hardware.pipeline_model_parallel_size,
-        sequence_parallel=hardware.sequence_parallel and hardware.tensor_model_parallel_size > 1,
+        tensor_parallel=hardware.tensor_model_parallel_size or 1,
+        pipeline_parallel=hardware.pipeline_model_parallel_size or 1,
+        sequence_parallel=hardware.sequence_parallel and (hardware.tensor_model_parallel_size or 1) > 1,
         micro_batch_size=config.micro_batch,
         global_batch_size=config.global_batch_size,
     )
@@ -153,17 +205,14 @@ def _limit(config: PlanConfig) -> float | None:
 
 def _stage(config: PlanConfig, models: Models, run: Run, stage: str, limit: float | None) -> dict[str, Any]:
     if stage == "prune":
-        run = scoring_run(run, config.hardware.prune_pipeline_model_parallel_size, config.score_batch_size)
+        run = scoring_run(run, config.hardware.prune_pipeline_model_parallel_size or 1, config.score_batch_size)
         problems = layout_problems(models, run, ("prune",))
         if problems:
             raise EngineError(f"{SOURCE}: " + "; ".join(problems))
-    whole = run.local_spec or stage == "prune"
-    flops = stage_flops(
-        stage, models.teacher, models.student, run.seq_length, whole_scores=whole, statistics=run.statistics
-    )
+    flops = stage_flops(stage, models.teacher, models.student, run.seq_length, statistics=run.statistics)
     found = _memory(stage_memory(stage, models.teacher, models.student, run), limit)
     found |= {"layout": _layout(run), "flops_per_token": flops}
-    found["teacher_forward_flops_per_token"] = forward_flops(models.teacher, run.seq_length, whole_scores=whole)
+    found["teacher_forward_flops_per_token"] = forward_flops(models.teacher, run.seq_length)
     if config.tflops_per_gpu is not None:
         rate = config.tflops_per_gpu * 1e12 * run.layout.world_size / flops
         found["tokens_per_second"] = rate

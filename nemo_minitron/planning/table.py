@@ -14,7 +14,7 @@ def render(plan: dict[str, Any]) -> str:
     if plan["student"]:
         share = plan["student"]["parameters"] / plan["teacher"]["parameters"]
         lines.append(f"student  {plan['student']['description']}, {share:.1%} of the teacher")
-    lines += [_hardware(plan), "", *_stages(plan)]
+    lines += [_hardware(plan), *_instead(plan), "", *_stages(plan)]
     if plan["layouts"]:
         lines += ["", *_layouts(plan)]
     return "\n".join(lines)
@@ -27,11 +27,22 @@ def _hardware(plan: dict[str, Any]) -> str:
     memory = f" of {hardware['memory_gb']:g} GB" if hardware["memory_gb"] else ""
     nodes = f" on {hardware['num_nodes']} nodes" if hardware["num_nodes"] > 1 else ""
     kind = "bf16 with fp32 main parameters" if hardware["precision"] == "bf16" else "fp32"
-    scores = "" if hardware["transformer_engine"] else ", attention scores kept"
+    layers = "" if hardware["transformer_engine"] else ", layers without Transformer Engine"
     return (
-        f"ranks    {ranks} {what}{'s' if ranks > 1 else ''}{memory}{nodes}, {kind}{scores}; sequence "
+        f"ranks    {ranks} {what}{'s' if ranks > 1 else ''}{memory}{nodes}, {kind}{layers}; sequence "
         f"{batch['seq_length']}, micro batch {batch['micro_batch_size']}, global batch {batch['global_batch_size']}"
     )
+
+
+def _instead(plan: dict[str, Any]) -> list[str]:
+    """What was left of the sequence and the micro batch, so that all fits."""
+    asked = plan["instead_of"]
+    if asked is None:
+        return []
+    return [
+        f"         (sequence {asked['seq_length']} x micro batch {asked['micro_batch_size']} does not fit: "
+        f"{asked['stage']} would need {asked['total'] / 1e9:.1f} GB)"
+    ]
 
 
 def unit_of(plan: dict[str, Any]) -> tuple[str, float]:

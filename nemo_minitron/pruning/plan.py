@@ -46,11 +46,11 @@ def plan_cut(
 ) -> PruningPlan:
     """The plan: which layers go and what the student's sizes are.
 
-    Layers are those given, the contiguous block without which the loss is least (arXiv 2408.11796, section 2.3), or
-    those of the least block influence (arXiv 2407.14679, section 2.2).
+    Layers are those given, those that the scan chose by the loss without them (arXiv 2408.11796, section 2.3, or with
+    maps in their place), or those of the least block influence (arXiv 2407.14679, section 2.2).
 
     Args:
-        scan: the blocks' losses; needed where they choose.
+        scan: needed where it chooses.
     """
     check_targets(architecture, targets)
     drop = sorted(set(parse_layers(targets.drop_layers)))

@@ -11,6 +11,7 @@ from nemo_minitron.checkpoints import Checkpoint
 from nemo_minitron.checkpoints.tensors import Computed, Lazy
 from nemo_minitron.config import PruneConfig
 from nemo_minitron.errors import EngineError
+from nemo_minitron.progress import Progress
 from nemo_minitron.pruning.compensated import CompensatedCut
 from nemo_minitron.pruning.sequential import HOLD_OUT, SequentialRefit
 from nemo_minitron.pruning.stage import COMPENSATION, check, compensated_cut, measured
@@ -86,9 +87,12 @@ def _work(
     with engine(config.seed, partial / LOG, cuda=layout.cuda), parallel_ranks(layout, config.seed):
         ours = sequences[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
         started = time.perf_counter()
-        for found, said in SequentialRefit(cut, teacher, layout, ours, config.inference.batch_size).layers():
-            tensors |= found if rank() == 0 else {}
-            report += said
+        every, layers = config.trainer.log_every_n_steps, cut.student.num_layers
+        with Progress("refit", layers, unit="layer", every=every) as progress:
+            for found, said in SequentialRefit(cut, teacher, layout, ours, config.inference.batch_size).layers():
+                tensors |= found if rank() == 0 else {}
+                report += said
+                progress.advance()
         seconds = time.perf_counter() - started
     if rank() == 0:
         save_tensors(partial / FILE, tensors, {"teacher": teacher.content})

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_minitron.architecture import human
 from nemo_minitron.report.facts import cells, facts_of
-from nemo_minitron.report.table import render_cuts
+from nemo_minitron.report.table import gap_text, legend, render_cuts
 
 #: What tells a page of ours from any other file.
 MARKER = "nemo_minitron report"
@@ -137,7 +137,8 @@ def _result(report: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) ->
     tables = [model_table(report["table"])] if report["table"] else []
     facts = facts_of(report["facts"] or {})
     tables += [facts_table(facts)] if facts else []
-    texts = [*report["verdicts"], *_cut_lines(report["cuts"])]
+    noted = [legend(report["table"])] if any(row["gap_in_noise"] for row in report["table"]) else []
+    texts = [*report["verdicts"], *noted, *_cut_lines(report["cuts"])]
     return Section("result", SECTIONS["result"], texts, tables, _of(pictures, "result"))
 
 
@@ -166,7 +167,7 @@ def model_table(rows: Sequence[Mapping[str, Any]], runs: Sequence[str] = ()) -> 
             f"{row['validation']['perplexity']:.2f}",
             f"{row['test']['loss']:.4f}",
             f"{row['test']['perplexity']:.2f}",
-            percent(row["gap_closed"]),
+            gap_text(row),
         ]
         for index, row in enumerate(rows)
     ]

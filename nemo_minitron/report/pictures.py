@@ -140,7 +140,8 @@ def _importance(run: Mapping[str, Any]) -> list[Picture]:
                     f"block-losses-{number + 1}" if number else "block-losses",
                     "importance",
                     "Loss without each block of layers",
-                    "LM loss of the teacher on calibration text with each contiguous block of layers left out.",
+                    "LM loss of the teacher on calibration text with each contiguous block of layers left out"
+                    + (" and a linear map in its place, as the choice of layers began." if "rounds" in scan else "."),
                     f"without layers {best['first']} to {best['last']} the loss is least, {best['loss']:.4f} nats a "
                     f"token; the teacher has {scan['teacher_loss']:.4f}",
                     lambda theme, scan=scan: importance.block_losses(scan, theme=theme),

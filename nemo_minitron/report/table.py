@@ -1,9 +1,22 @@
 """The table that ends a flow: what each model costs and what it kept. JSON first, text from it."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.architecture import human
 from nemo_minitron.artifacts import Manifest
+from nemo_minitron.report.stages import number
+
+#: Variance of the difference of two models' losses at a token, over the mean of that difference: 2.1 to 3.1 for
+#: SmolLM2-135M against itself with layers left out or noise on its weights, differences of 0.007 to 0.87 nats.
+VARIANCE_OF_DIFFERENCE = 3.0
+#: Tokens of a document go together: the same measured by windows of 256 tokens has up to twice the variance.
+CLUSTERING = 2.0
+#: Standard deviation of a test loss over seeds of training, nats (docs/pruning.rst: 3.308, 3.285, 3.304).
+SEEDS = 0.01
+#: What the table shows of a gap that is less than its noise.
+NOTHING = "-"
 
 COLUMNS = ("model", "parameters", "of teacher", "val loss", "val ppl", "test loss", "test ppl", "gap closed")
 
@@ -57,40 +70,67 @@ def add_gaps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Adds to each line its share of the teacher's parameters and, after pruning, how much of the gap it closed.
 
     gap closed = (pruned - this) / (pruned - teacher), of test losses; the teacher is the corrected one. What lacks one
-    of them gets None.
+    of them gets None, and so does what was cut for less than twice the noise; `gap_in_noise` says which it is.
     """
     teacher = next((entry for entry in rows if entry["kind"] == "corrected"), None)
     pruned = {entry["student"]: entry for entry in rows if entry["kind"] == "pruned"}
     for entry in rows:
         entry["share_of_teacher"] = entry["gap_closed"] = None
+        entry["gap_in_noise"] = False
         if teacher is None:
             continue
         entry["share_of_teacher"] = entry["parameters"] / teacher["parameters"]
         if entry["kind"] in ("distilled", "control") and entry["student"] in pruned:
             before = pruned[entry["student"]]["test"]["loss"]
-            gap = before - teacher["test"]["loss"]
-            entry["gap_closed"] = (before - entry["test"]["loss"]) / gap if gap else None
+            gap, closed = before - teacher["test"]["loss"], before - entry["test"]["loss"]
+            entry["gap_in_noise"] = gap <= 2 * noise(max(abs(gap), abs(closed)), entry["test"].get("tokens"))
+            entry["gap_closed"] = None if entry["gap_in_noise"] else closed / gap
     return rows
+
+
+def noise(difference: float, tokens: Any) -> float:
+    """Standard deviation of a difference of two test losses, nats a token.
+
+        sqrt(SEEDS^2 + CLUSTERING * VARIANCE_OF_DIFFERENCE * difference / tokens)
+
+    Args:
+        tokens: that both were measured on; anything but a number: not known, and nothing is said of them.
+    """
+    counted = number(tokens) or 0.0
+    sampled = CLUSTERING * VARIANCE_OF_DIFFERENCE * difference / counted if counted > 0 else 0.0
+    return math.sqrt(SEEDS**2 + sampled)
+
+
+def gap_text(entry: Mapping[str, Any]) -> str:
+    """The share of the gap that was closed; a dash where the gap is less than its noise, and nothing without a gap."""
+    if entry["gap_closed"] is not None:
+        return f"{entry['gap_closed']:.0%}"
+    return NOTHING if entry.get("gap_in_noise") else ""
 
 
 def render_table(rows: list[dict[str, Any]]) -> str:
     """The table as aligned text."""
-    lines = [COLUMNS]
-    for entry in rows:
-        closed = entry["gap_closed"]
-        lines.append(
-            (
-                entry["model"],
-                human(entry["parameters"]),
-                "" if entry["share_of_teacher"] is None else f"{entry['share_of_teacher']:.0%}",
-                f"{entry['validation']['loss']:.4f}",
-                f"{entry['validation']['perplexity']:.2f}",
-                f"{entry['test']['loss']:.4f}",
-                f"{entry['test']['perplexity']:.2f}",
-                "" if closed is None else f"{closed:.0%}",
-            )
+    lines = [
+        (
+            entry["model"],
+            human(entry["parameters"]),
+            "" if entry["share_of_teacher"] is None else f"{entry['share_of_teacher']:.0%}",
+            f"{entry['validation']['loss']:.4f}",
+            f"{entry['validation']['perplexity']:.2f}",
+            f"{entry['test']['loss']:.4f}",
+            f"{entry['test']['perplexity']:.2f}",
+            gap_text(entry),
         )
-    return aligned(lines)
+        for entry in rows
+    ]
+    return aligned([COLUMNS, *lines])
+
+
+def legend(rows: list[dict[str, Any]]) -> str:
+    """What stands under the table."""
+    text = "losses in nats a token; gap closed = (pruned - this) / (pruned - corrected teacher), of test losses"
+    shown = any(entry["gap_in_noise"] for entry in rows)
+    return f"{text}; {NOTHING}: the cut cost no more than the noise of that" if shown else text
 
 
 def render_stages(stages: list[dict[str, Any]]) -> str:

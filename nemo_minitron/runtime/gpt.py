@@ -7,8 +7,6 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture, RopeScaling
 from nemo_minitron.checkpoints.nemo2 import SAME_NAME, activation_functions
-from nemo_minitron.runtime.versions import local_attention_takes_windows
-from nemo_minitron.runtime.windows import windowed_attention
 
 #: Fields of Architecture that are arguments of GPTModel and no fields of its config.
 OF_THE_MODEL = ("seq_length", "share_embeddings_and_output_weights", "rotary_base", "rotary_percent")
@@ -35,21 +33,24 @@ def core_config(architecture: Architecture, **engine: Any) -> Any:
 
 
 def torch_layers(config: Any) -> Any:
-    """Megatron's local layer spec, its norms PyTorch's: of this pipeline stage's layers and of the final norm.
+    """Megatron's local layer spec with norms, gates and attention of ours: this stage's layers and the final norm.
 
     Left to itself Megatron takes Apex's LayerNorm and Transformer Engine's final norm wherever these are installed,
     which run on a GPU only.
     """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+    from nemo_minitron.runtime.attention import TorchAttention
+    from nemo_minitron.runtime.lean import LocalNorm, SwiGLU
+
     layer = get_gpt_layer_local_spec(normalization=config.normalization)
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = WrappedTorchNorm
-    if config.window_size is not None and not local_attention_takes_windows():
-        layer.submodules.self_attention.submodules.core_attention = windowed_attention()
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalNorm
+    layer.submodules.self_attention.submodules.core_attention = TorchAttention
+    if getattr(config, "use_te_activation_func", False):  # which says that the activation is one of the submodules
+        layer.submodules.mlp.submodules.activation_func = SwiGLU
     layers = [layer] * get_num_layers_to_build(config)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=LocalNorm)
 
 
 def core_model(config: Any, architecture: Architecture) -> Any:

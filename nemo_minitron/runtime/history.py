@@ -5,16 +5,15 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from tqdm import tqdm
 
 from nemo_minitron.config import StageConfig
 from nemo_minitron.errors import NonFiniteLossError, PreemptedError
+from nemo_minitron.progress import Progress
 from nemo_minitron.runtime.inputs import CHECKPOINTS, TENSORBOARD
 from nemo_minitron.runtime.launch import rank
 from nemo_minitron.runtime.losses import from_last_stage
@@ -41,7 +40,7 @@ class History(pl.Callback):
         self.sums: Any = None
         self.started = self.validation_started = time.perf_counter()
         self.writer: Any = None
-        self.bar: Any = None
+        self.progress: Any = None
         self.stop, self.stopping = StopRequest(), False
         self.tokens, self.seconds = 0.0, 0.0
 
@@ -62,13 +61,11 @@ class History(pl.Callback):
         self.writer = SummaryWriter(
             str(self.partial / TENSORBOARD), purge_step=trainer.global_step or None, flush_secs=FLUSH_SECONDS
         )
-        self.bar = tqdm(
-            total=trainer.max_steps,
-            initial=trainer.global_step,
-            desc=self.config.exp_manager.name,
-            unit="step",
-            file=sys.__stderr__,
-            disable=None if sys.__stderr__.isatty() else True,
+        self.progress = Progress(
+            Path(self.config.output).name,
+            trainer.max_steps,
+            done=trainer.global_step,
+            every=self.config.trainer.log_every_n_steps,
         )
 
     def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
@@ -89,10 +86,8 @@ class History(pl.Callback):
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         lr = float(trainer.optimizers[0].param_groups[0]["lr"])
         self.train.append({"step": step, **means, "lr": lr})
-        if self.bar is not None:
-            self.bar.update(1)
-            shown = {name: f"{value:.3f}" for name, value in means.items()}
-            self.bar.set_postfix(shown | {"lr": f"{lr:.1e}", "tok/s": f"{tokens / seconds:.0f}"})
+        if self.progress is not None:
+            self.progress.advance(step=step, tokens=tokens, seconds=seconds, **shown(means), lr=f"{lr:.1e}")
         if self.writer is not None and (step % self.config.trainer.log_every_n_steps == 0 or step == 1):
             self.scalars("train", {**means, "lr": lr, "tokens_per_second": tokens / seconds}, step)
             self.scalars("weight", module.weights_at(means), step)
@@ -136,6 +131,8 @@ class History(pl.Callback):
             return  # a resumed run validates once more where it goes on
         self.check_finite(means, step, f"the validation after step {step}")
         self.validation.append({"step": step, **means})
+        if self.progress is not None:
+            self.progress.note(f"validation after step {step}", **shown(means))
         if self.writer is not None:
             seconds = max(time.perf_counter() - self.validation_started, 1e-9)
             self.scalars("validation", {**means, "tokens_per_second": float(self.sums[-1]) / seconds}, step)
@@ -179,7 +176,12 @@ class History(pl.Callback):
 
     def close(self) -> None:
         self.stop.close()
-        for resource in (self.writer, self.bar):
+        for resource in (self.writer, self.progress):
             if resource is not None:
                 with contextlib.suppress(Exception):
                     resource.close()
+
+
+def shown(losses: dict[str, float]) -> dict[str, str]:
+    """Losses as a line of a log shows them."""
+    return {name: f"{value:.4f}" for name, value in losses.items()}

@@ -26,10 +26,10 @@ from nemo_minitron.config import Config, TrainerConfig
 from nemo_minitron.errors import EngineError, MinitronError
 from nemo_minitron.jobs import Job, disk_has_room
 from nemo_minitron.packages import ENGINE, missing_package, require
+from nemo_minitron.progress import ERROR_FILE
 from nemo_minitron.runtime.preemption import STOP_FILE, passed_on
 
 Work = Callable[[Path], dict[str, Any]]
-ERROR_FILE = "NEMO_MINITRON_ERROR_FILE"
 WAIT_SECONDS = 600
 #: Exit code for errors that are no MinitronError (EX_SOFTWARE of sysexits.h).
 INTERNAL_ERROR = 70

@@ -8,6 +8,8 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints import Checkpoint
+from nemo_minitron.progress import Progress, Silent
+from nemo_minitron.runtime.chunks import output_in_chunks
 from nemo_minitron.runtime.engine import model_config, spread_layers
 from nemo_minitron.runtime.gpt import core_model
 from nemo_minitron.runtime.launch import rank
@@ -67,14 +69,23 @@ def load_model(
     return model.eval()
 
 
-def run_forward(model: Any, sequences: Any, batch: int, take: Callable[[Any, Any], None] | None = None) -> None:
+def run_forward(
+    model: Any,
+    sequences: Any,
+    batch: int,
+    take: Callable[[Any, Any], None] | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Runs `model` forward over token sequences through Megatron's schedule, any pipeline layout.
+
+    Logits are worked out a few tokens at a time, and only where losses are taken.
 
     Args:
         sequences: tokens [n, s + 1]; the last column is only a label.
         batch: samples a forward pass.
         take: called on the last stage with (losses a token [b, s], batch's index); s is this rank's share of the
             tokens under context parallel.
+        progress: is told of each batch.
     """
     import torch
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -99,8 +110,9 @@ def run_forward(model: Any, sequences: Any, batch: int, take: Callable[[Any, Any
 
         return output, collect
 
-    with torch.no_grad():
-        for index, tokens in enumerate(sequences.split(batch)):
+    batches = (progress or Silent()).over(sequences.split(batch))
+    with torch.no_grad(), output_in_chunks(model, losses=take is not None):
+        for index, tokens in enumerate(batches):
             schedule(
                 forward_step_func=step,
                 data_iterator=iter([(index, tokens)]),

@@ -93,6 +93,13 @@ def local_attention_takes_windows() -> bool:
     return hasattr(utils, "get_sliding_window_causal_mask")
 
 
+def ffn_takes_activation() -> bool:
+    """Whether Megatron's FFN takes the module of its activation from a layer spec, as it does from 0.15 on."""
+    from megatron.core.transformer.mlp import MLPSubmodules
+
+    return hasattr(MLPSubmodules, "activation_func")
+
+
 def has_nemo() -> bool:
     """Whether NeMo's LLM collection is installed, which ended with NeMo 2.7; only its parent packages are imported."""
     try:

@@ -387,6 +387,14 @@ def test_ends_of_documents_are_learnt_though_the_tokenizer_pads_with_them(made, 
     assert all(sample["loss_mask"].all() for sample in samples)
 
 
+def test_samples_carry_no_causal_mask(made, parallel, tmp_path):
+    """It is the layers' own; of 8192 tokens it would be 64 MB a sample."""
+    folder, _ = made
+    data = nemos_module(str(folder), folder / "tokenizer", tmp_path)
+    data.build(4, 1, 4, 4)
+    assert "attention_mask" not in data._train_ds[0] and "tokens" in data._train_ds[0]
+
+
 def test_validation_is_the_same_for_any_number_of_steps(made, parallel, tmp_path):
     folder, _ = made
     seen = []

@@ -500,4 +500,4 @@ def test_the_command_prints_errors_and_the_commands_that_serve_it(shelf, tmp_pat
     assert f"vllm serve {output} --quantization modelopt --tensor-parallel-size 2" in run.stdout
     assert f"python -m sglang.launch_server --model-path {output} --quantization modelopt_fp8 --tp-size 2" in run.stdout
     assert "mlp.down_proj" in run.stdout and "relative_error: 0.02" in run.stdout
-    assert run.stderr == ""
+    assert all(line.startswith("calibrate: sample ") for line in run.stderr.splitlines()), run.stderr

@@ -1,14 +1,17 @@
 """Perplexities against the models' own logits, in float64."""
 
+import gc
 import json
 import math
 import random
+import weakref
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_minitron.cli import main
+from nemo_minitron.evaluation import harness
 from nemo_minitron.evaluation.perplexity import ratio
 
 LENGTH = 64
@@ -25,8 +28,8 @@ def corpus(tmp_path_factory):
     return folder, texts
 
 
-def losses(folder, texts) -> list[float]:
-    """Negative log-likelihood of each text; windows of the model's length that share one token, the last one full."""
+def losses(folder, texts, window: int = LENGTH) -> list[float]:
+    """Negative log-likelihood of each text; windows that share one token, the last one full."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float64).eval()
     found = []
@@ -34,8 +37,8 @@ def losses(folder, texts) -> list[float]:
         tokens = tokenizer.encode(text, add_special_tokens=False)
         padded, total, end = [tokenizer.bos_token_id, *tokens], 0.0, 0
         while end < len(tokens):
-            last = min(end + LENGTH, len(tokens))
-            first = max(0, last - LENGTH)
+            last = min(end + window, len(tokens))
+            first = max(0, last - window)
             with torch.no_grad():
                 logits = model(torch.tensor([padded[first:last]])).logits[0].double()
             scores = logits.log_softmax(-1).gather(1, torch.tensor(tokens[first:last])[:, None])[:, 0]
@@ -107,3 +110,56 @@ def test_the_corpus_of_a_data_folder_is_the_one_it_was_made_from(small_models, c
         assert main(["evaluate", str(small_models["llama2"]), f"corpus={place}", "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out)["results"])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [("window=16", 16), ("window=64", 64), ("window=1000", 64), ("max_length=24", 24)]
+)
+def test_documents_are_read_in_windows_that_the_results_name(small_models, corpus, tmp_path, capsys, given, used):
+    folder, texts = corpus
+    output = tmp_path / "found"
+    assert main(["evaluate", str(small_models["llama2"]), f"corpus={folder}", f"output={output}", given]) == 0
+    assert f"perplexity in windows of {used} tokens" in capsys.readouterr().out
+    results = json.loads((output / "results.json").read_text())
+    [measured] = results["results"].values()
+    tokenizer = AutoTokenizer.from_pretrained(small_models["llama2"])
+    tokens = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+    expected = sum(losses(small_models["llama2"], texts, used)) / tokens
+    assert results["window"] == used
+    assert measured["perplexity"]["token_loss"]["value"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_models_of_different_lengths_are_read_in_the_same_windows_and_freed_one_after_the_other(
+    small_models, corpus, tmp_path, capfd, monkeypatch
+):
+    folder, texts = corpus
+    short = tmp_path / "short"
+    model = AutoModelForCausalLM.from_pretrained(small_models["llama2"])
+    model.config.max_position_embeddings = 32
+    model.save_pretrained(short)
+    AutoTokenizer.from_pretrained(small_models["llama2"]).save_pretrained(short)
+    load, seen = harness.load, []
+
+    def watched(*args, **options):
+        assert not [one for one in seen if one() is not None]
+        loaded = load(*args, **options)
+        seen.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr(harness, "load", watched)
+    del model
+    gc.collect()
+    assert main(["evaluate", str(small_models["llama2"]), str(short), f"corpus={folder}", "--json"]) == 0
+    out, said = capfd.readouterr()
+    results = json.loads(out)
+    first, second = (entry["perplexity"]["token_loss"]["value"] for entry in results["results"].values())
+    assert len(seen) == 2 and results["window"] == 32
+    assert first == second
+    last = [line for line in said.splitlines() if line.startswith("evaluate short, log-likelihoods: sequence ")][-1]
+    assert last.endswith("0:00 left")
+
+
+@pytest.mark.parametrize("given", ["batch_memory_gb=0", "window=1", "log_every_n_steps=0", "batch_size=0"])
+def test_settings_of_batches_that_cannot_be_are_refused(small_models, given, capsys):
+    assert main(["evaluate", str(small_models["llama2"]), given]) == 2
+    assert given.partition("=")[0] in capsys.readouterr().err

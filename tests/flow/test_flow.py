@@ -197,6 +197,42 @@ def test_another_setting_is_refused_and_nothing_is_lost(run, capsys):
     assert stamps(run) == before
 
 
+@pytest.mark.parametrize("name", ["mistral-nemo", "nemo1"])
+def test_any_checkpoint_goes_the_whole_way_without_a_preset(small_models, tmp_path, capsys, name):
+    """Mistral, and Nemotron in an archive, of sizes below ModelOpt's own grid.
+
+    Every step's time is told before it starts, and a second run does nothing.
+    """
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Document {n} says that {n} is {n}." for n in range(3000)))
+    settings = [
+        f"model.restore_from_path={small_models[name]}",
+        f"data.source={tmp_path / 'text.txt'}",
+        f"output_dir={tmp_path / 'run'}",
+        "limit_test_batches=1",
+        "prune.num_samples=8",
+        "distill.control=false",
+    ]
+    settings += [
+        f"{stage}.{key}" for stage in ("finetune", "distill") for key in ("max_steps=2", "limit_val_batches=1")
+    ]
+    assert main(["flow", *settings]) == 0
+    told = capsys.readouterr().err.splitlines()
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert "stages: about" in told[0] and sum(" ... about " in line for line in told) == len(report["stages"])
+    sizes = {row["model"]: row["parameters"] for row in report["table"]}
+    assert max(sizes["depth distilled"], sizes["width distilled"]) < sizes["teacher"]
+    assert (
+        report["config"]["model"]["seq_length"] == 64
+        and report["config"]["prune"]["students"]["depth"]["num_layers"] == 1
+    )
+    assert "model=auto" in report["commands"]["the whole run"]
+    before = stamps(tmp_path / "run")
+    assert main(["flow", *settings]) == 0
+    assert stamps(tmp_path / "run") == before
+    again = capsys.readouterr().err
+    assert f"{len(report['stages'])} of them done before" in again and again.count(" ... done before") == len(before)
+
+
 @pytest.mark.parametrize("preset", [["model=tiny"], ["model=llama31_8b", "hardware=8x80gb"]])
 def test_a_dry_run_touches_nothing(tmp_path, monkeypatch, capsys, preset):
     monkeypatch.chdir(tmp_path)

@@ -16,7 +16,7 @@ from nemo_minitron.known import KNOWN, stated_fields
 from nemo_minitron.planning.stage import work_out
 from nemo_minitron.recipes import student_architecture, teacher_architecture
 
-MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml") if path.stem != "auto")
 #: What NVIDIA's nvidia/Minitron-4B-Base says in config.json, but for the layers and the vocabulary.
 MINITRON_4B = {
     "model_type": "nemotron", "hidden_size": 3072, "intermediate_size": 9216, "num_attention_heads": 24,

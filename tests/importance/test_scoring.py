@@ -1,5 +1,6 @@
 """ModelOpt's scores are what plain arithmetic on transformers' activations gives; and they are made once."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -70,6 +71,16 @@ def test_our_estimators_are_modelopts_bit_for_bit(tiny, scored, tmp_path, monkey
     for name in ImportanceScores.names():
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     assert all(torch.equal(one.moments[name], other.moments[name]) for name in one.moments)
+
+
+def test_a_log_says_how_far_scoring_is(tiny, tmp_path, capfd):
+    config = tiny.pruning(tmp_path / "unused", num_layers=2, scores_path=str(tmp_path / "scores"))
+    config.inference.batch_size = 3
+    config.trainer.log_every_n_steps = 2
+    score(config)
+    found = [line for line in capfd.readouterr().err.splitlines() if line.startswith("importance: ")]
+    pattern = r"importance: sample (\d+) of 16, [\d,]+ tokens/s, 0:\d\d left"
+    assert [int(re.fullmatch(pattern, line)[1]) for line in found] == [3, 6, 12, 16]
 
 
 def test_moments_equal_float64_arithmetic(tiny, scored):

@@ -79,6 +79,13 @@ def kept_by_autograd(model) -> int:
     return sum(storage.nbytes() for storage in found.values())
 
 
+def all_scores():
+    """Torch's own arithmetic of attention: products that its counter sees on a CPU, of all scores, later keys' too."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_activations_are_what_autograd_keeps(megatron, name, bf16):
@@ -87,7 +94,6 @@ def test_activations_are_what_autograd_keeps(megatron, name, bf16):
     assert three - one == 2 * kept_by_layer(a, run)
     tokens, softmax = BATCH * 64, 4 * a.vocab_size * BATCH * 64
     whole = {"token ids": 8 * tokens, "labels": 8 * tokens, "labels not here": tokens}
-    whole["causal mask"] = 0 if run.core.mask_by_layer else 64 * 64
     assert one == kept_by_layer(a, run) + kept_at_the_end(a, run) + softmax + sum(whole.values())
 
 
@@ -96,20 +102,22 @@ def test_operations_are_what_torch_counts(megatron, name):
     from torch.utils.flop_counter import FlopCounterMode
 
     a, tokens = SHAPES[name], BATCH * 64
+    later = a.num_layers * 4 * (64 - 65 / 2) * a.num_attention_heads * a.kv_channels  # keys after a query's own
     model = megatron(a)
-    with FlopCounterMode(display=False) as forward:
+    with all_scores(), FlopCounterMode(display=False) as forward:
         losses = run_forward(model)
-    assert forward.get_total_flops() == tokens * forward_flops(a, 64, whole_scores=True)
+    assert forward.get_total_flops() == tokens * (forward_flops(a, 64) + later)
     with FlopCounterMode(display=False) as backward:
         losses.sum().backward()
     total = forward.get_total_flops() + backward.get_total_flops()
-    assert total == tokens * training_flops(a, 64, whole_scores=True)
+    assert total == tokens * (training_flops(a, 64) + 3 * later)
 
 
 def test_second_moments_are_as_gathered(megatron):
     from torch.utils.flop_counter import FlopCounterMode
 
     from nemo_minitron.importance.moments import gathered
+    from nemo_minitron.runtime.chunks import output_in_chunks
 
     model = megatron(LLAMA)
     with FlopCounterMode(display=False) as plain:
@@ -118,8 +126,9 @@ def test_second_moments_are_as_gathered(megatron):
         run_forward(model)
     assert counted.get_total_flops() - plain.get_total_flops() == BATCH * 64 * moment_flops(LLAMA)
     assert sum(total.nbytes for total in sums.sums.values()) == moment_bytes(LLAMA, 3, last=True)[0]
-    whole = stage_flops("prune", LLAMA, None, 64, whole_scores=True)
-    assert whole == forward_flops(LLAMA, 64, whole_scores=True) + moment_flops(LLAMA)
+    with FlopCounterMode(display=False) as scoring, gathered(model), output_in_chunks(model, losses=False):
+        run_forward(model)
+    assert scoring.get_total_flops() == BATCH * 64 * stage_flops("prune", LLAMA, None, 64)
 
 
 @pytest.mark.parametrize("tensor, pipeline", [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)])
@@ -154,10 +163,31 @@ def test_stages_share_all_layers():
             assert len(shared) == stages and sum(shared) == layers and min(shared) > 0
 
 
-def test_the_loss_works_in_the_chunks_of_the_distillation():
-    from nemo_minitron.distillation import divergences, fused
+def test_a_window_keeps_its_blocks_and_their_masks(megatron, monkeypatch):
+    from nemo_minitron.planning import activations
+    from nemo_minitron.runtime import attention
 
+    for block in (16, 40, 64):
+        monkeypatch.setattr(attention, "BLOCK", block)
+        monkeypatch.setattr(activations, "BLOCK", block)
+        attention._hidden.cache_clear()
+        a, run = dataclasses.replace(LLAMA, sliding_window=10), on_cpu()
+        one, three = (kept_by_autograd(megatron(a.with_sizes(num_layers=layers))) for layers in (1, 3))
+        assert three - one == 2 * kept_by_layer(a, run)
+        plain = kept_by_autograd(megatron(LLAMA.with_sizes(num_layers=1)))
+        masks = one - plain - kept_by_layer(a, run) + kept_by_layer(LLAMA, run)
+        assert masks == activations.global_buffer(a, run) > 0 == activations.global_buffer(LLAMA, run)
+    assert kept_by_layer(LLAMA, dataclasses.replace(run, seq_length=8192)) == 128 * kept_by_layer(LLAMA, run)
+
+
+def test_loss_and_attention_work_in_the_planned_pieces():
+    from nemo_minitron.distillation import divergences, fused
+    from nemo_minitron.planning import activations
+    from nemo_minitron.runtime import attention
+
+    assert activations.BLOCK == attention.BLOCK
     assert (loss.CPU_CHUNK, loss.CUDA_CHUNK) == (fused.CPU_CHUNK, fused.CUDA_CHUNK)
+    assert loss.CHUNK_TOKENS == fused.CHUNK_TOKENS
     assert (loss.CPU_BLOCK, loss.CUDA_BLOCK) == (divergences.CPU_BLOCK, divergences.CUDA_BLOCK)
     assert divergences.Divergence().buffers == loss.BLOCKS
 
@@ -184,21 +214,18 @@ def test_known_models_have_the_published_sizes(name, parameters, without_embeddi
         assert a.non_embedding_parameters() / 1e9 == pytest.approx(without_embeddings, abs=0.06)
 
 
-def test_flash_attention_looks_at_the_causal_half_only():
+def test_attention_looks_at_the_causal_half_only():
     a = KNOWN["llama31_8b"]
-    scores = 4 * 8192 * 32 * 128 * 32
-    whole, half = (forward_flops(a, 8192, whole_scores=kind) for kind in (True, False))
-    assert whole - half == pytest.approx(scores * (1 - 8193 / 16384))
-    assert training_flops(a, 8192, whole_scores=False) == 3 * half
+    half = forward_flops(a, 8192)
+    assert half - forward_flops(a, 1) == pytest.approx(4 * (8193 / 2 - 1) * 32 * 128 * 32)
+    assert training_flops(a, 8192) == 3 * half
     window = dataclasses.replace(a, sliding_window=1)
-    assert forward_flops(window, 8192, whole_scores=False) == pytest.approx(half - 4 * 32 * 4096 * (8193 / 2 - 1))
+    assert forward_flops(window, 8192) == pytest.approx(half - 4 * 32 * 4096 * (8193 / 2 - 1))
     # The rule of thumb, 6 operations a parameter in the matrices, at a length where attention is nothing.
     matrices = a.parameters() - a.vocab_size * a.hidden_size
-    assert training_flops(a, 1, whole_scores=True) == pytest.approx(6 * matrices, rel=1e-3)
+    assert training_flops(a, 1) == pytest.approx(6 * matrices, rel=1e-3)
     student = KNOWN["llama31_minitron_4b_width"]
-    assert stage_flops("distill", a, student, 8192, whole_scores=False) == half + training_flops(
-        student, 8192, whole_scores=False
-    )
+    assert stage_flops("distill", a, student, 8192) == half + training_flops(student, 8192)
 
 
 def test_the_optimizer_is_shared_by_data_parallel_ranks_on_gpus_alone():

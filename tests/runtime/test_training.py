@@ -1,12 +1,14 @@
 """Training by the installed NeMo and Megatron Core does what the configuration says, whatever their versions."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
 from hf import read_weights
 from nemo_minitron import config as c
+from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints import canonical, open_checkpoint
 from nemo_minitron.checkpoints.tensors import in_memory
 from nemo_minitron.checkpoints.write import write_checkpoint
@@ -47,3 +49,21 @@ def test_matrices_decay_and_biases_and_norms_do_not(tiny, start, tmp_path):
     for name in before.keys() - kept:
         expected = without[name] - LR * DECAY * before[name]
         assert torch.allclose(with_decay[name], expected, rtol=0, atol=1e-6), name
+
+
+def test_a_log_has_the_losses_of_the_history_and_the_speed(tiny, start, tmp_path, capfd):
+    fields = tiny.training(tmp_path / "tuned", 5, restore_from_path=str(start))
+    fields["trainer"].log_every_n_steps = 2
+    fields["trainer"].val_check_interval = 3
+    finetune(c.FinetuneConfig(**fields))
+    out, said = capfd.readouterr()
+    history = Manifest.read(tmp_path / "tuned").metrics
+    pattern = r"tuned: step (\d) of 5, lm_loss (\S+), lr (\S+), [\d,]+ tokens/s, 0:\d\d left"
+    steps = {int(found[1]): found for found in re.finditer(pattern, said)}
+    assert list(steps) == [1, 2, 4, 5] and out == ""
+    for entry in history["train"]:
+        if entry["step"] in steps:
+            assert steps[entry["step"]].groups()[1:] == (f"{entry['lm_loss']:.4f}", f"{entry['lr']:.1e}")
+    [validation] = history["validation"]
+    expected = f"tuned: validation after step 3, lm_loss {validation['lm_loss']:.4f}"
+    assert expected in said.splitlines() and len(said.splitlines()) == 5

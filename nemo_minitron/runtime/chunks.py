@@ -1,0 +1,61 @@
+"""Forward passes of a Megatron GPTModel without whole logits: the output layer a few tokens at a time, or not at all.
+
+Legend: s sequence, b micro batch, v vocabulary rows of this rank, h hidden.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+#: Bytes of logits in float32 that are worked out at once.
+CHUNK = 64 << 20
+
+
+@contextlib.contextmanager
+def output_in_chunks(model: Any, *, losses: bool = True) -> Iterator[None]:
+    """In the body, passes of `model` with labels give the same losses a token [b, s], and keep no logits [s, b, v].
+
+    Where the sequence is spread over tensor-parallel ranks, the output layer gathers it, and logits stay whole; each
+    rank has its share of the vocabulary there. No gradients.
+
+    Args:
+        losses: whether the losses are wanted; otherwise they are zeros, and the output layer does not run.
+    """
+    if not model.post_process or (losses and model.config.sequence_parallel):
+        yield
+        return
+    layer, given = model.output_layer, {}
+    logits_of, losses_of = layer.forward, model.compute_language_model_loss
+
+    def hand_on(hidden: Any, *arguments: Any, **options: Any) -> tuple[Any, None]:
+        given.update(arguments=arguments, options=options)
+        return hidden, None
+
+    def in_chunks(labels: Any, hidden: Any) -> Any:
+        import torch
+
+        if not losses:
+            return hidden.new_zeros(labels.shape)
+        rows = max(1, CHUNK // (4 * hidden.shape[1] * layer.output_size_per_partition))
+        found = []
+        for first in range(0, len(hidden), rows):
+            logits, _ = logits_of(hidden[first : first + rows], *given["arguments"], **given["options"])
+            found.append(losses_of(labels[:, first : first + rows], logits))
+        return torch.cat(found, dim=1)
+
+    with _replaced(layer, "forward", hand_on), _replaced(model, "compute_language_model_loss", in_chunks):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, function: Any) -> Iterator[None]:
+    """The module with `function` in its method's place."""
+    own = vars(module)
+    before = own.get(name)
+    own[name] = function
+    try:
+        yield
+    finally:
+        del own[name]
+        if before is not None:
+            own[name] = before
