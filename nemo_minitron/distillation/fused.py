@@ -29,8 +29,8 @@ from nemo_minitron.distillation.divergences import (
 )
 
 #: Bytes of a chunk's logits, both models together, and tokens that a chunk has at least: more makes products faster and
-#: roundings of the weight's gradient fewer, by little beyond these. On a CPU each model's are above the 32 MiB below which
-#: glibc keeps freed blocks in a heap with gaps.
+#: roundings of the weight's gradient fewer, by little beyond these. On a CPU each model's are above the 32 MiB below
+#: which glibc keeps freed blocks in a heap with gaps.
 CPU_CHUNK, CUDA_CHUNK = 72 << 20, 1 << 30
 CHUNK_TOKENS = 128
 LOG2E = 1 / LN2
