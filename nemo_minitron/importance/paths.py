@@ -197,6 +197,8 @@ def path_losses(stage: PipelineStage, sequences: Any, batch: int, base: Path, pa
     """
     import torch
 
+    if not paths:
+        return []
     sums = torch.zeros(len(paths) + 1, dtype=torch.float64, device=stage.device)  # losses; tokens
     shared = _Shared(stage, base, paths)
     said = "depth scan, losses" if len(paths) == 1 else f"depth scan, losses of {len(paths)} models"

@@ -355,15 +355,16 @@ def test_pipeline_ranks_scan_as_one(tiny, tmp_path, devices, targets):
     assert found.drop_layers == same.drop_layers and found.folds.keys() == same.folds.keys()
     assert flat(same.blocks) == pytest.approx(flat(found.blocks), rel=1e-5)
     assert flat(same.report) == pytest.approx(flat(found.report), rel=1e-4)
+    assert flat(found.report, str) == flat(same.report, str)
     for layer in found.folds:
         assert (found.folds[layer] - same.folds[layer]).norm() < 1e-2 * found.folds[layer].norm()
 
 
-def flat(value) -> list:
-    """Every number and text in lists and dictionaries."""
+def flat(value, kind=(int, float)) -> list:
+    """Every number, or every value of another kind, in lists and dictionaries."""
     if isinstance(value, list | dict):
-        return [one for part in (value.values() if isinstance(value, dict) else value) for one in flat(part)]
-    return [value]
+        return [one for part in (value.values() if isinstance(value, dict) else value) for one in flat(part, kind)]
+    return [value] if isinstance(value, kind) else []
 
 
 def test_a_depth_student_of_the_same_size_runs_nothing_again(tiny, scanned, tmp_path, monkeypatch):
