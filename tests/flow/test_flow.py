@@ -199,10 +199,14 @@ def test_another_setting_is_refused_and_nothing_is_lost(run, capsys):
 
 @pytest.mark.parametrize("name", ["mistral-nemo", "nemo1"])
 def test_any_checkpoint_goes_the_whole_way_without_a_preset(small_models, tmp_path, capsys, name):
-    """Mistral, and Nemotron in an archive, of sizes below ModelOpt's own grid. Every step's time is told before it starts, and a second run does nothing."""
+    """Mistral, and Nemotron in an archive, of sizes below ModelOpt's own grid.
+
+    Every step's time is told before it starts, and a second run does nothing.
+    """
     (tmp_path / "text.txt").write_text("\n\n".join(f"Document {n} says that {n} is {n}." for n in range(3000)))
     settings = [f"model.restore_from_path={small_models[name]}", f"data.source={tmp_path / 'text.txt'}",
-                f"output_dir={tmp_path / 'run'}", "limit_test_batches=1", "prune.num_samples=8", "distill.control=false"]  # fmt: skip
+                f"output_dir={tmp_path / 'run'}", "limit_test_batches=1", "prune.num_samples=8",
+                "distill.control=false"]  # fmt: skip
     settings += [
         f"{stage}.{key}" for stage in ("finetune", "distill") for key in ("max_steps=2", "limit_val_batches=1")
     ]
