@@ -105,7 +105,7 @@ def test_the_report_repeats_the_run_and_shows_it(run, capsys):
         assert program == "minitron"
         assert json.loads(json.dumps(dataclasses.asdict(compose(subcommand, overrides)))) == config
     for stage in report["stages"]:
-        assert stage["stage"] == stage_name(stage["folder"], stage["kind"]) or stage["kind"] == "scan"
+        assert stage["stage"] == stage_name(stage["folder"], stage["kind"]) or stage["kind"] in ("scan", "refit")
     assert {"shapes", "kept", "cost", "block-influence", "losses-depth-distilled"} <= {
         picture["name"] for picture in report["pictures"]
     }
