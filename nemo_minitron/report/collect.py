@@ -27,7 +27,7 @@ from nemo_minitron.report.stages import (
 )
 from nemo_minitron.report.table import add_gaps, cut_of, row, verdicts
 
-STAGE_ORDER = ("data", "finetune", "score", "scan", "prune", "distill", "evaluate")
+STAGE_ORDER = ("data", "finetune", "score", "scan", "refit", "prune", "distill", "evaluate")
 
 
 def collect(path: str | os.PathLike) -> dict[str, Any]:

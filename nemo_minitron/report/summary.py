@@ -40,7 +40,7 @@ def run_report(run: Mapping[str, Any], repeat: Repeat) -> dict[str, Any]:
     for stage in run["stages"]:
         config = stage["config"]
         own = config.get("command", config)
-        name = "prune" if stage["kind"] in ("score", "scan") else stage["kind"]
+        name = "prune" if stage["kind"] in ("score", "scan", "refit") else stage["kind"]
         if isinstance(own, dict):
             commands[stage["stage"]] = repeat(name, own)
     machine = told.get("environment")

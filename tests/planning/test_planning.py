@@ -127,9 +127,9 @@ def test_second_moments_are_as_gathered(megatron):
     assert counted.get_total_flops() - plain.get_total_flops() == BATCH * 64 * moment_flops(LLAMA)
     assert sum(total.nbytes for total in sums.sums.values()) == moment_bytes(LLAMA, 3, last=True)[0]
     later = LLAMA.num_layers * 4 * (64 - 65 / 2) * LLAMA.num_attention_heads * LLAMA.kv_channels
-    with all_scores(), FlopCounterMode(display=False) as scoring:
-        with gathered(model), output_in_chunks(model, losses=False):
-            run_forward(model)
+    chunked = output_in_chunks(model, losses=False)
+    with all_scores(), FlopCounterMode(display=False) as scoring, gathered(model), chunked:
+        run_forward(model)
     assert scoring.get_total_flops() == BATCH * 64 * (stage_flops("prune", LLAMA, None, 64) + later)
 
 
