@@ -132,7 +132,7 @@ def student(teacher: str, data: str, output: str, method: str, hidden: str) -> N
         inference=c.InferenceConfig(batch_size=4),
         prune=c.PruneTargets(
             hidden_size=int(hidden), num_samples=STUDENT_SAMPLES, scores_path=f"{output}.scores-{method}",
-            method=None if method == "modelopt" else method, statistics=method == "compensated",
+            method=None if method == "modelopt" else method, statistics=method == "compensated", refit="once",
         ),
         export=c.ExportConfig(save_path=output),
     )  # fmt: skip
