@@ -8,11 +8,14 @@ import torch
 
 from activations import moments
 from models import build
+from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import ImportanceScores
 from nemo_minitron.checkpoints import open_checkpoint
 from nemo_minitron.checkpoints.write import write_checkpoint
 from nemo_minitron.config import PruneTargets
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.pruning import stage
 from nemo_minitron.pruning.compensated import CompensatedCut, Settings
 from nemo_minitron.pruning.cut import choose
 from nemo_minitron.pruning.plan import plan_cut
@@ -138,6 +141,29 @@ def test_a_tied_student_stays_tied_and_is_as_near_as_an_untied_one(cases, name, 
     assert tied.config.tie_word_embeddings
     untied = case.student(tmp_path / "untied", hidden_size=48, untie=True)
     assert case.loss_to(tied) < 1.1 * case.loss_to(untied)
+
+
+@pytest.mark.parametrize("value, said", [(0.0, "are all 0"), (float("nan"), "are not all finite")])
+def test_a_final_norm_that_lets_nothing_through_is_refused(cases, tmp_path, value, said):
+    case = cases(TIED[0])
+    model = copy.deepcopy(case.model)
+    torch.nn.init.constant_(model.model.norm.weight, value)
+    model.save_pretrained(tmp_path / "teacher")
+    config = c.PruneConfig(
+        model=c.PruneModelConfig(restore_from_path=str(tmp_path / "teacher")),
+        prune=c.PruneTargets(**GRID, hidden_size=48, scores_path=str(tmp_path / "scores")),
+        export=c.ExportConfig(save_path=str(tmp_path / "student")),
+    )
+    with pytest.raises(CheckpointError, match=f"final norm .*{said}"):
+        stage.prune(c.validated(config), tmp_path / "scores")
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+@pytest.mark.parametrize("tolerance", [-0.1, 1.5])
+def test_a_tolerance_off_its_range_is_refused(tolerance):
+    assert PruneTargets(hidden_size=48, gain_tolerance=tolerance).problems() == [
+        f"gain_tolerance = {tolerance} must lie from 0 to 1"
+    ]
 
 
 PARTS = {
