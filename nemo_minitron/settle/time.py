@@ -20,7 +20,7 @@ EPOCHS = 4
 TOKEN_BYTES = 4.0
 VALIDATIONS = 3
 #: Tokens of a split that is tested, of the calibration, and samples of the scan of blocks.
-TESTED, CALIBRATED, SCANNED = (2**14, 2**18), (2**15, 1024), (16, 256)
+TESTED, CALIBRATED, SCANNED = (2**14, 2**18), (2**15, 1024), (2**14, 256)
 #: Samples a forward pass while scoring.
 SCORING_BATCH = 16
 
@@ -128,9 +128,10 @@ def settle_calibration(state: State) -> None:
         for dropped in layers if dropped
     )  # fmt: skip
     ranks = 4 * state.config.hardware.devices * state.config.hardware.num_nodes
-    samples = int(state.operations(SCORING / 3) / (each * length)) if each else SCANNED[0]
-    samples = min(max(samples, SCANNED[0]), SCANNED[1])
-    why = f"{SCORING / 3:.0%} of {state.config.minutes:g} minutes, {SCANNED[0]} to {SCANNED[1]}"
+    least = -(-SCANNED[0] // length)
+    samples = int(state.operations(SCORING / 3) / (each * length)) if each else least
+    samples = min(max(samples, least), max(SCANNED[1], least))
+    why = f"{SCORING / 3:.0%} of {state.config.minutes:g} minutes, between 2^14 tokens and {SCANNED[1]} samples"
     state.choose("prune.num_block_samples", max(ranks, samples // ranks * ranks), why)
 
 
