@@ -52,7 +52,7 @@ def scanned(tiny, tmp_path_factory):
 def test_a_log_says_how_far_the_scan_is(tiny, tmp_path, capfd):
     scan(scanning(tiny, tmp_path, drop_layers=[3], num_block_samples=20))
     said = capfd.readouterr().err
-    found = re.findall(r"depth scan: sample (\d+) of 20, [\d,]+ tokens/s, 0:\d\d left", said)
+    found = re.findall(r"depth scan, losses of 2 models: sample (\d+) of 20, [\d,]+ tokens/s, 0:\d\d left", said)
     assert found == ["8", "20"]
 
 
