@@ -11,6 +11,7 @@ Source of the keys' meaning: https://github.com/ggml-org/ggml/blob/master/docs/g
 import collections
 import contextlib
 import io
+import math
 import re
 import stat
 import sys
@@ -160,7 +161,7 @@ def _check_sizes(reader: "GGUFReader", source: Path, called: str) -> None:
     found = {
         f"{kind}.block_count": (a.num_layers, len({name.split(".")[1] for name in tensors if name[:4] == "blk."})),
         "shape of token_embd.weight": ((a.vocab_size, a.hidden_size), tensors.get("token_embd.weight")),
-        "parameters": (a.parameters(), sum(_product(shape) for shape in tensors.values())),
+        "parameters": (a.parameters(), sum(math.prod(shape) for shape in tensors.values())),
     }
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
         stated = _value(reader, f"{kind}.{key}")
@@ -170,13 +171,6 @@ def _check_sizes(reader: "GGUFReader", source: Path, called: str) -> None:
     ]
     if wrong:
         raise CheckpointError(f"{called} contradicts itself: {'; '.join(wrong)}")
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def _model(source: Path, called: str) -> Any:
@@ -205,6 +199,9 @@ def _model(source: Path, called: str) -> Any:
     if lost:
         raise CheckpointError(f"{called} lacks tensors of its model, or has them in another shape: {lost[:SHOWN]}")
     vars(model.config).pop("_model_name_or_path", None)
+    # transformers 5 takes a model that it has dequantised for a quantised one still, and does not save it.
+    model.hf_quantizer = None
+    vars(model.config).pop("quantization_config", None)
     return model
 
 
