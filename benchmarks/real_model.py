@@ -12,7 +12,6 @@ again: processes that share a folder share the work, with `--steps 0` and a seed
 import dataclasses
 import itertools
 import json
-import math
 import os
 import platform
 import statistics
@@ -48,28 +47,20 @@ class Settings:
 
 def shapes_of(architecture: Any, shares: list[float], grid: dict[str, int]) -> dict[str, dict[str, int]]:
     """Targets by name for shares of the parameters in percent: every width in proportion, every depth, half of each."""
-    a = architecture
-    found = {}
+    from nemo_minitron.architecture import PruningGrid
+    from nemo_minitron.pruning.shares import sizes_of
+
+    a, found = architecture, {}
+    sizes = PruningGrid(**{name.removesuffix("_divisor"): value for name, value in grid.items()})
     for share in shares:
         wanted = share / 100 * a.parameters()
         layers = min(range(1, a.num_layers), key=lambda n: abs(a.with_sizes(num_layers=n).parameters() - wanted))
-        found[f"width {share:g} %"] = _width(a, wanted, grid)
+        width = {"parameters": f"{share:g}%"}
+        between = {"num_layers": round((layers + a.num_layers) / 2)}
+        found[f"width {share:g} %"] = sizes_of(width, a, sizes)
         found[f"depth {share:g} %"] = {"num_layers": layers}
-        between = round((layers + a.num_layers) / 2)
-        found[f"both {share:g} %"] = {"num_layers": between, **_width(a.with_sizes(num_layers=between), wanted, grid)}
+        found[f"both {share:g} %"] = sizes_of(between | width, a, sizes)
     return found
-
-
-def _width(a: Any, wanted: float, grid: dict[str, int]) -> dict[str, int]:
-    """Widths on the grid of about `wanted` parameters, as near to the teacher's ratio as can be."""
-    steps = {name: range(grid[f"{name}_divisor"], getattr(a, name) + 1, grid[f"{name}_divisor"]) for name in (
-        "hidden_size", "ffn_hidden_size")}  # fmt: skip
-    near = []
-    for hidden, ffn in itertools.product(*steps.values()):
-        off = abs(a.with_sizes(hidden_size=hidden, ffn_hidden_size=ffn).parameters() / wanted - 1)
-        bend = abs(math.log((hidden / a.hidden_size) / (ffn / a.ffn_hidden_size)))
-        near.append((bend + 10 * off, hidden, ffn))
-    return dict(zip(steps, min(near)[1:]))
 
 
 class Bench:
