@@ -223,6 +223,10 @@ class PruneConfig(Config):
         found = [] if self.output == "???" else format_problems(self.output, self.to)
         if self.prune.refit == "sequential" and self.method == "minitron":
             found.append("prune.refit=sequential is part of prune.method=compensated; method=minitron refits nothing")
+        elif self.prune.refit == "sequential" and not self.model.data.data_prefix:
+            found.append(
+                "prune.refit=sequential needs text to run on, model.data.data_prefix; prune.refit=once needs none"
+            )
         if self.prune.needs_scores and self.model.tensor_model_parallel_size != 1:
             found.append(
                 f"model.tensor_model_parallel_size = {self.model.tensor_model_parallel_size}: ModelOpt scores with 1 "

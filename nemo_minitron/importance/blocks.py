@@ -31,6 +31,7 @@ from nemo_minitron.importance.paths import (
     run_moments,
 )
 from nemo_minitron.ridge import ridge
+from nemo_minitron.runtime.calibration import HOLD_OUT, dealt
 
 #: Ridge strengths, in units of the mean diagonal of the gram matrix.
 STRENGTHS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -40,8 +41,6 @@ LOWER_STRENGTHS = (1e-7, 1e-8, 1e-9, 1e-10)
 CHOICE_STRENGTH = 1e-4
 #: Whether tokens weigh 1 / mean(x_j^2) in the fit.
 WEIGHTINGS = (False, True)
-#: Every so many samples one is held out of the fit.
-HOLD_OUT = 4
 
 
 def runs(layers: Sequence[int]) -> list[Run]:
@@ -156,14 +155,7 @@ class Samples:
         out[HOLD_OUT - 1 :: HOLD_OUT] = True
         held_out = sequences[out]
         parts = {"all": sequences, "fit": sequences[~out], "held_out": held_out, "choice": held_out[:choice]}
-        return cls(**{name: _dealt(part) for name, part in parts.items()}, batch=batch)
-
-
-def _dealt(sequences: Any) -> Any:
-    from megatron.core import parallel_state
-
-    ranks = parallel_state.get_data_parallel_world_size()
-    return sequences[parallel_state.get_data_parallel_rank() :: ranks]
+        return cls(**{name: dealt(part) for name, part in parts.items()}, batch=batch)
 
 
 class _ChoiceMaps:

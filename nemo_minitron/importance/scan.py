@@ -9,9 +9,16 @@ from nemo_minitron.architecture import parse_layers
 from nemo_minitron.artifacts import DepthScan, ImportanceScores, Manifest
 from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
 from nemo_minitron.config import PruneConfig
-from nemo_minitron.errors import EngineError
-from nemo_minitron.importance.blocks import HOLD_OUT, blocks_of, choice_cost, runs, scan_blocks, scan_layers
-from nemo_minitron.runtime.calibration import Calibration, calibration_of, given, run_on_samples, scores_folder
+from nemo_minitron.importance.blocks import blocks_of, choice_cost, runs, scan_blocks, scan_layers
+from nemo_minitron.runtime.calibration import (
+    HOLD_OUT,
+    Calibration,
+    calibration_of,
+    check_block_samples,
+    given,
+    run_on_samples,
+    scores_folder,
+)
 from nemo_minitron.runtime.inputs import LOG
 from nemo_minitron.runtime.launch import rank
 from nemo_minitron.runtime.layout import Layout, check_fits, layout_of
@@ -47,7 +54,7 @@ def scan(config: PruneConfig) -> Manifest:
     calibration = calibration_of(config, teacher)
     layout = layout_of(config.trainer, config.model)
     check_fits(teacher.architecture, layout, "teacher")
-    _check_samples(config, layout)
+    check_block_samples(config, layout)
     return run_on_samples(
         config,
         calibration,
@@ -95,16 +102,6 @@ def _named(config: PruneConfig) -> list[int] | None:
         return None
     scores = ImportanceScores.load(scores_folder(config))
     return sorted(scores.layers_by_importance()[config.prune.num_layers :])
-
-
-def _check_samples(config: PruneConfig, layout: Layout) -> None:
-    ranks = layout.world_size // (layout.tensor_parallel * layout.pipeline_parallel)
-    count = config.prune.num_block_samples
-    if count < HOLD_OUT * ranks:
-        raise EngineError(
-            f"prune.num_block_samples = {count}: {HOLD_OUT} a rank are needed, {HOLD_OUT} x {ranks} = "
-            f"{HOLD_OUT * ranks}; one in {HOLD_OUT} is held out"
-        )
 
 
 def _work(

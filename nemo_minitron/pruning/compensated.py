@@ -105,10 +105,13 @@ class CompensatedCut:
         norms = self.norms()
         weights = [1.0] * (len(norms) - 1) + [self.settings.final_norm_weight]
         pooled = sum(w * self.moments[f"stream.{norm}"].double() for w, norm in zip(weights, norms)) / sum(weights)
-        groups = None
-        if self.tied and not self.centred:
-            groups = arithmetic.gain_groups(self._gain(norms[-1]), self.settings.gain_tolerance)
+        groups = self.groups if self.tied and not self.centred else None
         return arithmetic.stream_basis(pooled, self.student.hidden_size, self.centred, groups)
+
+    @functools.cached_property
+    def groups(self) -> list[Any]:
+        """The channels that a rotation may mix where the output matrix is the embedding."""
+        return arithmetic.gain_groups(self._gain(2 * self.teacher.num_layers), self.settings.gain_tolerance)
 
     def kept_energy(self) -> float:
         """Share of the normalised stream's energy that lies in the directions that stay, mean over the norms."""
@@ -143,10 +146,9 @@ class CompensatedCut:
             return None
         if self.centred:
             return "tied: the final norm's gain is its best diagonal"
-        groups = arithmetic.gain_groups(self._gain(2 * self.teacher.num_layers), self.settings.gain_tolerance)
         return (
-            f"tied: rotated within {len(groups)} groups of channels of like final gain, the largest of "
-            f"{max(map(len, groups))} of {self.teacher.hidden_size}"
+            f"tied: rotated within {len(self.groups)} groups of channels of like final gain, the largest of "
+            f"{max(map(len, self.groups))} of {self.teacher.hidden_size}"
         )
 
     def cut(self) -> dict[str, Lazy]:

@@ -32,12 +32,11 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.pruning.compensated import CompensatedCut
 from nemo_minitron.pruning.cut import layer_indices
 from nemo_minitron.ridge import ridge
+from nemo_minitron.runtime.calibration import HOLD_OUT
 from nemo_minitron.runtime.layout import Layout
 
 #: Ridge strengths, in units of the mean diagonal of what is inverted.
 STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-#: Every so many samples one is held out of the fit.
-HOLD_OUT = 4
 QKV, PROJ, FC1, FC2 = "self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"
 
 

@@ -16,8 +16,9 @@ from nemo_minitron.errors import CheckpointError, MinitronError
 from nemo_minitron.jobs import Job
 from nemo_minitron.pruning.choice import choose_by_saliency
 from nemo_minitron.pruning.compensated import FINAL, CompensatedCut, Settings
-from nemo_minitron.pruning.cut import choose, cut
+from nemo_minitron.pruning.cut import Kept, choose, cut
 from nemo_minitron.pruning.plan import check_targets, plan_cut
+from nemo_minitron.pruning.refitted import kept_by, refitted
 
 #: Settings that shape a compensated student beyond its plan.
 COMPENSATION = ("ridge", "merge_heads", "untie", "gain_tolerance", "choose_by", "refit")
@@ -155,12 +156,7 @@ def _work(
     student = Architecture.from_dict(plan.student)
     place = place_in(partial, config.output, config.target_format)
     started = time.perf_counter()
-    tensors, compensation = student_tensors(teacher, plan, scores, scan, config)
-    if refit_folder is not None:
-        from nemo_minitron.pruning.refit import refitted
-
-        tensors, said = refitted(tensors, refit_folder)
-        compensation |= said
+    tensors, compensation = student_tensors(teacher, plan, scores, scan, config, refit_folder)
     check_room(config.output, sum(tensor.nbytes for tensor in tensors.values()))
     with progress(tensors, "prune") as watched:
         write_checkpoint(place, config.target_format, student, watched, teacher.tokenizer_files, teacher.generation)
@@ -190,12 +186,17 @@ def student_tensors(
     scores: ImportanceScores | None,
     scan: DepthScan | None,
     config: PruneConfig,
+    refit_folder: str | Path | None,
 ) -> tuple[Mapping[str, Lazy], dict[str, Any]]:
     """The student's tensors, each made when it is read; and what the manifest says of the compensation."""
     if plan.method == "minitron":
         return cut(teacher.tensors, plan, choose(scores, teacher.architecture, plan.width)), {}
-    made = compensated_cut(teacher, plan, scores, scan, config.prune)
-    return made.cut(), made.summary()
+    if refit_folder is None:
+        made = compensated_cut(teacher, plan, scores, scan, config.prune)
+        return made.cut(), made.summary()
+    made = compensated_cut(teacher, plan, scores, scan, config.prune, kept_by(refit_folder))
+    tensors, said = refitted(made.cut(), refit_folder)
+    return tensors, made.summary() | said
 
 
 def compensated_cut(
@@ -204,14 +205,19 @@ def compensated_cut(
     scores: ImportanceScores | None,
     scan: DepthScan | None,
     targets: PruneTargets,
+    chosen: Kept | None = None,
 ) -> CompensatedCut:
-    """The compensated cut that `targets` ask for."""
+    """The compensated cut that `targets` ask for.
+
+    Args:
+        chosen: neurons and heads that were chosen for it before.
+    """
     moments = scores.moments if scores else {}
     kept = choose(scores, teacher.architecture, plan.width)
-    if targets.choose_by == "saliency":
+    if chosen is None and targets.choose_by == "saliency":
         heads = not targets.merge_heads  # their residual is merged in the order of the published importance
-        by_cost = choose_by_saliency(teacher.tensors, plan, moments, targets.ridge, heads=heads)
-        chosen = {name: value for name, value in vars(by_cost).items() if value is not None}
-        kept = dataclasses.replace(kept, **chosen)
+        chosen = choose_by_saliency(teacher.tensors, plan, moments, targets.ridge, heads=heads)
+    if chosen is not None:
+        kept = dataclasses.replace(kept, **{name: value for name, value in vars(chosen).items() if value is not None})
     settings = Settings(ridge=targets.ridge, merge_heads=targets.merge_heads, gain_tolerance=targets.gain_tolerance)
     return CompensatedCut(teacher.tensors, plan, kept, moments, scan.folds if scan else {}, settings)

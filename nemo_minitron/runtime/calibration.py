@@ -10,11 +10,14 @@ from nemo_minitron.checkpoints import Checkpoint
 from nemo_minitron.config import PruneConfig, missing_data
 from nemo_minitron.data.module import check_fits as check_data
 from nemo_minitron.data.module import paths, resolve_prefixes
-from nemo_minitron.errors import ConfigError
+from nemo_minitron.errors import ConfigError, EngineError
 from nemo_minitron.jobs import Job
 from nemo_minitron.runtime.inputs import data_files
 from nemo_minitron.runtime.launch import run_stage
 from nemo_minitron.runtime.layout import Layout
+
+#: Every so many samples one is held out of a fit, to choose its ridge on.
+HOLD_OUT = 4
 
 
 def scores_folder(config: PruneConfig) -> Path:
@@ -73,6 +76,29 @@ def calibration_of(config: PruneConfig, teacher: Checkpoint) -> Calibration:
     length = config.model.data.seq_length or config.model.encoder_seq_length or teacher.architecture.seq_length
     check_data({"train": prefixes["train"]}, seq_length=length, vocab_size=teacher.architecture.vocab_size)
     return Calibration(files=prefixes["train"], length=length)
+
+
+def check_block_samples(config: PruneConfig, layout: Layout, otherwise: str = "") -> None:
+    """Raises EngineError where prune.num_block_samples are too few to hold any out on each data-parallel rank.
+
+    Args:
+        otherwise: what the message says of a way without them.
+    """
+    ranks = layout.world_size // (layout.tensor_parallel * layout.pipeline_parallel)
+    count = config.prune.num_block_samples
+    if count < HOLD_OUT * ranks:
+        raise EngineError(
+            f"prune.num_block_samples = {count}: {HOLD_OUT} a rank are needed, {HOLD_OUT} x {ranks} = "
+            f"{HOLD_OUT * ranks}; one in {HOLD_OUT} is held out{otherwise}"
+        )
+
+
+def dealt(sequences: Any) -> Any:
+    """This data-parallel rank's share of samples [n, ..]; call it inside ``parallel_ranks()``."""
+    from megatron.core import parallel_state
+
+    ranks = parallel_state.get_data_parallel_world_size()
+    return sequences[parallel_state.get_data_parallel_rank() :: ranks]
 
 
 def run_on_samples(

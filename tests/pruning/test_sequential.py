@@ -52,6 +52,18 @@ def test_the_refitted_student_loses_less_than_the_cut(tiny, refitted):
     assert loss(hf_model(student), held_out) < loss(hf_model(once), held_out)
 
 
+def test_the_cut_takes_the_neurons_that_the_refit_was_made_with(tiny, refitted, monkeypatch, tmp_path):
+    """They are chosen once, and what is cut again from the same refit is the same, bit for bit."""
+    from nemo_minitron.pruning import stage
+
+    config, _, student = refitted
+    monkeypatch.setattr(stage, "choose_by_saliency", pytest.fail)
+    again = dataclasses.replace(config, export=dataclasses.replace(config.export, save_path=str(tmp_path / "again")))
+    flow.prune(again)
+    before, after = (open_checkpoint(folder).tensors for folder in (student, tmp_path / "again"))
+    assert all(torch.equal(before[name].read(), after[name].read()) for name in before)
+
+
 def test_the_first_matrix_is_the_ridge_least_squares_one(tiny, refitted):
     """linear_qkv of layer 1, from nothing but the cut student, the teacher and the samples."""
     config, once, student = refitted
@@ -107,4 +119,8 @@ def test_what_cannot_be_is_said_before_any_work(tiny, tmp_path):
         flow.prune(pruning(tiny, tmp_path, hidden_size=64, num_block_samples=3))
     with pytest.raises(ConfigError, match="refit=sequential is part of prune.method=compensated"):
         validated(pruning(tiny, tmp_path, hidden_size=64, method="minitron", refit="sequential"))
+    without = pruning(tiny, tmp_path, hidden_size=64, refit="sequential")
+    without.model.data = dataclasses.replace(without.model.data, data_prefix=None)
+    with pytest.raises(ConfigError, match="refit=sequential needs text to run on"):
+        validated(without)
     assert not (tmp_path / "student").exists()
