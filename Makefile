@@ -19,11 +19,11 @@ CONTAINERS := 25.09 25.11 26.02
 # From 26.04 on there is no NeMo in the container.
 WITHOUT_NEMO := 26.04 26.08
 # What depends on the versions of NeMo, Megatron Core, ModelOpt, NeMo-Run, transformers and lm-evaluation-harness.
-ENGINE_TESTS := $(addprefix tests/,importance/test_scoring.py pruning/test_modelopt.py pruning/test_compensated.py \
-	distillation/test_distill.py finetuning runtime/test_training.py runtime/test_attention.py runtime/test_windows.py \
-	runtime/test_versions.py \
-	runtime/test_cpu.py checkpoints/test_nemo_trainer.py checkpoints/test_nemo2.py evaluation planning/test_planning.py test_launching.py \
-	test_connectors.py)
+ENGINE_TESTS := $(addprefix tests/,pruning/importance/test_scoring.py pruning/test_modelopt.py pruning/test_compensated.py \
+	distillation/test_distill.py training/test_instruct.py training/test_training.py megatron/test_attention.py megatron/test_windows.py \
+	packages/test_versions.py \
+	megatron/test_cpu.py checkpoints/test_nemo_trainer.py checkpoints/test_nemo2.py evaluation planning/test_planning.py launch/test_launching.py \
+	integrations/test_connectors.py)
 
 .PHONY: demo demo-real test test-container check lab lock gpu-kit clean
 
@@ -52,7 +52,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/python -m nemo_minitron.compose
+	$(BIN)/python -m nemo_minitron.config.compose
 	$(BIN)/python notebooks/check.py
 	$(BIN)/python -m pip check
 

@@ -53,9 +53,9 @@ def make(folder: Path, gigabytes: float) -> None:
     """Writes the Hugging Face checkpoint that everything starts from: random bits of finite bf16 values."""
     import torch
 
-    from nemo_minitron.checkpoints import canonical
+    from nemo_minitron.checkpoints import names as canonical
+    from nemo_minitron.checkpoints.formats.write import write_checkpoint
     from nemo_minitron.checkpoints.tensors import Computed
-    from nemo_minitron.checkpoints.write import write_checkpoint
 
     shape = architecture(gigabytes)
     generator = torch.Generator().manual_seed(0)
@@ -73,8 +73,8 @@ def make(folder: Path, gigabytes: float) -> None:
 def convert(source: str, output: str, settings: str) -> None:
     """One conversion; prints seconds and peak memory as JSON. Runs in a process of its own."""
     started = time.perf_counter()
-    from nemo_minitron.checkpoints.convert import convert as run
     from nemo_minitron.config import ConvertConfig, validated
+    from nemo_minitron.conversion.convert import convert as run
 
     config = validated(ConvertConfig(**{"verify": "none", **json.loads(settings)}, source=source, output=output))
     imported = time.perf_counter()

@@ -87,7 +87,7 @@ def prepare(device: str, folder: Path, emit: Emit) -> None:
     from plan_check import write_checkpoint
 
     from nemo_minitron import config as c
-    from nemo_minitron.data import stage
+    from nemo_minitron.data import command as stage
 
     with step(emit, "data"):
         stage.prepare(c.DataConfig(output=str(folder / "data"), words=60_000, vocab_size=VOCABULARY, workers=1))
@@ -156,7 +156,7 @@ class Way:
 
     def finetune(self, name: str, device: str, of: str = "", precision: str = "32", tolerance: float = 1e-4) -> None:
         from nemo_minitron import config as c
-        from nemo_minitron.finetuning import stage
+        from nemo_minitron.training import finetune as stage
 
         with step(self.say, name):
             fields = self.stage_fields(
@@ -186,7 +186,7 @@ class Way:
 
     def score(self) -> None:
         from nemo_minitron.artifacts import ImportanceScores
-        from nemo_minitron.importance.scoring import score
+        from nemo_minitron.pruning.importance.scoring import score
 
         with step(self.say, "score"):
             score(self.prune_config(self.own / "none", hidden_size=192))
@@ -197,8 +197,8 @@ class Way:
             self.fingerprint("score, second moments", moments, 1e-4)
 
     def cut(self, name: str, **targets: Any) -> None:
-        from nemo_minitron.checkpoints import open_checkpoint
-        from nemo_minitron.pruning.stage import prune
+        from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+        from nemo_minitron.pruning.command import prune
 
         with step(self.say, f"cut {name}"):
             output = self.own / name.replace(" ", "-")
@@ -221,7 +221,7 @@ class Way:
 
     def distil(self, student: str, form: str, precision: str, of: str = "") -> None:
         from nemo_minitron import config as c
-        from nemo_minitron.distillation import stage
+        from nemo_minitron.distillation import command as stage
 
         name = f"distil {student}, {form}, {'bf16' if precision == 'bf16' else 'fp32'}"
         with step(self.say, name):
@@ -237,7 +237,7 @@ class Way:
 
     def convert(self) -> None:
         from nemo_minitron import config as c
-        from nemo_minitron.checkpoints import convert
+        from nemo_minitron.conversion import convert
 
         source = self.own / "distil-width-fused-fp32"
         for form, name in (("hf", "hf"), ("nemo1", "student.nemo")):
@@ -275,7 +275,7 @@ def loss(device: str, folder: Path, emit: Emit) -> None:
     import kd_loss
     import torch
 
-    from nemo_minitron.distillation import compiled
+    from nemo_minitron.distillation.losses import compiled
 
     sizes = LOSS_SIZES if on_gpu() else LOSS_REHEARSED
     options = SimpleNamespace(dtypes=["bf16"], **sizes)
@@ -301,7 +301,7 @@ def _timed_loss(name: str, function: Callable, arguments: tuple, wanted: tuple, 
     """Median seconds, and the peak of what is allocated beyond the inputs (gradients included)."""
     import torch
 
-    from nemo_minitron.artifacts import peak_memory_bytes, reset_peak_memory
+    from nemo_minitron.jobs.memory import peak_memory_bytes, reset_peak_memory
 
     copies = [argument.detach().clone() for argument in arguments] if "overwriting" in name else None
     seconds, extra, value, norm = [], 0.0, 0.0, 0.0
@@ -348,7 +348,7 @@ def held() -> int:
 
     import torch
 
-    from nemo_minitron.artifacts import peak_memory_bytes
+    from nemo_minitron.jobs.memory import peak_memory_bytes
 
     gc.collect()
     return torch.cuda.memory_allocated() if on_gpu() else peak_memory_bytes()
@@ -359,9 +359,9 @@ def _planned(stage: str, teacher: dict, student: dict, batch: int, form: str = "
     import torch
 
     from nemo_minitron.architecture import Architecture
+    from nemo_minitron.megatron.layout import Layout
     from nemo_minitron.planning.memory import stage_memory
     from nemo_minitron.planning.run import Run
-    from nemo_minitron.runtime.layout import Layout
 
     gpu = on_gpu()
     run = Run(
@@ -378,7 +378,7 @@ def _distil_shape(folder: Path, emit: Emit, teacher: dict, student: dict, form: 
     import kd_step
 
     from nemo_minitron import config as c
-    from nemo_minitron.artifacts import peak_memory_bytes, reset_peak_memory
+    from nemo_minitron.jobs.memory import peak_memory_bytes, reset_peak_memory
 
     length = teacher["seq_length"]
     fields = kd_step.stage_fields(
@@ -401,8 +401,8 @@ def _distil_shape(folder: Path, emit: Emit, teacher: dict, student: dict, form: 
 
 def _score_shape(folder: Path, emit: Emit, name: str, teacher: dict, moments: bool) -> None:
     from nemo_minitron import config as c
-    from nemo_minitron.artifacts import peak_memory_bytes, reset_peak_memory
-    from nemo_minitron.importance.scoring import score
+    from nemo_minitron.jobs.memory import peak_memory_bytes, reset_peak_memory
+    from nemo_minitron.pruning.importance.scoring import score
 
     samples, batch, length = 32, 2, teacher["seq_length"]
     before = held()
@@ -433,7 +433,7 @@ def _score_shape(folder: Path, emit: Emit, name: str, teacher: dict, moments: bo
 def quantized(device: str, folder: Path, emit: Emit) -> None:
     """FP8 and INT4 exports, calibrated on this device, read back and asked for tokens."""
     from nemo_minitron import config as c
-    from nemo_minitron.deployment import stage
+    from nemo_minitron.quantization import command as stage
 
     for qformat, error in (("fp8", 0.04), ("int4_awq", 0.2)):
         output = folder / f"quantized-{qformat}"

@@ -7,6 +7,7 @@ the callee), both in the package and not the same. Imports are not counted.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--json", help="file to write the figures to")
     options = parser.parse_args()
     target = Path(options.json).absolute() if options.json else None
-    from nemo_minitron.cli import main as minitron
+    from nemo_minitron.cli.main import main as minitron
 
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +98,7 @@ def main() -> None:
             if minitron([command, *arguments]):
                 raise SystemExit(f"minitron {command} failed")
         for name, arguments in JOURNEYS.items():
-            hops = profiled(lambda words=[*name.split(), *arguments]: minitron(words))
+            hops = profiled(functools.partial(minitron, [*name.split(), *arguments]))
             pairs = sorted([one.removeprefix(PACKAGE), other.removeprefix(PACKAGE)] for one, other in hops.pairs)
             figures[name] = {"files": len(hops.files), "hops": len(pairs), "pairs": pairs}
         os.chdir("/")

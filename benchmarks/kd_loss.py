@@ -42,7 +42,7 @@ def plain(student: Any, teacher: Any) -> Any:
 
 def modelopt(student: Any, teacher: Any) -> Any:
     """The loss that NeMo gives ModelOpt's distillation model; logits [s, 1, v]."""
-    from nemo_minitron.runtime.cpu import without_toolkit
+    from nemo_minitron.megatron.cpu import without_toolkit
 
     with without_toolkit():
         from nemo.collections.llm.modelopt.distill.loss import LogitsKLLoss
@@ -52,7 +52,7 @@ def modelopt(student: Any, teacher: Any) -> Any:
 
 
 def chunked(student: Any, teacher: Any, **options: Any) -> Any:
-    from nemo_minitron.distillation.losses import forward_kl
+    from nemo_minitron.distillation.losses.api import forward_kl
 
     return forward_kl(student, teacher, **options).mean()
 
@@ -73,7 +73,7 @@ def liger(chunk: int) -> Callable:
 
 def fused(hidden: Any, weight: Any, teacher_hidden: Any, teacher_weight: Any, labels: Any) -> Any:
     """With the labels' cross entropy shown, as in training."""
-    from nemo_minitron.distillation.fused import fused_divergence
+    from nemo_minitron.distillation.losses.fused import fused_divergence
 
     share = hidden.new_full((len(hidden),), 1 / len(hidden)).float()
     return fused_divergence(hidden, weight, teacher_hidden, teacher_weight, kd_weights=share, labels=labels).total
@@ -119,7 +119,7 @@ def run_case(name: str, options: argparse.Namespace) -> None:
     """One case; prints what it measured as JSON. Runs in a process of its own."""
     import torch
 
-    from nemo_minitron.artifacts import peak_memory_bytes, reset_peak_memory
+    from nemo_minitron.jobs.memory import peak_memory_bytes, reset_peak_memory
 
     torch.set_num_threads(options.threads)
     start, loss = CASES[name]

@@ -35,7 +35,7 @@ class Marks:
         self.loading = self.steps = 0
 
     def start(self) -> None:
-        from nemo_minitron.artifacts.memory import peak_memory_bytes, reset_peak_memory
+        from nemo_minitron.jobs.memory import peak_memory_bytes, reset_peak_memory
 
         self.loading = peak_memory_bytes()
         reset_peak_memory()
@@ -44,7 +44,7 @@ class Marks:
         self.at.append((time.perf_counter(), time.process_time()))
 
     def end(self) -> None:
-        from nemo_minitron.artifacts.memory import peak_memory_bytes
+        from nemo_minitron.jobs.memory import peak_memory_bytes
 
         self.mark()
         self.steps = peak_memory_bytes()
@@ -77,7 +77,7 @@ def watcher(marks: Marks, seen: list[Any]) -> Any:
     """A callback that marks the steps and keeps the tokens [b, s] of each."""
     import lightning.pytorch as pl
 
-    from nemo_minitron.runtime.weights import bare
+    from nemo_minitron.megatron.weights import bare
 
     def look(embedding: Any, arguments: Any, named: dict[str, Any]) -> None:
         seen.append((named["input_ids"] if "input_ids" in named else arguments[0]).clone())

@@ -64,7 +64,7 @@ def stage_fields(data: Path, output: Path, length: int, samples: int, steps: int
 
 def make_model(data: Path, output: Path, sizes: dict[str, Any], length: int) -> None:
     """A model of these sizes with random weights, after one step of training."""
-    from nemo_minitron.finetuning.stage import finetune
+    from nemo_minitron.training.finetune import finetune
 
     architecture = {"kv_channels": 64, "seq_length": length, **sizes}
     fields = stage_fields(data, output, length, 1, 1, init="random", architecture=architecture)
@@ -108,12 +108,12 @@ def run_training(
     config: c.DistillConfig, folder: Path, watches: list[Any], *, forward: bool = False
 ) -> tuple[list[float], dict[str, Any]]:
     """Seconds of the teacher's forward passes after the run (with `forward`), and the run's history."""
-    from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.distillation import stage
+    from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+    from nemo_minitron.distillation import command as stage
     from nemo_minitron.distillation.module import teacher_in_validation
-    from nemo_minitron.runtime.engine import engine
-    from nemo_minitron.runtime.inputs import LOG, build_data, nemo_tokenizer, training_inputs
-    from nemo_minitron.runtime.training import train_and_validate
+    from nemo_minitron.megatron.session import engine
+    from nemo_minitron.training.inputs import LOG, build_data, nemo_tokenizer, training_inputs
+    from nemo_minitron.training.loop import train_and_validate
 
     student = open_checkpoint(config.model.restore_from_path)
     teacher = open_checkpoint(config.model.kd_teacher_restore_from_path) if config.kd.kd_weight else None
@@ -136,7 +136,7 @@ def teacher_forward(module: Any, config: c.DistillConfig, length: int) -> list[f
     import torch
 
     from nemo_minitron.distillation.output_layer import unfuse
-    from nemo_minitron.runtime.weights import bare
+    from nemo_minitron.megatron.weights import bare
 
     teacher = bare(module).teacher_model
     unfuse(teacher)
@@ -179,8 +179,8 @@ def measure(name: str, steps: int, rounds: int, data: Path, folder: Path) -> dic
 
 def cut(teacher: Path, data: Path, folder: Path, sizes: dict[str, int]) -> Path:
     """A Hugging Face student of these sizes, cut by importance on a few samples."""
-    from nemo_minitron.flow import score_and_scan
-    from nemo_minitron.pruning.stage import prune
+    from nemo_minitron.flow.run import prerequisites
+    from nemo_minitron.pruning.command import prune
 
     model = c.PruneModelConfig(
         restore_from_path=str(teacher), data=c.ModelDataConfig(data_prefix=str(data), seq_length=128, num_workers=0)
@@ -191,14 +191,14 @@ def cut(teacher: Path, data: Path, folder: Path, sizes: dict[str, int]) -> Path:
     )  # fmt: skip
     export = c.ExportConfig(save_path=str(folder / "student"))
     config = c.PruneConfig(trainer=c.TrainerConfig(accelerator="cpu"), model=model, prune=targets, export=export)
-    prune(config, *score_and_scan(config))
+    prune(config, *prerequisites(config))
     return folder / "student"
 
 
 def as_transformers_reads(path: Path, folder: Path) -> Path:
     """A checkpoint, or a copy of it, as a Hugging Face directory."""
-    from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.checkpoints.convert import convert
+    from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+    from nemo_minitron.conversion.convert import convert
 
     if open_checkpoint(path).format == "hf":
         return path
@@ -208,7 +208,7 @@ def as_transformers_reads(path: Path, folder: Path) -> Path:
 
 def peer_cases(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> teacher, student, data and batch: of the teacher that was given, or of the shapes."""
-    from nemo_minitron.data.stage import prepare
+    from nemo_minitron.data.command import prepare
 
     cases = {}
     if options.teacher:
@@ -254,7 +254,7 @@ def compare_with_peer(options: argparse.Namespace, folder: Path) -> list[dict[st
 
 
 def compare_with_parts(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    from nemo_minitron.data.stage import prepare
+    from nemo_minitron.data.command import prepare
 
     rows = []
     prepare(c.DataConfig(output=str(folder / "data"), words=120_000, vocab_size=512))

@@ -54,8 +54,8 @@ def with_cross_entropy(other: Callable[[Any, Any], Any]) -> Callable[[Any, Any, 
 
 def objectives() -> dict[str, Callable[[Any, Any, Any], Any]]:
     """The losses that are compared; each is a mean over tokens, of logits at temperature 1."""
-    from nemo_minitron.distillation.intermediate import cosine_loss, mse_loss
-    from nemo_minitron.distillation.losses import forward_kl, reverse_kl
+    from nemo_minitron.distillation.losses.api import forward_kl, reverse_kl
+    from nemo_minitron.distillation.losses.intermediate import cosine_loss, mse_loss
 
     return {
         "KL": s.kl,
@@ -142,8 +142,8 @@ class Bench:
             how: `importance`, `random`, `magnitude`; of layers `influence`, `contiguous` or `loss`, the last those
                 without each of which the loss is least.
         """
-        from nemo_minitron.flow import prerequisites
-        from nemo_minitron.pruning.stage import prune
+        from nemo_minitron.flow.run import prerequisites
+        from nemo_minitron.pruning.command import prune
 
         output = self.folder / f"{teacher.name}-{data.name}-{shape}-{how}".replace(" ", "-")
         targets = dict(SHAPES[shape])
@@ -165,7 +165,7 @@ class Bench:
     def least_loss(self, teacher: Path, data: Path, count: int) -> list[int]:
         """The layers, 1-based, without each of which alone the loss is least."""
         from nemo_minitron.artifacts import DepthScan
-        from nemo_minitron.importance.scan import scan, scan_folder
+        from nemo_minitron.pruning.importance.scan import scan, scan_folder
 
         config = self.config(
             self.folder / "none", teacher, data, num_layers=TEACHER["num_layers"] - 1, depth_by="block_loss"

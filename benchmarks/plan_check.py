@@ -104,9 +104,9 @@ def ranks(case: dict[str, Any]) -> int:
 def predicted(case: dict[str, Any]) -> Any:
     """The planner's peak of a case."""
     from nemo_minitron.architecture import Architecture
+    from nemo_minitron.megatron.layout import Layout
     from nemo_minitron.planning.memory import stage_memory
     from nemo_minitron.planning.run import Run
-    from nemo_minitron.runtime.layout import Layout
 
     teacher = Architecture(**case["model"])
     student = teacher.with_sizes(**case["student"]) if "student" in case else None
@@ -125,9 +125,9 @@ def write_checkpoint(
     import torch
 
     from nemo_minitron.architecture import Architecture
-    from nemo_minitron.checkpoints import canonical
+    from nemo_minitron.checkpoints import names as canonical
+    from nemo_minitron.checkpoints.formats.write import write_checkpoint as write
     from nemo_minitron.checkpoints.tensors import Computed
-    from nemo_minitron.checkpoints.write import write_checkpoint as write
 
     shape, generator = Architecture(**sizes), torch.Generator(device).manual_seed(0)
 
@@ -154,8 +154,8 @@ def run_case(case: str, data: str, folder: str) -> None:
     from nemo.collections import llm  # noqa: F401
     from nemo.collections.llm.modelopt.distill import model  # noqa: F401
 
-    from nemo_minitron.artifacts import peak_memory_bytes, reset_peak_memory
-    from nemo_minitron.runtime import history  # noqa: F401
+    from nemo_minitron.jobs.memory import peak_memory_bytes, reset_peak_memory
+    from nemo_minitron.training import history  # noqa: F401
 
     torch.set_num_threads(1)
     reset_peak_memory()
@@ -166,9 +166,9 @@ def run_case(case: str, data: str, folder: str) -> None:
 
 def run_stage(case: dict[str, Any], data: str, folder: Path) -> None:
     from nemo_minitron import config as c
-    from nemo_minitron.distillation.stage import distill
-    from nemo_minitron.finetuning.stage import finetune
-    from nemo_minitron.importance.scoring import score
+    from nemo_minitron.distillation.command import distill
+    from nemo_minitron.pruning.importance.scoring import score
+    from nemo_minitron.training.finetune import finetune
 
     precision = "bf16" if case.get("bf16") else "32"
     its_data = c.ModelDataConfig(data_prefix=data, seq_length=case["seq"], num_workers=0)
@@ -220,7 +220,7 @@ def measure(case: dict[str, Any], data: str, environment: dict[str, str]) -> dic
 
 def make_data(folder: str) -> None:
     from nemo_minitron.config import DataConfig
-    from nemo_minitron.data.stage import prepare
+    from nemo_minitron.data.command import prepare
 
     prepare(DataConfig(output=folder, words=60_000, vocab_size=512, workers=1))
 

@@ -65,7 +65,7 @@ def write_scores(folder: Path, gigabytes: float) -> None:
 def cut(source: str, output: str, settings: str, scores: str) -> None:
     """One cut; prints seconds and peak memory as JSON. Runs in a process of its own."""
     from nemo_minitron import config as c
-    from nemo_minitron.pruning.stage import prune
+    from nemo_minitron.pruning.command import prune
 
     config = c.PruneConfig(
         model=c.PruneModelConfig(restore_from_path=source),
@@ -86,12 +86,12 @@ def cut_in_memory(source: str, output: str, settings: str, scores: str) -> None:
     import modelopt.torch.prune as mtp
 
     from nemo_minitron.artifacts import ImportanceScores
-    from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.runtime.engine import engine
-    from nemo_minitron.runtime.layout import Layout
-    from nemo_minitron.runtime.modelopt_norms import local_norms_prunable
-    from nemo_minitron.runtime.ranks import load_model, parallel_ranks
-    from nemo_minitron.runtime.weights import save_checkpoint
+    from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+    from nemo_minitron.megatron.layout import Layout
+    from nemo_minitron.megatron.modelopt_norms import local_norms_prunable
+    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.session import engine
+    from nemo_minitron.megatron.weights import save_checkpoint
 
     def hand_over(model: Any) -> None:
         for index, layer in enumerate(model.decoder.layers):
@@ -122,7 +122,7 @@ def cut_in_memory(source: str, output: str, settings: str, scores: str) -> None:
 def student(teacher: str, data: str, output: str, method: str, hidden: str) -> None:
     """`minitron prune` (or ModelOpt's way) of a teacher to a hidden size; prints peak memory as JSON."""
     from nemo_minitron import config as c
-    from nemo_minitron.flow import prune as prune_model
+    from nemo_minitron.flow.run import prune as prune_model
 
     config = c.PruneConfig(
         trainer=c.TrainerConfig(accelerator="cpu", precision="bf16"),
@@ -147,13 +147,13 @@ def in_memory(config: Any) -> None:
     """The same by ModelOpt on Megatron's model."""
     import modelopt.torch.prune as mtp
 
-    from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.runtime.calibration import calibration_of
-    from nemo_minitron.runtime.engine import engine
-    from nemo_minitron.runtime.layout import layout_of
-    from nemo_minitron.runtime.modelopt_norms import local_norms_prunable
-    from nemo_minitron.runtime.ranks import load_model, parallel_ranks, run_forward
-    from nemo_minitron.runtime.weights import save_checkpoint
+    from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+    from nemo_minitron.megatron.layout import layout_of
+    from nemo_minitron.megatron.modelopt_norms import local_norms_prunable
+    from nemo_minitron.megatron.ranks import load_model, parallel_ranks, run_forward
+    from nemo_minitron.megatron.session import engine
+    from nemo_minitron.megatron.weights import save_checkpoint
+    from nemo_minitron.pruning.calibration import calibration_of
 
     teacher = open_checkpoint(config.model.restore_from_path)
     sequences, _ = calibration_of(config, teacher).sequences(config.prune.num_samples, config.seed)
@@ -215,8 +215,8 @@ def measure(*arguments: str) -> dict[str, float]:
 
 def prepare(folder: str, gigabytes: str) -> None:
     """The teachers and the scores."""
-    from nemo_minitron.checkpoints.convert import convert
     from nemo_minitron.config import ConvertConfig
+    from nemo_minitron.conversion.convert import convert
 
     make(Path(folder) / "hf", float(gigabytes))
     convert(ConvertConfig(source=f"{folder}/hf", output=f"{folder}/teacher.nemo", verify="none"))
@@ -227,11 +227,11 @@ def prepare_data(folder: str, gigabytes: str) -> None:
     """A teacher with weights that can be run, and text to score it on."""
     import torch
 
-    from nemo_minitron.checkpoints import canonical
+    from nemo_minitron.checkpoints import names as canonical
+    from nemo_minitron.checkpoints.formats.write import write_checkpoint
     from nemo_minitron.checkpoints.tensors import Computed
-    from nemo_minitron.checkpoints.write import write_checkpoint
     from nemo_minitron.config import DataConfig
-    from nemo_minitron.data.stage import prepare as prepare_text
+    from nemo_minitron.data.command import prepare as prepare_text
 
     prepare_text(DataConfig(output=f"{folder}/data", words=60_000, vocab_size=512))
     generator, a = torch.Generator().manual_seed(0), architecture(float(gigabytes))

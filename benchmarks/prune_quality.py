@@ -69,8 +69,8 @@ class Recipe:
 
 def cut(run: Path, recipe: Recipe, seed: int, shape: str, method: str) -> Path:
     """A student, by the package's stages."""
-    from nemo_minitron.flow import prerequisites
-    from nemo_minitron.pruning.stage import prune
+    from nemo_minitron.flow.run import prerequisites
+    from nemo_minitron.pruning.command import prune
 
     output = run / f"{shape}-{method}".replace(" ", "-").replace("%", "")
     own = method in ("random", "magnitude")

@@ -12,10 +12,10 @@ import tempfile
 from pathlib import Path
 
 from nemo_minitron import config as c
-from nemo_minitron.data.stage import prepare
-from nemo_minitron.deployment.stage import quantize
+from nemo_minitron.data.command import prepare
 from nemo_minitron.evaluation.loss import evaluate_loss
-from nemo_minitron.finetuning.stage import finetune
+from nemo_minitron.quantization.command import quantize
+from nemo_minitron.training.finetune import finetune
 
 LENGTH = 128
 ARCHITECTURE = {

@@ -103,8 +103,8 @@ class Bench:
 
     def cut(self, seed: int, shape: str, method: str) -> Path:
         """A student, by the package's stages."""
-        from nemo_minitron.flow import prerequisites
-        from nemo_minitron.pruning.stage import prune
+        from nemo_minitron.flow.run import prerequisites
+        from nemo_minitron.pruning.command import prune
 
         output = self.folder / f"seed-{seed}" / f"{shape}-{method}".replace(" ", "-").replace("%", "")
         if output.exists():
@@ -221,7 +221,7 @@ def line(row: dict[str, Any]) -> str:
 
 def run(options: Any) -> None:
     """The benchmark with the options of prune_quality.py."""
-    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 
     settings = Settings(
         steps=options.steps, accelerator=options.accelerator, rates=tuple(options.rates), samples=options.samples,

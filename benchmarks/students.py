@@ -15,7 +15,7 @@ VOCABULARY, LENGTH = 1024, 128
 def prepared(folder: Path, source: str, **fields: Any) -> Path:
     """The datasets of a text, made by `minitron data`, or found made."""
     from nemo_minitron.config import DataConfig
-    from nemo_minitron.data.stage import prepare
+    from nemo_minitron.data.command import prepare
 
     prepare(DataConfig(output=str(folder), source=source, vocab_size=VOCABULARY, **fields))
     return folder
@@ -68,7 +68,7 @@ def cross_entropy(student: Any, teacher: Any, labels: Any) -> Any:
 
 def kl(student: Any, teacher: Any, labels: Any) -> Any:
     """Forward KL on logits, a mean over tokens."""
-    from nemo_minitron.distillation.losses import forward_kl
+    from nemo_minitron.distillation.losses.api import forward_kl
 
     return forward_kl(student, teacher).mean()
 
@@ -147,8 +147,8 @@ def load(folder: Path) -> Any:
     """transformers' model of a checkpoint, in the dtype of its weights."""
     import torch
 
-    from nemo_minitron.checkpoints import open_checkpoint
-    from nemo_minitron.checkpoints.transformers_model import load_model
+    from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+    from nemo_minitron.checkpoints.formats.huggingface.transformers_model import load_model
 
     checkpoint = open_checkpoint(folder)
     return load_model(checkpoint, getattr(torch, checkpoint.dtype))
@@ -190,7 +190,7 @@ def made_up_scores(folder: Path, teacher: Path, method: str, seed: int) -> None:
     import torch
 
     from nemo_minitron.artifacts import ImportanceScores
-    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(teacher)
     a, generator = checkpoint.architecture, torch.Generator().manual_seed(seed)

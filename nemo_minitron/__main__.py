@@ -2,7 +2,7 @@
 
 import sys
 
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

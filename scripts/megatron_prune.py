@@ -2,7 +2,7 @@
 
 import sys
 
-from nemo_minitron.cli import run
+from nemo_minitron.cli.main import run
 
 if __name__ == "__main__":
     sys.exit(run("prune", sys.argv[1:]))

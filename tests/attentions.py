@@ -27,7 +27,7 @@ def core_attention(kind, mask="causal", layer_number=3, softmax_scale=None, **ch
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
 
-    from nemo_minitron.runtime.attention import TorchAttention
+    from nemo_minitron.megatron.attention import TorchAttention
 
     fields = {
         "num_layers": 4, "hidden_size": 64, "num_attention_heads": HEADS, "num_query_groups": GROUPS,

@@ -69,9 +69,9 @@ class Tiny:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Tiny:
     """The shared corpus and the teacher that was trained on it."""
-    from nemo_minitron.data.stage import prepare
-    from nemo_minitron.finetuning.stage import finetune
-    from nemo_minitron.runtime.versions import has_nemo
+    from nemo_minitron.data.command import prepare
+    from nemo_minitron.packages.versions import has_nemo
+    from nemo_minitron.training.finetune import finetune
 
     root = tmp_path_factory.mktemp("tiny")
     shared = Tiny(root=root, data=root / "data", teacher=root / "teacher")
@@ -89,7 +89,7 @@ def train_without_nemo(shared: Tiny, steps: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from nemo_minitron.checkpoints.convert import convert
+    from nemo_minitron.conversion.convert import convert
     from nemo_minitron.data.samples import random_sequences
 
     torch.manual_seed(1234)
@@ -120,10 +120,10 @@ def small_models(tmp_path_factory) -> dict[str, Path]:
     import torch
 
     import models
-    from nemo_minitron.checkpoints.convert import convert
-    from nemo_minitron.data.embedded import documents
+    from nemo_minitron.conversion.convert import convert
+    from nemo_minitron.data.synthetic.corpus import documents
     from nemo_minitron.data.tokenizer import train_bpe
-    from nemo_minitron.flow import prune
+    from nemo_minitron.flow.run import prune
 
     root = tmp_path_factory.mktemp("small")
     train_bpe(documents("encyclopedic", "train", 20_000, 1234), 259, root / "tokenizer")

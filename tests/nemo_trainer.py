@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import config as c
-from nemo_minitron.runtime.inputs import build_data, nemo_tokenizer, training_inputs
-from nemo_minitron.runtime.layout import Layout
+from nemo_minitron.megatron.layout import Layout
+from nemo_minitron.training.inputs import build_data, nemo_tokenizer, training_inputs
 
 CPU = Layout(cuda=False, bf16=False)
 
@@ -18,8 +18,8 @@ def trainer_and_model(fields: dict[str, Any], architecture: Any, folder: Path, s
     """
     from nemo.collections import llm
 
-    from nemo_minitron.runtime.engine import build_trainer, model_config
-    from nemo_minitron.runtime.training import optimizer
+    from nemo_minitron.megatron.session import build_trainer, model_config
+    from nemo_minitron.training.loop import optimizer
 
     config = c.FinetuneConfig(**fields)
     inputs = training_inputs(config, architecture, None)
@@ -57,7 +57,7 @@ def weights_of(model: Any) -> dict[str, Any]:
     """A model's own parameters by canonical names, of any layer spec."""
     import torch
 
-    from nemo_minitron.runtime.weights import bare
+    from nemo_minitron.megatron.weights import bare
 
     renamed = {}
     for name, value in bare(model).state_dict().items():

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import models
-from nemo_minitron.packages import CORE, EXTRAS, NAME
+from nemo_minitron.packages.extras import CORE, EXTRAS, NAME
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PINS = PROJECT["tool"]["setuptools"]["dynamic"]["optional-dependencies"]
 PYTHONS = ("3.10", "3.11", "3.12")
-SOURCES = ("nemo_minitron", "conf", "requirements", "pyproject.toml", "README.rst", "LICENSE")
+SOURCES = ("nemo_minitron", "requirements", "pyproject.toml", "README.rst", "LICENSE")
 
 
 def requirements(*files: str, python: str | None = None) -> list[Requirement]:
@@ -187,8 +187,13 @@ def test_the_wheel_holds_the_whole_package(installed):
     held = {name for name in zipfile.ZipFile(installed.wheel).namelist() if not name.startswith("nemo_minitron-")}
     package = {*(ROOT / "nemo_minitron").rglob("*.*")}
     files = {str(file.relative_to(ROOT)) for file in package if file.is_file() and file.suffix != ".pyc"}
-    conf = {f"nemo_minitron/{file.relative_to(ROOT)}" for file in (ROOT / "conf").rglob("*.yaml")}
-    assert held == files | conf
+    assert held == files
+
+
+def test_conf_shows_the_presets_that_are_installed():
+    presets = ROOT / "nemo_minitron" / "config" / "presets"
+    shown = {file.relative_to(ROOT / "conf"): file.read_bytes() for file in (ROOT / "conf").rglob("*.yaml")}
+    assert shown == {file.relative_to(presets): file.read_bytes() for file in presets.rglob("*.yaml")}
 
 
 def test_its_core_dependencies_are_enough_for_pip_and_hold_no_engine(installed):

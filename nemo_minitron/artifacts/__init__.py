@@ -11,7 +11,6 @@ from nemo_minitron.artifacts.manifest import (
     versions,
     write_json,
 )
-from nemo_minitron.artifacts.memory import peak_memory_bytes, reset_peak_memory
 from nemo_minitron.artifacts.scores import DepthScan, ImportanceScores, PruningPlan, TensorFile, save_tensors
 
 __all__ = [
@@ -26,9 +25,7 @@ __all__ = [
     "PruningPlan",
     "fingerprint",
     "json_text",
-    "peak_memory_bytes",
     "plain",
-    "reset_peak_memory",
     "sampled_fingerprint",
     "versions",
     "write_json",

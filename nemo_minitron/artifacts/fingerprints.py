@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.archive import last_member
+from nemo_minitron.artifacts.archive import last_member
 from nemo_minitron.artifacts.manifest import MANIFEST, MANIFEST_LIMIT, PARTIAL_KEY, Manifest
 
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.archive import last_member
+from nemo_minitron.artifacts.archive import last_member
 from nemo_minitron.errors import MinitronError
 
 MANIFEST = "manifest.json"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nemo_minitron.archive import ERRORS, open_archive
+from nemo_minitron.artifacts.archive import ERRORS, open_archive
 from nemo_minitron.checkpoints.tensors import Bytes, whole
 from nemo_minitron.errors import CheckpointError
 

@@ -7,9 +7,9 @@ them: a conversion keeps them in a file of their own, which NeMo passes over.
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_minitron.checkpoints.described import shown
 from nemo_minitron.checkpoints.files import Files, read_json
-from nemo_minitron.checkpoints.tokenizers import SPECIAL_TOKENS, Tokenizer
+from nemo_minitron.checkpoints.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nemo_minitron.checkpoints.untrusted import shown
 from nemo_minitron.errors import CheckpointError
 
 FILE = "generation_config.json"

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoints.pickles import ITEM_SIZES
 from nemo_minitron.checkpoints.precision import cast
+from nemo_minitron.checkpoints.storage.pickles import ITEM_SIZES
 from nemo_minitron.errors import CheckpointError
 
 BLOCK = 8 << 20

@@ -4,7 +4,7 @@ A dataclass states its fields and, in ``problems()``, what makes them wrong. ``v
 whole tree and raises them at once. Names follow the NeMo 24.07 documentation, so that its overrides work unchanged.
 """
 
-from nemo_minitron.config.base import (
+from nemo_minitron.config.schemas.base import (
     FORMATS,
     Config,
     all_problems,
@@ -14,7 +14,7 @@ from nemo_minitron.config.base import (
     output_format,
     validated,
 )
-from nemo_minitron.config.checkpoints import (
+from nemo_minitron.config.schemas.checkpoints import (
     HF_SOURCE,
     NGC_SOURCE,
     WHEEL_SOURCE,
@@ -22,10 +22,9 @@ from nemo_minitron.config.checkpoints import (
     DownloadConfig,
     InspectConfig,
 )
-from nemo_minitron.config.data import DataConfig
-from nemo_minitron.config.deployment import CalibrationDataConfig, QuantizeConfig
-from nemo_minitron.config.evaluation import BenchmarkConfig, EvaluateConfig, GenerateConfig, InferenceSettings
-from nemo_minitron.config.flow import (
+from nemo_minitron.config.schemas.data import DataConfig
+from nemo_minitron.config.schemas.evaluation import BenchmarkConfig, EvaluateConfig, GenerateConfig, InferenceSettings
+from nemo_minitron.config.schemas.flow import (
     DistillRecipeConfig,
     FlowConfig,
     FlowDataConfig,
@@ -35,12 +34,19 @@ from nemo_minitron.config.flow import (
     InstructRecipeConfig,
     RecipeConfig,
 )
-from nemo_minitron.config.instructions import InstructConfig, PeftConfig
-from nemo_minitron.config.launching import LaunchConfig, SlurmConfig
-from nemo_minitron.config.planning import PLAN_STAGES, PlanConfig, PlanStudentConfig
-from nemo_minitron.config.pruning import ExportConfig, InferenceConfig, PruneConfig, PruneModelConfig, PruneTargets
-from nemo_minitron.config.report import ReportConfig
-from nemo_minitron.config.training import (
+from nemo_minitron.config.schemas.instructions import InstructConfig, PeftConfig
+from nemo_minitron.config.schemas.launch import LaunchConfig, SlurmConfig
+from nemo_minitron.config.schemas.planning import PLAN_STAGES, PlanConfig, PlanStudentConfig
+from nemo_minitron.config.schemas.pruning import (
+    ExportConfig,
+    InferenceConfig,
+    PruneConfig,
+    PruneModelConfig,
+    PruneTargets,
+)
+from nemo_minitron.config.schemas.quantization import CalibrationDataConfig, QuantizeConfig
+from nemo_minitron.config.schemas.report import ReportConfig
+from nemo_minitron.config.schemas.training import (
     DistillConfig,
     ExpManagerConfig,
     FinetuneConfig,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_minitron.errors import EngineError
-from nemo_minitron.runtime.cpu import without_toolkit
+from nemo_minitron.megatron.cpu import without_toolkit
 
 #: Documents a task.
 CHUNK = 64

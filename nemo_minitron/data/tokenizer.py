@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoints import tokenizers
+from nemo_minitron.checkpoints import tokenizer as tokenizers
 from nemo_minitron.errors import DataError
-from nemo_minitron.runtime.versions import tokenizer_class
+from nemo_minitron.packages.versions import tokenizer_class
 
 END_OF_DOCUMENT = "<|endoftext|>"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.config import HiddenLossConfig
-from nemo_minitron.distillation.intermediate import match_layers, outer_pairs
+from nemo_minitron.distillation.losses.intermediate import match_layers, outer_pairs
 from nemo_minitron.distillation.output_layer import KD_LOSS, taken
-from nemo_minitron.runtime.losses import TOTAL
+from nemo_minitron.training.losses import TOTAL
 
 PROJECTION_SEED = 20240719
 
@@ -52,7 +52,7 @@ def hidden_criteria(
         return {}
     import torch
 
-    from nemo_minitron.distillation.intermediate import cosine_loss, mse_loss, projection
+    from nemo_minitron.distillation.losses.intermediate import cosine_loss, mse_loss, projection
 
     measure = {"cosine": cosine_loss, "mse": mse_loss}[config.loss]
     shared = projection(student_width, teacher_width)
@@ -96,7 +96,7 @@ def with_hidden(
         weights: of the losses in `losses`.
         mask: [b, s], float.
     """
-    from nemo_minitron.distillation.losses import dynamic_scale
+    from nemo_minitron.distillation.losses.api import dynamic_scale
 
     total = losses.get(TOTAL)
     if total is None:

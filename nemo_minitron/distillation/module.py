@@ -6,14 +6,14 @@ Legend: s sequence, b micro batch, v vocabulary rows of this rank.
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_minitron.checkpoints import Checkpoint
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.config import KDConfig
 from nemo_minitron.distillation.hidden import hidden_criteria, hidden_losses, loss_name, scaled_weights, with_hidden
 from nemo_minitron.distillation.output_layer import KD_LOSS, fuse, fused_losses, is_fused, logits_loss, logits_losses
-from nemo_minitron.runtime.engine import spread_layers
-from nemo_minitron.runtime.losses import LossesInSight
-from nemo_minitron.runtime.model import LM_LOSS
-from nemo_minitron.runtime.weights import load_weights
+from nemo_minitron.megatron.session import spread_layers
+from nemo_minitron.megatron.weights import load_weights
+from nemo_minitron.training.losses import LossesInSight
+from nemo_minitron.training.model import LM_LOSS
 
 
 def distillation_module(

@@ -6,8 +6,8 @@ Legend: s sequence, b micro batch, v vocabulary rows of this rank, h hidden (stu
 from typing import Any
 
 from nemo_minitron.config import KDConfig
-from nemo_minitron.runtime.losses import TOTAL
-from nemo_minitron.runtime.model import LM_LOSS
+from nemo_minitron.training.losses import TOTAL
+from nemo_minitron.training.model import LM_LOSS
 
 KD_LOSS = "kd_loss"
 
@@ -25,7 +25,7 @@ def logits_loss(kd: KDConfig) -> Any:
     """The criterion on the outputs of both output layers, as ModelOpt calls it: a loss a token [b, s]."""
     import torch
 
-    from nemo_minitron.distillation import losses
+    from nemo_minitron.distillation.losses import api as losses
 
     options = {"temperature": kd.temperature, "times_t_squared": kd.times_t_squared, "overwrite_student": True}
 
@@ -68,7 +68,7 @@ def unfuse(model: Any) -> None:
 
 def fused_losses(model: Any, batch: dict[str, Any], kd: KDConfig) -> dict[str, Any]:
     """Both losses a token [b, s], without gradients, and the weighed and masked sum that is trained on."""
-    from nemo_minitron.distillation.fused import fused_divergence
+    from nemo_minitron.distillation.losses.fused import fused_divergence
 
     labels, mask = batch["labels"].t(), batch["loss_mask"].float().t()  # [s, b]
     hidden, target = (taken(one.output_layer)[0] for one in (model, model.teacher_model))  # [s, b, h], [s, b, g]

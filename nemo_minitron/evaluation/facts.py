@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nemo_minitron.config import DataConfig
-from nemo_minitron.data import embedded
-from nemo_minitron.data.embedded_facts import FACTS
-from nemo_minitron.data.embedded_grammar import capitalised
-from nemo_minitron.data.embedded_names import article_of
-from nemo_minitron.data.embedded_registers import spelled
-from nemo_minitron.data.embedded_world import Fact, world_for
+from nemo_minitron.data.synthetic import corpus as embedded
+from nemo_minitron.data.synthetic.facts import FACTS
+from nemo_minitron.data.synthetic.grammar import capitalised
+from nemo_minitron.data.synthetic.names import article_of
+from nemo_minitron.data.synthetic.registers import spelled
+from nemo_minitron.data.synthetic.world import Fact, world_for
 from nemo_minitron.errors import DataError
 
 CHOICE, COMPLETION = "facts_choice", "facts_completion"

@@ -16,7 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nemo_minitron.errors import DataError
 from nemo_minitron.evaluation.likelihoods import batches, last_hidden, token_log_likelihoods
-from nemo_minitron.progress import Progress, Silent
+from nemo_minitron.jobs.progress import Progress, Silent
 
 #: Tokens that are written at most where a task does not say.
 NEW_TOKENS = 256

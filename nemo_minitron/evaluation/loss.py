@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import Manifest
-from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.config import LossConfig
 from nemo_minitron.data.module import paths
-from nemo_minitron.jobs import Job
-from nemo_minitron.progress import Progress, Silent
-from nemo_minitron.runtime.inputs import LOG, NOT_THE_RESULT, Inputs, training_inputs
-from nemo_minitron.runtime.launch import run_stage
+from nemo_minitron.jobs.job import Job
+from nemo_minitron.jobs.progress import Progress, Silent
+from nemo_minitron.launch.ranks import run_stage
+from nemo_minitron.training.inputs import LOG, NOT_THE_RESULT, Inputs, training_inputs
 
 
 def evaluate_loss(config: LossConfig) -> Manifest:
@@ -49,8 +49,8 @@ def evaluate_loss(config: LossConfig) -> Manifest:
 
 def _work(partial: Path, config: LossConfig, checkpoint: Checkpoint, inputs: Inputs) -> dict[str, Any]:
     from nemo_minitron.data.samples import consecutive_sequences
-    from nemo_minitron.runtime.engine import engine
-    from nemo_minitron.runtime.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.session import engine
 
     limit = config.limit_batches * config.model.global_batch_size
     metrics: dict[str, Any] = {}
@@ -85,8 +85,8 @@ def mean_loss(model: Any, sequences: Any, batch: int, watched: Callable[[int], P
     import torch
     from megatron.core import parallel_state
 
-    from nemo_minitron.runtime.losses import from_last_stage
-    from nemo_minitron.runtime.ranks import run_forward
+    from nemo_minitron.megatron.ranks import run_forward
+    from nemo_minitron.training.losses import from_last_stage
 
     ranks = parallel_state.get_data_parallel_world_size()
     mine = sequences[parallel_state.get_data_parallel_rank() :: ranks]

@@ -16,11 +16,11 @@ from typing import Any
 
 from nemo_minitron.architecture import human
 from nemo_minitron.artifacts import Manifest, write_json
-from nemo_minitron.checkpoints import FORMATS, Checkpoint
+from nemo_minitron.checkpoints.checkpoint import FORMATS, Checkpoint
 from nemo_minitron.config import BenchmarkConfig
 from nemo_minitron.errors import ConfigError, EngineError
 from nemo_minitron.evaluation.loading import display_names, open_all
-from nemo_minitron.jobs import Job
+from nemo_minitron.jobs.job import Job
 from nemo_minitron.report.table import aligned
 
 RESULTS, TABLE = "results.json", "table.txt"
@@ -205,9 +205,9 @@ class Runner:
     def __init__(self, path: str, config: BenchmarkConfig):
         import torch
 
-        from nemo_minitron.artifacts import reset_peak_memory
-        from nemo_minitron.checkpoints import open_checkpoint
+        from nemo_minitron.checkpoints.checkpoint import open_checkpoint
         from nemo_minitron.evaluation.loading import load, resolve_device
+        from nemo_minitron.jobs.memory import reset_peak_memory
 
         self.config = config
         device = resolve_device(config.device)
@@ -246,7 +246,7 @@ class Runner:
     def memory(self) -> dict[str, Any]:
         """Peak memory since the model was loaded: on a GPU allocated there; on a CPU resident, beyond what the process
         had before."""
-        from nemo_minitron.artifacts import peak_memory_bytes
+        from nemo_minitron.jobs.memory import peak_memory_bytes
 
         return {
             "peak_memory_bytes": peak_memory_bytes() - self.before,
@@ -275,7 +275,7 @@ def _rehearse(family: str, device: str) -> None:
     import torch
     from transformers import DynamicCache
 
-    from nemo_minitron.checkpoints.transformers_model import model_class
+    from nemo_minitron.checkpoints.formats.huggingface.transformers_model import model_class
 
     kind = model_class(family)
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,

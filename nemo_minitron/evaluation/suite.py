@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.evaluation import lm_eval_api
-from nemo_minitron.evaluation.made import HUMANEVAL, MADE, XLSUM, first_line, folder_of, own_cache
+from nemo_minitron.evaluation.custom_tasks import HUMANEVAL, MADE, XLSUM, first_line, folder_of, own_cache
 
 
 class Part(NamedTuple):

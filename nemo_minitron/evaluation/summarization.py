@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.errors import DataError
+from nemo_minitron.evaluation.custom_tasks import first_line, folder_of, own_cache
 from nemo_minitron.evaluation.loading import Loaded, check_tokens
-from nemo_minitron.evaluation.made import first_line, folder_of, own_cache
-from nemo_minitron.progress import Progress
+from nemo_minitron.jobs.progress import Progress
 
 TASK = "summarization"
 DATASET = "abisee/cnn_dailymail"

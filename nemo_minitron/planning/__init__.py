@@ -1,1 +1,4 @@
-"""What a stage will need, worked out before anything is loaded: memory of each rank and arithmetic of each token."""
+"""Memory and arithmetic of a run from sizes alone: `minitron plan`, and what a flow chooses by.
+
+Imports architecture, layouts and what lies below; reads no weights.
+"""

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import EngineError
+from nemo_minitron.megatron.layout import Layout, check_fits
 from nemo_minitron.planning.memory import RankMemory, stage_memory
 from nemo_minitron.planning.run import Run
-from nemo_minitron.runtime.layout import Layout, check_fits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from nemo_minitron.runtime.versions import has_module
+from nemo_minitron.packages.versions import has_module
 
 #: Of what is free, the share that a plan may take: interpreter, libraries, contexts and fragments are not in the plan
 #: (a flow on SmolLM2-135M took 8.9 GB on a CPU, where its plan says 7.1).

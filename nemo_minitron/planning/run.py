@@ -3,9 +3,9 @@
 import dataclasses
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.runtime.engine import uneven_stages
-from nemo_minitron.runtime.layout import Layout
-from nemo_minitron.runtime.versions import core_source
+from nemo_minitron.megatron.layout import Layout
+from nemo_minitron.megatron.session import uneven_stages
+from nemo_minitron.packages.versions import core_source
 
 #: Families whose gated activation Megatron fuses (NeMo's configs of them set bias_activation_fusion).
 FUSED_GATE = ("llama",)

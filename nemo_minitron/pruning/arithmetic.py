@@ -7,7 +7,7 @@ k' what stays of it; C = E[x x^T] over calibration tokens.
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_minitron.ridge import ridge
+from nemo_minitron.pruning.ridge import ridge
 
 
 def gain_groups(gain: Any, tolerance: float) -> list[Any]:

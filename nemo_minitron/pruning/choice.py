@@ -5,7 +5,7 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PruningPlan
-from nemo_minitron.checkpoints.canonical import LAYERS
+from nemo_minitron.checkpoints.names import LAYERS
 from nemo_minitron.checkpoints.tensors import Lazy
 from nemo_minitron.pruning import arithmetic
 from nemo_minitron.pruning.cut import Kept, best_heads

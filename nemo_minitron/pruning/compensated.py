@@ -24,7 +24,7 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PruningPlan
-from nemo_minitron.checkpoints.canonical import EMBEDDING, LAYERS, OUTPUT
+from nemo_minitron.checkpoints.names import EMBEDDING, LAYERS, OUTPUT
 from nemo_minitron.checkpoints.tensors import ByRows, Computed, Lazy
 from nemo_minitron.pruning import arithmetic
 from nemo_minitron.pruning.cut import Kept, layer_indices

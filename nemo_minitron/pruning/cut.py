@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import ImportanceScores, PruningPlan
-from nemo_minitron.checkpoints.canonical import LAYERS
+from nemo_minitron.checkpoints.names import LAYERS
 from nemo_minitron.checkpoints.tensors import ByRows, Lazy
 
 

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import Manifest
-from nemo_minitron.checkpoints import Checkpoint
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.config import PruneConfig
-from nemo_minitron.progress import Progress
-from nemo_minitron.pruning.compensated import CompensatedCut
-from nemo_minitron.pruning.refitted import save_refit
-from nemo_minitron.pruning.sequential import SequentialRefit
-from nemo_minitron.pruning.stage import COMPENSATION, check, compensated_cut, measured
-from nemo_minitron.runtime.calibration import (
+from nemo_minitron.jobs.progress import Progress
+from nemo_minitron.launch.ranks import rank
+from nemo_minitron.megatron.layout import Layout, layout_of
+from nemo_minitron.pruning.calibration import (
     Calibration,
     calibration_of,
     check_block_samples,
@@ -22,9 +20,11 @@ from nemo_minitron.runtime.calibration import (
     run_on_samples,
     scores_folder,
 )
-from nemo_minitron.runtime.inputs import LOG
-from nemo_minitron.runtime.launch import rank
-from nemo_minitron.runtime.layout import Layout, layout_of
+from nemo_minitron.pruning.command import COMPENSATION, check, compensated_cut, measured
+from nemo_minitron.pruning.compensated import CompensatedCut
+from nemo_minitron.pruning.refitted import save_refit
+from nemo_minitron.pruning.sequential import SequentialRefit
+from nemo_minitron.training.inputs import LOG
 
 
 def refit_folder(config: PruneConfig) -> Path:
@@ -64,7 +64,7 @@ def refit(config: PruneConfig, scores: str | Path | None, scan: str | Path | Non
             calibration,
         ),
         stage="refit",
-        function="nemo_minitron.flow:refit",
+        function="nemo_minitron.flow.run:refit",
         output=refit_folder(config),
         num_samples=config.prune.num_block_samples,
         plan=dataclasses.asdict(plan),
@@ -83,8 +83,8 @@ def _work(
 ) -> dict[str, Any]:
     import time
 
-    from nemo_minitron.runtime.engine import engine
-    from nemo_minitron.runtime.ranks import parallel_ranks
+    from nemo_minitron.megatron.ranks import parallel_ranks
+    from nemo_minitron.megatron.session import engine
 
     sequences, samples = calibration.sequences(config.prune.num_block_samples, config.seed)
     tensors: dict[str, Any] = {}

@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints import Checkpoint
-from nemo_minitron.checkpoints.canonical import LAYERS
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.checkpoints.names import LAYERS
 from nemo_minitron.checkpoints.tensors import Lazy
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.megatron.layout import Layout
+from nemo_minitron.pruning.calibration import HOLD_OUT
 from nemo_minitron.pruning.compensated import CompensatedCut
 from nemo_minitron.pruning.cut import layer_indices
-from nemo_minitron.ridge import ridge
-from nemo_minitron.runtime.calibration import HOLD_OUT
-from nemo_minitron.runtime.layout import Layout
+from nemo_minitron.pruning.ridge import ridge
 
 #: Ridge strengths, in units of the mean diagonal of what is inverted.
 STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
@@ -61,7 +61,7 @@ class OneLayer:
     """
 
     def __init__(self, architecture: Architecture, tensors: Mapping[str, Lazy], layout: Layout, path: Path):
-        from nemo_minitron.runtime.ranks import load_model
+        from nemo_minitron.megatron.ranks import load_model
 
         self.tensors, self.path = tensors, path
         self.architecture = architecture.with_sizes(num_layers=1)
@@ -76,7 +76,7 @@ class OneLayer:
 
     def load(self, number: int) -> None:
         """Takes the weights of layer `number` (from 0)."""
-        from nemo_minitron.runtime.weights import load_weights
+        from nemo_minitron.megatron.weights import load_weights
 
         load_weights(self.model, self.architecture, self._view(number), only=LAYERS)
 

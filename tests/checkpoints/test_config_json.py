@@ -8,12 +8,12 @@ import torch
 import transformers
 
 from models import FAMILIES, build, save
-from nemo_minitron.checkpoints import open_checkpoint
-from nemo_minitron.checkpoints.convert import convert
-from nemo_minitron.checkpoints.families import write_config
-from nemo_minitron.checkpoints.transformers_model import load_model
-from nemo_minitron.cli import main
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.checkpoints.formats.huggingface.families import write_config
+from nemo_minitron.checkpoints.formats.huggingface.transformers_model import load_model
+from nemo_minitron.cli.main import main
 from nemo_minitron.config import ConvertConfig
+from nemo_minitron.conversion.convert import convert
 from nemo_minitron.errors import CheckpointError
 
 TOKENS = torch.arange(3, 43).reshape(2, 20)

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from nemo_minitron.architecture import Architecture, RopeScaling
-from nemo_minitron.checkpoints import nemo2
-from nemo_minitron.checkpoints.context import TokenizerRef, vocab_multiple, write_context
+from nemo_minitron.checkpoints.formats import nemo2
+from nemo_minitron.checkpoints.formats.nemo2_context import TokenizerRef, vocab_multiple, write_context
 from nemo_minitron.errors import CheckpointError
 from sizes import NEMOTRON, SMALL
 
@@ -158,9 +158,9 @@ def test_nemo_builds_just_the_rows_that_there_are(name, tokenizer, tmp_path):
     from nemo.lightning import get_vocab_size
     from nemo.lightning.io import load_context
 
-    from nemo_minitron.runtime.engine import WITHOUT_FUSIONS, engine
-    from nemo_minitron.runtime.layout import Layout
-    from nemo_minitron.runtime.ranks import parallel_ranks
+    from nemo_minitron.megatron.layout import Layout
+    from nemo_minitron.megatron.ranks import parallel_ranks
+    from nemo_minitron.megatron.session import WITHOUT_FUSIONS, engine
 
     made = architecture_of(name)
     copy_into(tmp_path / "context", tokenizer)
@@ -195,7 +195,7 @@ def test_a_tokenizer_of_files_is_found_wherever_the_checkpoint_is(tokenizer, tmp
 
 
 def test_nemo_takes_a_tokenizer_that_transformers_5_wrote(tokenizer, tmp_path, monkeypatch):
-    from nemo_minitron.runtime.inputs import nemo_tokenizer
+    from nemo_minitron.training.inputs import nemo_tokenizer
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     copy_into(tmp_path, tokenizer, "newer")
@@ -293,7 +293,7 @@ def test_writing_imports_no_engine(tmp_path):
 import sys
 from pathlib import Path
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints.context import TokenizerRef, write_context
+from nemo_minitron.checkpoints.formats.nemo2_context import TokenizerRef, write_context
 reference = TokenizerRef("huggingface", "meta-llama/Llama-3.1-8B")
 write_context(Path({str(tmp_path)!r}), Architecture(**{SMALL!r}), tokenizer=reference, dtype="bfloat16")
 engines = {{"nemo", "megatron", "fiddle", "torch", "transformers", "transformer_engine"}}

@@ -16,9 +16,9 @@ import yaml
 
 from models import FAMILIES, build, equal, save, stored
 from nemo_minitron.artifacts import fingerprint
-from nemo_minitron.checkpoints import open_checkpoint
-from nemo_minitron.checkpoints.convert import convert
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config import ConvertConfig, validated
+from nemo_minitron.conversion.convert import convert
 from nemo_minitron.errors import CheckpointError, MinitronError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -49,8 +49,8 @@ def test_transformers_and_megatron_compute_the_same(family, tmp_path, monkeypatc
 
     Megatron's model is NeMo's, and the one that Megatron Core builds alone, bit for bit.
     """
-    from nemo_minitron.checkpoints.verify import logits
-    from nemo_minitron.runtime import engine
+    from nemo_minitron.conversion.verify import logits
+    from nemo_minitron.megatron import session as engine
 
     start = save(family, torch.float32, tmp_path / "start")
     nemo2 = run(start, tmp_path / "nemo2")
@@ -78,8 +78,8 @@ def test_the_configs_of_megatron_core_alone_are_those_of_nemo(family, bf16, tmp_
 
     from megatron.core.transformer import TransformerConfig
 
-    from nemo_minitron.runtime import engine
-    from nemo_minitron.runtime.layout import Layout
+    from nemo_minitron.megatron import session as engine
+    from nemo_minitron.megatron.layout import Layout
 
     architecture = open_checkpoint(save(family, torch.float32, tmp_path)).architecture
     layout = Layout(cuda=False, bf16=bf16)
@@ -99,7 +99,7 @@ def told(value):
 @pytest.mark.parametrize("family", ["llama31", "minitron-width", "qwen2"])
 def test_bf16_weights_compute_the_same(family, tmp_path):
     """From bf16 bits, both sides in fp32: nothing but the order of sums differs."""
-    from nemo_minitron.checkpoints.verify import logits
+    from nemo_minitron.conversion.verify import logits
 
     start = save(family, torch.bfloat16, tmp_path / "start")
     nemo2 = run(start, tmp_path / "nemo2", verify="logits")
@@ -175,8 +175,8 @@ def test_another_precision_is_torchs_own_rounding(tmp_path):
 
 def test_a_conversion_that_went_wrong_is_found(tmp_path):
     """What verify compares with is what was to be written, so one wrong bit in one sampled tensor is enough."""
-    from nemo_minitron.checkpoints import verify
     from nemo_minitron.checkpoints.tensors import in_memory
+    from nemo_minitron.conversion import verify
 
     start = open_checkpoint(save("llama3", torch.float32, tmp_path / "start"))
     result = open_checkpoint(run(start.path, tmp_path / "nemo2"))
@@ -200,9 +200,9 @@ def test_converting_reads_one_tensor_at_a_time(tmp_path):
     import tracemalloc
 
     from nemo_minitron.architecture import Architecture
-    from nemo_minitron.checkpoints import canonical
+    from nemo_minitron.checkpoints import names as canonical
+    from nemo_minitron.checkpoints.formats.write import write_checkpoint
     from nemo_minitron.checkpoints.tensors import BLOCK, Computed
-    from nemo_minitron.checkpoints.write import write_checkpoint
 
     architecture = Architecture(
         num_layers=24, hidden_size=512, ffn_hidden_size=2048, num_attention_heads=8, kv_channels=64, vocab_size=1024
@@ -292,7 +292,7 @@ def test_a_full_disk_leaves_no_half_result(tmp_path):
 
 
 def test_a_result_that_does_not_fit_is_refused_before_the_first_write(tmp_path):
-    from nemo_minitron.checkpoints.convert import check_room
+    from nemo_minitron.conversion.convert import check_room
 
     with pytest.raises(MinitronError, match=r"needs 1000000.0 GB, the disk has .* GB left"):
         check_room(tmp_path / "a.nemo", 10**15)
@@ -300,9 +300,9 @@ def test_a_result_that_does_not_fit_is_refused_before_the_first_write(tmp_path):
 
 def test_what_transformers_cannot_express_is_refused_before_anything_is_written(tmp_path):
     from nemo_minitron.architecture import Architecture
-    from nemo_minitron.checkpoints import canonical
+    from nemo_minitron.checkpoints import names as canonical
+    from nemo_minitron.checkpoints.formats.write import write_checkpoint
     from nemo_minitron.checkpoints.tensors import in_memory
-    from nemo_minitron.checkpoints.write import write_checkpoint
 
     architecture = Architecture(
         family="gpt", num_layers=1, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2, vocab_size=16,
@@ -364,7 +364,7 @@ def test_what_lies_beside_the_weights_is_passed_over(tmp_path):
 
 
 def test_verify_runs_both_models_where_they_fit_and_compares_bits_where_not(tmp_path, monkeypatch):
-    from nemo_minitron.checkpoints import verify
+    from nemo_minitron.conversion import verify
 
     source = open_checkpoint(save("llama3", torch.float32, tmp_path / "start"))
     assert verify.resolve("auto", source) == "logits"
@@ -398,7 +398,7 @@ def test_two_conversions_to_one_target_at_once_do_not_corrupt_it(tmp_path):
 
 
 def test_inspect_tells_what_is_there_and_what_is_odd(tmp_path, capsys):
-    from nemo_minitron.cli import main
+    from nemo_minitron.cli.main import main
 
     start = save("minitron-width", torch.bfloat16, tmp_path / "start")
     assert main(["inspect", str(start)]) == 0

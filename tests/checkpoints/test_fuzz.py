@@ -15,8 +15,8 @@ import torch
 from test_hostile import make, weights
 
 from models import save
-from nemo_minitron.checkpoints import Checkpoint, open_checkpoint
-from nemo_minitron.cli import main
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from nemo_minitron.cli.main import main
 from nemo_minitron.data.tokenizer import train_bpe
 from nemo_minitron.errors import MinitronError
 from time_limit import no_longer_than

@@ -18,11 +18,13 @@ import torch
 import yaml
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints import canonical, nemo1, open_checkpoint
-from nemo_minitron.checkpoints.describe import describe
-from nemo_minitron.checkpoints.pickle_writer import Call, Global, Instance, dumps
+from nemo_minitron.checkpoints import names as canonical
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.checkpoints.formats import nemo1
+from nemo_minitron.checkpoints.formats.write import write_checkpoint
+from nemo_minitron.checkpoints.storage.pickle_writer import Call, Global, Instance, dumps
 from nemo_minitron.checkpoints.tensors import in_memory
-from nemo_minitron.checkpoints.write import write_checkpoint
+from nemo_minitron.conversion.inspect import describe
 from nemo_minitron.errors import CheckpointError
 
 ARCHITECTURE = Architecture(
@@ -495,7 +497,7 @@ def test_metadata_that_lies_is_refused(old, new, tmp_path):
      ((32, 16), (-16, 1), 0), ((32, 16), (16, 1), -1), ((32, 16), (16,), 0)],
 )  # fmt: skip
 def test_views_that_reach_outside_their_storage_are_refused(shape, stride, offset, tmp_path):
-    from nemo_minitron.checkpoints.pickle_writer import Persistent
+    from nemo_minitron.checkpoints.storage.pickle_writer import Persistent
 
     folder = make(tmp_path / "c", "ckpt")
     storage = ("storage", Global("torch", "BFloat16Storage"), "0", "cpu", 512)
@@ -581,8 +583,8 @@ def test_a_flipped_bit_in_a_tensor_is_found_by_its_checksum(kind, tmp_path):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="fails its checksum"):
         read_all(folder)
-    from nemo_minitron.checkpoints.convert import convert
     from nemo_minitron.config import ConvertConfig
+    from nemo_minitron.conversion.convert import convert
 
     with pytest.raises(CheckpointError, match="fails its checksum"):
         convert(ConvertConfig(source=str(folder), output=str(tmp_path / "out"), verify="none"))

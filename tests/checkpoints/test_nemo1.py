@@ -8,9 +8,9 @@ import torch
 import yaml
 
 from nemo_minitron.architecture import Architecture, RopeScaling
-from nemo_minitron.checkpoints import open_checkpoint
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.runtime.layout import Layout
+from nemo_minitron.megatron.layout import Layout
 
 CPU = Layout(cuda=False, bf16=False)
 ARCHITECTURE = Architecture(
@@ -35,8 +35,8 @@ def saved(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 
-    from nemo_minitron.runtime.engine import engine
-    from nemo_minitron.runtime.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.session import engine
 
     root = tmp_path_factory.mktemp("nemo1")
     with engine(5, root / "log"), parallel_ranks(CPU, 5):
@@ -169,8 +169,8 @@ def test_keys_from_before_megatron_core_are_named(tmp_path):
 
 def test_families_are_told_apart(saved, tmp_path):
     """A configuration names no family; what it describes does."""
-    from nemo_minitron.checkpoints import nemo1
     from nemo_minitron.checkpoints.files import folder_files
+    from nemo_minitron.checkpoints.formats import nemo1
 
     root, _ = saved
     config = nemo1.read_yaml(folder_files(root / "zarr"))

@@ -12,10 +12,12 @@ import torch
 
 from hf import llama, nemotron, read_weights
 from nemo_minitron.architecture import Architecture, RopeScaling
-from nemo_minitron.checkpoints import nemo2, open_checkpoint, torch_dist
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.checkpoints.files import folder_files
+from nemo_minitron.checkpoints.formats import nemo2
+from nemo_minitron.checkpoints.storage import torch_dist
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.runtime.layout import Layout
+from nemo_minitron.megatron.layout import Layout
 from sizes import NEMOTRON, SMALL
 
 CPU = Layout(cuda=False, bf16=False)
@@ -71,9 +73,9 @@ print(type(model).__name__, type(model.tokenizer).__name__)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_round_trip_is_bit_exact_and_keeps_the_architecture(family, tmp_path):
-    from nemo_minitron.runtime.engine import engine
-    from nemo_minitron.runtime.ranks import load_model, parallel_ranks
-    from nemo_minitron.runtime.weights import save_checkpoint
+    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.session import engine
+    from nemo_minitron.megatron.weights import save_checkpoint
 
     architecture = Architecture(**SMALL, **FAMILIES[family])
     with engine(3, tmp_path / "log"), parallel_ranks(CPU, 3):
@@ -95,11 +97,11 @@ def test_a_round_trip_is_bit_exact_and_keeps_the_architecture(family, tmp_path):
 
 def test_a_nemotron_computes_what_transformers_does_before_and_after_a_cut(tiny, tmp_path):
     """LayerNorm with zero-centred gamma, squared ReLU, partial rotary: checkpoint, scores and cut."""
-    from nemo_minitron import flow
     from nemo_minitron.config import FinetuneConfig, LossConfig
     from nemo_minitron.data.samples import consecutive_sequences
     from nemo_minitron.evaluation.loss import evaluate_loss
-    from nemo_minitron.finetuning.stage import finetune
+    from nemo_minitron.flow import run as flow
+    from nemo_minitron.training.finetune import finetune
 
     architecture = {**SMALL, **NEMOTRON, "vocab_size": 512, "seq_length": 64}
     finetune(FinetuneConfig(**tiny.training(tmp_path / "teacher", 3, init="random", architecture=architecture)))
@@ -116,7 +118,7 @@ def test_a_nemotron_computes_what_transformers_does_before_and_after_a_cut(tiny,
 
 
 def test_plain_nemo_loads_a_pruned_student_and_computes_what_transformers_does(tiny, tmp_path):
-    from nemo_minitron import flow
+    from nemo_minitron.flow import run as flow
 
     flow.prune(tiny.pruning(tmp_path / "student", hidden_size=96, ffn_hidden_size=192, drop_layers=[2]))
     architecture = open_checkpoint(tmp_path / "student").architecture
@@ -153,7 +155,7 @@ def test_the_loss_is_that_of_transformers(tiny, tmp_path):
 
 
 def test_there_is_no_modelopt_state_in_a_student(tiny, tmp_path):
-    from nemo_minitron import flow
+    from nemo_minitron.flow import run as flow
 
     flow.prune(tiny.pruning(tmp_path / "student", drop_layers=["2-3"]))
     assert not list((tmp_path / "student").rglob("modelopt_state*"))

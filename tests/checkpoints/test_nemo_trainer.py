@@ -3,15 +3,16 @@
 import torch
 
 from nemo_minitron import config as c
-from nemo_minitron.checkpoints import open_checkpoint, torch_dist
-from nemo_minitron.checkpoints.convert import convert
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.checkpoints.files import folder_files
+from nemo_minitron.checkpoints.storage import torch_dist
+from nemo_minitron.conversion.convert import convert
 from nemo_trainer import restore, train_and_save, weights_of
 
 
 def test_what_nemos_trainer_saved_is_read_bit_for_bit(tiny, tmp_path):
     """Weights, optimizer state, random states and context, as a training run of NeMo leaves them."""
-    from nemo_minitron.runtime.engine import engine
+    from nemo_minitron.megatron.session import engine
 
     architecture = open_checkpoint(tiny.teacher).architecture
     fields = tiny.training(tmp_path / "run", 2, restore_from_path=str(tiny.teacher))
@@ -28,7 +29,7 @@ def test_what_nemos_trainer_saved_is_read_bit_for_bit(tiny, tmp_path):
 
 
 def test_nemos_trainer_restores_what_we_wrote_and_misses_nothing(tiny, tmp_path):
-    from nemo_minitron.runtime.engine import engine
+    from nemo_minitron.megatron.session import engine
 
     convert(c.ConvertConfig(source=str(tiny.teacher), output=str(tmp_path / "t.nemo"), verify="none"))
     convert(c.ConvertConfig(source=str(tmp_path / "t.nemo"), output=str(tmp_path / "ours"), verify="none"))

@@ -9,14 +9,17 @@ import torch
 import yaml
 
 from models import save
-from nemo_minitron.checkpoints import nemo1, open_checkpoint, sentencepiece_file, tokenizers
-from nemo_minitron.checkpoints.convert import convert
+from nemo_minitron.checkpoints import tokenizer as tokenizers
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.checkpoints.formats import nemo1
+from nemo_minitron.checkpoints.formats.write import write_checkpoint
+from nemo_minitron.checkpoints.storage import sentencepiece as sentencepiece_file
 from nemo_minitron.checkpoints.tensors import in_memory
-from nemo_minitron.checkpoints.tokenizers import from_directory
-from nemo_minitron.checkpoints.write import write_checkpoint
-from nemo_minitron.cli import main
+from nemo_minitron.checkpoints.tokenizer import from_directory
+from nemo_minitron.cli.main import main
 from nemo_minitron.config import ConvertConfig
-from nemo_minitron.data.embedded import documents
+from nemo_minitron.conversion.convert import convert
+from nemo_minitron.data.synthetic.corpus import documents
 from nemo_minitron.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from nemo_minitron.errors import CheckpointError
 

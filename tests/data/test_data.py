@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_minitron import wheels
 from nemo_minitron.config import DataConfig
-from nemo_minitron.data import embedded, prose
+from nemo_minitron.data import prose
+from nemo_minitron.data.command import prepare
 from nemo_minitron.data.indexed import Encoder, _encoded
 from nemo_minitron.data.module import check_fits, read_header, resolve_prefixes
 from nemo_minitron.data.samples import consecutive_sequences, token_stream
 from nemo_minitron.data.sources import articles, open_corpus, read_documents, read_through, split_of
-from nemo_minitron.data.stage import prepare
+from nemo_minitron.data.synthetic import corpus as embedded
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import ConfigError, DataError, EngineError
+from nemo_minitron.packages import wheels
 
 WORDS = 20_000
 ARTICLE = (
@@ -124,7 +125,7 @@ def test_a_run_that_dies_leaves_nothing_that_looks_finished(tmp_path, monkeypatc
     def die(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nemo_minitron.data.stage.unigram_perplexity", die)
+    monkeypatch.setattr("nemo_minitron.data.command.unigram_perplexity", die)
     with pytest.raises(KeyboardInterrupt):
         prepare(small(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
@@ -347,9 +348,9 @@ def test_consecutive_windows_predict_each_token_once(made):
 
 @pytest.fixture
 def parallel():
-    from nemo_minitron.runtime.engine import engine
-    from nemo_minitron.runtime.layout import Layout
-    from nemo_minitron.runtime.ranks import parallel_ranks
+    from nemo_minitron.megatron.layout import Layout
+    from nemo_minitron.megatron.ranks import parallel_ranks
+    from nemo_minitron.megatron.session import engine
 
     with engine(1), parallel_ranks(Layout(cuda=False, bf16=False), 1):
         yield
@@ -357,7 +358,7 @@ def parallel():
 
 def nemos_module(data, tokenizer, index, **fields):
     from nemo_minitron.data.module import data_module
-    from nemo_minitron.runtime.inputs import nemo_tokenizer
+    from nemo_minitron.training.inputs import nemo_tokenizer
 
     sizes = {"seq_length": 64, "micro_batch_size": 1, "global_batch_size": 1, "num_workers": 0, "seed": 1}
     return data_module(resolve_prefixes(data), nemo_tokenizer(str(tokenizer)), index_dir=str(index), **(sizes | fields))

@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from nemo_minitron.config import InstructConfig
-from nemo_minitron.data.instruction_samples import (
-    Segment,
-    check_vocabulary,
-    make_samples,
-    padded_length,
-    segments,
-)
+from nemo_minitron.data.instruction_samples import Segment, check_vocabulary, make_samples, padded_length, segments
 from nemo_minitron.data.instructions import Turn, read_instructions
 from nemo_minitron.errors import DataError
 

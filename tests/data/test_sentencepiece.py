@@ -9,10 +9,10 @@ import sentencepiece
 import torch
 
 import models
-from nemo_minitron.checkpoints import open_checkpoint
-from nemo_minitron.cli import main
-from nemo_minitron.data.embedded import documents
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.cli.main import main
 from nemo_minitron.data.samples import token_stream
+from nemo_minitron.data.synthetic.corpus import documents
 from nemo_minitron.data.tokenizer import load_tokenizer
 
 MODEL = "tokenizer.model"

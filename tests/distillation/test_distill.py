@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from hf import llama, read_weights
-from nemo_minitron import flow
-from nemo_minitron.checkpoints import open_checkpoint
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config import DistillConfig, KDConfig
-from nemo_minitron.distillation.stage import distill
+from nemo_minitron.distillation.command import distill
 from nemo_minitron.errors import ConfigError, NonFiniteLossError
+from nemo_minitron.flow import run as flow
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_self_distillation_has_no_loss(tiny, tmp_path):
 
 def test_both_losses_equal_float64_arithmetic(tiny, student, tmp_path, monkeypatch):
     """The first step's losses, on the batch that NeMo's data module gave."""
-    from nemo_minitron.runtime import losses
+    from nemo_minitron.training import losses
 
     batches = []
     make = losses.token_loss_reduction
@@ -44,7 +44,7 @@ def test_both_losses_equal_float64_arithmetic(tiny, student, tmp_path, monkeypat
 
         return make(names, weights, recorded, sink)
 
-    monkeypatch.setattr("nemo_minitron.runtime.losses.token_loss_reduction", spy)
+    monkeypatch.setattr("nemo_minitron.training.losses.token_loss_reduction", spy)
     kd = KDConfig(temperature=2.0, kd_weight=1.0, lm_weight=0.5)
     first = distill(config(tiny, student, tmp_path / "kd", steps=1, kd=kd)).metrics["train"][0]
     batch = {name: torch.cat([entry[name] for entry in batches[:2]]) for name in batches[0]}
@@ -109,7 +109,7 @@ def test_losses_are_on_tensorboard(tiny, student, tmp_path):
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tiny, student, tmp_path, monkeypatch):
     whole = distill(config(tiny, student, tmp_path / "whole", steps=6))
-    from nemo_minitron.runtime import training
+    from nemo_minitron.training import loop as training
 
     stop = training.history_callback
 
@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, student, tmp_path):
 
 def test_different_vocabularies_are_refused(tiny, tmp_path):
     from nemo_minitron.config import FinetuneConfig
-    from nemo_minitron.finetuning.stage import finetune
+    from nemo_minitron.training.finetune import finetune
 
     architecture = {
         "num_layers": 1,

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from hf import llama, read_weights
-from nemo_minitron import flow
-from nemo_minitron.checkpoints import open_checkpoint
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config import DistillConfig, HiddenLossConfig, KDConfig
-from nemo_minitron.distillation.stage import distill
+from nemo_minitron.distillation.command import distill
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.flow import run as flow
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def first_batch(tiny, students, tmp_path_factory):
         seen.append(mask.clone())
         return original(losses, hidden, weights, mask, config)
 
-    from nemo_minitron.runtime import engine
+    from nemo_minitron.megatron import session as engine
 
     tokens, step = [], engine.forward_step
 
@@ -108,7 +108,7 @@ def test_a_projection_where_widths_differ_is_trained_resumed_and_left_out(tiny, 
     assert train[-1]["cosine_4-4"] < 0.8 * train[0]["cosine_4-4"]
     assert read_weights(tmp_path / "kd").keys() == read_weights(students / "width").keys()
 
-    from nemo_minitron.runtime import history
+    from nemo_minitron.training import history
 
     end = history.History.on_train_batch_end
 

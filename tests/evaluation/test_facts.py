@@ -8,11 +8,12 @@ import random
 import pytest
 from lm_eval.api.model import LM
 
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
 from nemo_minitron.config import DataConfig, EvaluateConfig
-from nemo_minitron.data import embedded
+from nemo_minitron.data.synthetic import corpus as embedded
 from nemo_minitron.errors import DataError
-from nemo_minitron.evaluation import facts, harness, lm_eval_api
+from nemo_minitron.evaluation import command as harness
+from nemo_minitron.evaluation import facts, lm_eval_api
 
 WORDS = 300_000
 CONFIG = EvaluateConfig(models=["-"], tasks="facts")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
 
 PROMPT = "To be or not to be,"
 

@@ -8,7 +8,7 @@ import transformers
 from lm_eval.api.instance import Instance
 
 import models
-from nemo_minitron.checkpoints import open_checkpoint
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.errors import DataError
 from nemo_minitron.evaluation import likelihoods, lm_eval_api
 from nemo_minitron.evaluation.language_model import Bounds, TransformersLM

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemo_minitron.cli import main
-from nemo_minitron.evaluation import harness
+from nemo_minitron.cli.main import main
+from nemo_minitron.evaluation import command as harness
 from nemo_minitron.evaluation.perplexity import ratio
 
 LENGTH = 64

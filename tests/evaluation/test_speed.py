@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import models
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
 from nemo_minitron.config import BenchmarkConfig
 from nemo_minitron.evaluation.speed import Runner
 

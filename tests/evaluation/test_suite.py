@@ -5,10 +5,12 @@ import json
 import pytest
 from lm_eval.api.model import LM
 
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
 from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.errors import ConfigError, DataError
-from nemo_minitron.evaluation import harness, lm_eval_api, made, suite
+from nemo_minitron.evaluation import command as harness
+from nemo_minitron.evaluation import custom_tasks as made
+from nemo_minitron.evaluation import lm_eval_api, suite
 
 
 def lines(folder, name: str, rows: list[dict]) -> str:

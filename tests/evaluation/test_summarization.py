@@ -7,7 +7,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
 from nemo_minitron.evaluation.summarization import rouge
 
 ARTICLES = [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from test_flow import SMALL
 
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
 
 TOLERANCE = 2e-4
 

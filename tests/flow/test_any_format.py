@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from nemo_minitron import config as c
-from nemo_minitron import flow
 from nemo_minitron.artifacts import Manifest
-from nemo_minitron.checkpoints import open_checkpoint
-from nemo_minitron.checkpoints.convert import convert
-from nemo_minitron.distillation.stage import distill
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.conversion.convert import convert
+from nemo_minitron.distillation.command import distill
 from nemo_minitron.evaluation.loss import evaluate_loss
-from nemo_minitron.finetuning.stage import finetune
+from nemo_minitron.flow import run as flow
+from nemo_minitron.training.finetune import finetune
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 
 from hf import read_weights
 from nemo_minitron.artifacts import Manifest
-from nemo_minitron.cli import main
-from nemo_minitron.compose import compose
+from nemo_minitron.cli.main import main
+from nemo_minitron.config.compose import compose
 from nemo_minitron.report.stages import log_files, stage_name
 
 SMALL = [

@@ -9,15 +9,15 @@ import torch
 
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints.families import read_config
-from nemo_minitron.compose import compose, conf_dir
-from nemo_minitron.dry_run import describe
+from nemo_minitron.checkpoints.formats.huggingface.families import read_config
+from nemo_minitron.config.compose import compose, conf_dir
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.finetuning.stage import finetune, random_architecture
-from nemo_minitron.known import KNOWN, stated_fields
-from nemo_minitron.planning.stage import work_out
-from nemo_minitron.recipes import student_architecture, teacher_architecture
-from nemo_minitron.settle import settle
+from nemo_minitron.flow.configs import student_architecture, teacher_architecture
+from nemo_minitron.flow.dry_run import describe
+from nemo_minitron.flow.settle import settle
+from nemo_minitron.planning.command import work_out
+from nemo_minitron.published import KNOWN, stated_fields
+from nemo_minitron.training.finetune import finetune, random_architecture
 
 MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml") if path.stem != "auto")
 #: What NVIDIA's nvidia/Minitron-4B-Base says in config.json, but for the layers and the vocabulary.

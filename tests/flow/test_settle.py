@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from models import save
-from nemo_minitron import flow
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.cli import main
-from nemo_minitron.compose import compose, presets
-from nemo_minitron.known import KNOWN
+from nemo_minitron.cli.main import main
+from nemo_minitron.config.command_line import repeat
+from nemo_minitron.config.compose import compose, presets
+from nemo_minitron.flow import run as flow
+from nemo_minitron.flow.configs import student_architecture
+from nemo_minitron.flow.settle import CHOSEN, OPEN, settle
+from nemo_minitron.flow.settle.state import State
 from nemo_minitron.planning.fitting import fits
 from nemo_minitron.planning.machine import Machine, free_memory
 from nemo_minitron.planning.pace import Pace, Work, in_words
-from nemo_minitron.recipes import student_architecture
-from nemo_minitron.repeat import repeat
-from nemo_minitron.settle import CHOSEN, OPEN, settle
-from nemo_minitron.settle.state import State
+from nemo_minitron.published import KNOWN
 
 LAPTOP = Machine(gpus=0, cores=2, free_bytes=12e9)
 SMALL = Machine(gpus=0, cores=2, free_bytes=6e9)
@@ -46,7 +46,7 @@ def asked(teacher, text, *further):
 
 def sized(monkeypatch, model: Architecture) -> None:
     """Checkpoints that are opened from here on are of these sizes."""
-    monkeypatch.setattr("nemo_minitron.settle.teacher_architecture", lambda config: model)
+    monkeypatch.setattr("nemo_minitron.flow.settle.teacher_architecture", lambda config: model)
 
 
 SMOLLM2 = Architecture(

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from models import save
-from nemo_minitron import cli
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.known import KNOWN
+from nemo_minitron.cli import main as cli
+from nemo_minitron.megatron.layout import Layout
 from nemo_minitron.planning.machine import free_memory
 from nemo_minitron.planning.memory import stage_memory
 from nemo_minitron.planning.run import Run
-from nemo_minitron.runtime.layout import Layout
+from nemo_minitron.published import KNOWN
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = ["student.hidden_size=3072", "student.ffn_hidden_size=9216"]
@@ -196,7 +196,7 @@ def test_what_is_wrong_is_one_message(capsys, arguments, message):
 
 def test_it_loads_no_torch_and_takes_less_than_a_second_of_work():
     code = (
-        "import json, sys, time; started = time.process_time(); from nemo_minitron.cli import main; "
+        "import json, sys, time; started = time.process_time(); from nemo_minitron.cli.main import main; "
         f"code = main(['plan', 'llama31_8b', *{WIDTH!r}]); "
         "print(json.dumps([code, time.process_time() - started, *sys.modules]))"
     )

@@ -6,14 +6,14 @@ import itertools
 import pytest
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.known import KNOWN
+from nemo_minitron.megatron.layout import Layout
 from nemo_minitron.planning import loss
 from nemo_minitron.planning.activations import kept_at_the_end, kept_by_layer
 from nemo_minitron.planning.flops import forward_flops, moment_flops, stage_flops, training_flops
 from nemo_minitron.planning.layouts import Models, candidates
 from nemo_minitron.planning.memory import all_ranks, moment_bytes, optimizer_bytes, stage_memory
 from nemo_minitron.planning.run import Run, largest_parameter, rank_parameters, stage_layers
-from nemo_minitron.runtime.layout import Layout
+from nemo_minitron.published import KNOWN
 
 LLAMA = Architecture(
     num_layers=3, hidden_size=64, ffn_hidden_size=176, num_attention_heads=4, num_query_groups=2, kv_channels=24,
@@ -44,8 +44,8 @@ def on_cpu(**layout) -> Run:
 @pytest.fixture
 def megatron(tmp_path):
     """Makes real models of one rank: (architecture, bf16) -> model in training mode."""
-    from nemo_minitron.runtime.engine import engine
-    from nemo_minitron.runtime.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.session import engine
 
     layout = Layout(cuda=False, bf16=False)
     with engine(1, tmp_path / "log"), parallel_ranks(layout, 1):
@@ -116,8 +116,8 @@ def test_operations_are_what_torch_counts(megatron, name):
 def test_second_moments_are_as_gathered(megatron):
     from torch.utils.flop_counter import FlopCounterMode
 
-    from nemo_minitron.importance.moments import gathered
-    from nemo_minitron.runtime.chunks import output_in_chunks
+    from nemo_minitron.megatron.chunks import output_in_chunks
+    from nemo_minitron.pruning.importance.moments import gathered
 
     model = megatron(LLAMA)
     with FlopCounterMode(display=False) as plain:
@@ -142,8 +142,8 @@ def test_parameters_of_each_rank_are_those_of_megatron(tmp_path, name, tensor, p
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from nemo_minitron.runtime.engine import engine
-    from nemo_minitron.runtime.ranks import load_model
+    from nemo_minitron.megatron.ranks import load_model
+    from nemo_minitron.megatron.session import engine
 
     a, world = SHAPES[name], tensor * pipeline
     layout = Layout(cuda=False, bf16=False, devices=world, tensor_parallel=tensor, pipeline_parallel=pipeline)
@@ -166,8 +166,8 @@ def test_stages_share_all_layers():
 
 
 def test_a_window_keeps_its_blocks_and_their_masks(megatron, monkeypatch):
+    from nemo_minitron.megatron import attention
     from nemo_minitron.planning import activations
-    from nemo_minitron.runtime import attention
 
     for block in (16, 40, 64):
         monkeypatch.setattr(attention, "BLOCK", block)
@@ -183,9 +183,9 @@ def test_a_window_keeps_its_blocks_and_their_masks(megatron, monkeypatch):
 
 
 def test_loss_and_attention_work_in_the_planned_pieces():
-    from nemo_minitron.distillation import divergences, fused
+    from nemo_minitron.distillation.losses import divergences, fused
+    from nemo_minitron.megatron import attention
     from nemo_minitron.planning import activations
-    from nemo_minitron.runtime import attention
 
     assert activations.BLOCK == attention.BLOCK
     assert (loss.CPU_CHUNK, loss.CUDA_CHUNK) == (fused.CPU_CHUNK, fused.CUDA_CHUNK)

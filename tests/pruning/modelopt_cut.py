@@ -15,7 +15,7 @@ def cut(model: Any, plan: PruningPlan, scores: ImportanceScores | None, targets:
     from modelopt.torch.opt import ModeloptStateManager
     from modelopt.torch.prune.plugins.mcore_minitron import SUPPORTED_HPARAMS, MCoreMinitronConfig
 
-    from nemo_minitron.runtime.modelopt_norms import local_norms_prunable
+    from nemo_minitron.megatron.modelopt_norms import local_norms_prunable
 
     if plan.width:
         divisors = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemo_minitron.pruning import arithmetic
-from nemo_minitron.ridge import ridge
+from nemo_minitron.pruning.ridge import ridge
 
 TINY = 1e-12
 

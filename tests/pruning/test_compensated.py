@@ -11,11 +11,11 @@ from models import build
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import ImportanceScores
-from nemo_minitron.checkpoints import open_checkpoint
-from nemo_minitron.checkpoints.write import write_checkpoint
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.checkpoints.formats.write import write_checkpoint
 from nemo_minitron.config import PruneTargets
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.pruning import stage
+from nemo_minitron.pruning import command as stage
 from nemo_minitron.pruning.compensated import CompensatedCut, Settings
 from nemo_minitron.pruning.cut import choose
 from nemo_minitron.pruning.plan import plan_cut

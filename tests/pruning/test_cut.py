@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from hf import read_weights
-from nemo_minitron import flow
 from nemo_minitron.artifacts import ImportanceScores, Manifest
-from nemo_minitron.checkpoints import open_checkpoint
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.errors import ConfigError, OutputExistsError
-from nemo_minitron.importance.scoring import scores_folder
+from nemo_minitron.flow import run as flow
+from nemo_minitron.pruning.importance.scoring import scores_folder
 
 LAYER = "module.decoder.layers."
 FC1, FC2 = f"{LAYER}mlp.linear_fc1.weight", f"{LAYER}mlp.linear_fc2.weight"

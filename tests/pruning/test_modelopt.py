@@ -6,13 +6,13 @@ import torch
 from modelopt_cut import cut as modelopt_cut
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import ImportanceScores
-from nemo_minitron.checkpoints import canonical
+from nemo_minitron.checkpoints import names as canonical
+from nemo_minitron.checkpoints.formats.write import write_checkpoint
 from nemo_minitron.checkpoints.tensors import in_memory
-from nemo_minitron.checkpoints.write import write_checkpoint
 from nemo_minitron.config import PruneTargets
+from nemo_minitron.megatron.layout import Layout
 from nemo_minitron.pruning.cut import choose, cut
 from nemo_minitron.pruning.plan import plan_cut
-from nemo_minitron.runtime.layout import Layout
 from sizes import NEMOTRON
 
 CPU = Layout(cuda=False, bf16=False)
@@ -60,7 +60,7 @@ def canonical_names(model) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module", params=FAMILIES)
 def teacher(request, tmp_path_factory):
     """A teacher of random weights, on disk."""
-    from nemo_minitron.checkpoints import open_checkpoint
+    from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 
     architecture = Architecture(**SIZES, **FAMILIES[request.param])
     generator = torch.Generator().manual_seed(1)
@@ -75,8 +75,8 @@ def teacher(request, tmp_path_factory):
 
 @pytest.mark.parametrize("what", TARGETS)
 def test_the_cut_is_modelopts_own(teacher, what, tmp_path):
-    from nemo_minitron.runtime.engine import engine
-    from nemo_minitron.runtime.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.session import engine
 
     a, targets = teacher.architecture, PruneTargets(**GRID, **TARGETS[what])
     scores = random_scores(a)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from hf import llama
-from nemo_minitron import flow
 from nemo_minitron.artifacts import Manifest
-from nemo_minitron.checkpoints import open_checkpoint
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config import validated
 from nemo_minitron.data.samples import random_sequences
 from nemo_minitron.errors import ConfigError, EngineError
+from nemo_minitron.flow import run as flow
 from nemo_minitron.pruning.refit import refit_folder
 
 SAMPLES = 32
@@ -54,7 +54,7 @@ def test_the_refitted_student_loses_less_than_the_cut(tiny, refitted):
 
 def test_the_cut_takes_the_neurons_that_the_refit_was_made_with(tiny, refitted, monkeypatch, tmp_path):
     """They are chosen once, and what is cut again from the same refit is the same, bit for bit."""
-    from nemo_minitron.pruning import stage
+    from nemo_minitron.pruning import command as stage
 
     config, _, student = refitted
     monkeypatch.setattr(stage, "choose_by_saliency", pytest.fail)

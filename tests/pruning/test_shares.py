@@ -6,8 +6,8 @@ import itertools
 import pytest
 
 from nemo_minitron.architecture import Architecture, PruningGrid, natural_divisor
-from nemo_minitron.known import KNOWN
 from nemo_minitron.pruning.shares import in_proportion, parse_share, share_problems, sizes_of
+from nemo_minitron.published import KNOWN
 
 SMOLLM2 = Architecture(
     num_layers=30, hidden_size=576, ffn_hidden_size=1536, num_attention_heads=9, num_query_groups=3, kv_channels=64,

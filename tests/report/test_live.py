@@ -152,7 +152,7 @@ def test_a_command_runs_beside_and_its_failure_is_told(tmp_path):
 
 def test_a_real_training_is_watched(tiny, tmp_path):
     from nemo_minitron import config as c
-    from nemo_minitron.finetuning.stage import finetune
+    from nemo_minitron.training.finetune import finetune
 
     said, output = io.StringIO(), tmp_path / "corrected"
     fields = tiny.training(output, steps=2, restore_from_path=str(tiny.teacher))

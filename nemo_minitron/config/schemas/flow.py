@@ -1,0 +1,275 @@
+"""Settings of `minitron flow`."""
+
+import dataclasses
+from dataclasses import field
+from typing import Any
+
+from nemo_minitron.config.schemas.base import Config, above_zero, at_least, one_of, text_key_problems
+from nemo_minitron.config.schemas.instructions import InstructConfig, PeftConfig
+from nemo_minitron.config.schemas.training import KDConfig
+
+
+@dataclasses.dataclass(kw_only=True)
+class FlowModelConfig(Config):
+    """The teacher of a flow (conf/model/)."""
+
+    name: str = "tiny"
+    """What the report calls it."""
+    init: str = "random"
+    """`random`: make the teacher from random weights by the pretrain stage; `checkpoint`: start from one."""
+    restore_from_path: str | None = None
+    """With init=checkpoint: the teacher's checkpoint. Where it is given and no model= is, model=auto holds."""
+    download: str | None = None
+    """Where the teacher comes from when restore_from_path does not exist yet: shown in messages."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Fields of nemo_minitron.architecture.Architecture, or `known`, a known model, and what differs from it; a
+    checkpoint's own sizes win."""
+    seq_length: int | None = 128
+    """Tokens a sample, in every stage; null: what fits."""
+
+    def problems(self) -> list[str]:
+        found = one_of("init", self.init, ("random", "checkpoint")) + at_least(2, seq_length=self.seq_length)
+        if self.init == "checkpoint" and not self.restore_from_path:
+            found.append("restore_from_path is missing: name the teacher's checkpoint")
+        if self.init == "random" and self.restore_from_path:
+            found.append(
+                f"init = random makes a teacher, but restore_from_path = {self.restore_from_path} names one: give "
+                "model.init=checkpoint, or model.restore_from_path=null"
+            )
+        return found
+
+
+@dataclasses.dataclass(kw_only=True)
+class FlowDataConfig(Config):
+    """The corpora of a flow (conf/data/)."""
+
+    source: str = "embedded"
+    """`embedded`, `prose`, `wikitext103`, or a path, as in `minitron data`."""
+    text_key: str = "text"
+    """With a path: field or column that holds the text, as in `minitron data`."""
+    pretrain_words: int = 2_000_000
+    """Words of the broad embedded corpus, on which the teacher of init=random is made when source=embedded."""
+    words: int = 1_000_000
+    """Words of the encyclopedic embedded corpus."""
+    limit_documents: int | None = None
+    """Use only the first so many documents of each split."""
+    tokenizer: str | None = None
+    """Hugging Face name or directory; none: the teacher's own, or a BPE trained on the training split."""
+    vocab_size: int = 2048
+    """Size of the BPE that is trained."""
+    workers: int = 2
+    """Processes that tokenise."""
+
+    def problems(self) -> list[str]:
+        found = at_least(1, words=self.words, pretrain_words=self.pretrain_words, workers=self.workers)
+        if self.source == "???":
+            found.append("source is missing: name the text to teach on, data.source=PATH")
+        return found + text_key_problems(self.text_key)
+
+
+@dataclasses.dataclass(kw_only=True)
+class HardwareConfig(Config):
+    """Ranks and their layout (conf/hardware/)."""
+
+    name: str = "cpu"
+    """What the report calls it."""
+    accelerator: str = "auto"
+    """`auto`, `gpu` or `cpu`."""
+    devices: int | None = 1
+    """Ranks a node; null: every GPU of this machine, or one process on its CPU."""
+    num_nodes: int = 1
+    """Nodes."""
+    precision: str = "auto"
+    """`bf16`, `bf16-mixed` or `32`; auto: bf16 on a GPU, 32 on a CPU."""
+    tensor_model_parallel_size: int | None = 1
+    """Ranks that share each matrix while training; null: as few as hold it."""
+    pipeline_model_parallel_size: int | None = 1
+    """Ranks that share the layers while training; null: as few as hold them."""
+    prune_pipeline_model_parallel_size: int | None = 1
+    """Ranks that share the layers while scoring (ModelOpt takes no tensor parallel); null: as few as hold them."""
+    sequence_parallel: bool = False
+    """Split norms' activations over tensor-parallel ranks."""
+    micro_batch_size: int | None = 8
+    """Samples a rank works on at once; null: as many as fit."""
+    num_workers: int = 0
+    """Processes of the data loader."""
+    memory_gb: float | None = None
+    """What a rank can hold, in GB of 10^9 bytes, for `minitron plan` and for what a flow chooses; none: 75% of what is
+    free here. A card sold with 80 GB has about 85 of them: the rest is room for what is not in the plan, contexts,
+    communication and fragments."""
+    tflops: float | None = None
+    """TFLOP/s that a rank achieves, for what a flow chooses and for its estimates of time; none: assumed."""
+
+    def problems(self) -> list[str]:
+        found = at_least(
+            1,
+            devices=self.devices,
+            num_nodes=self.num_nodes,
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            prune_pipeline_model_parallel_size=self.prune_pipeline_model_parallel_size,
+            micro_batch_size=self.micro_batch_size,
+        )
+        return found + above_zero(memory_gb=self.memory_gb, tflops=self.tflops)
+
+
+@dataclasses.dataclass(kw_only=True)
+class RecipeConfig(Config):
+    """A training run of the flow (conf/pretrain/, conf/finetune/, conf/distill/)."""
+
+    max_steps: int | None = 100
+    """Optimizer steps; null: as many as there is time for (minutes)."""
+    global_batch_size: int | None = 8
+    """Samples a step; null: chosen with the steps."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 1e-4
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int | None = 10
+    """Steps of linear warm-up; null: a tenth."""
+    val_check_interval: int | None = 50
+    """Validate every so many steps; null: three times in all."""
+    limit_val_batches: int | None = 8
+    """Global batches a validation; null: a tenth of the training's arithmetic."""
+    log_every_n_steps: int = 10
+    """Write to TensorBoard every so many steps."""
+
+    def problems(self) -> list[str]:
+        found = at_least(
+            1,
+            max_steps=self.max_steps,
+            global_batch_size=self.global_batch_size,
+            val_check_interval=self.val_check_interval,
+            limit_val_batches=self.limit_val_batches,
+        )
+        if self.min_lr > self.lr:
+            found.append(f"min_lr = {self.min_lr} is above lr = {self.lr}")
+        return found
+
+
+@dataclasses.dataclass(kw_only=True)
+class DistillRecipeConfig(RecipeConfig):
+    """Distillation of each student."""
+
+    kd: KDConfig = field(default_factory=KDConfig)
+    control: bool = True
+    """Also retrain each student with the LM loss alone for the same steps, to compare with."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class InstructRecipeConfig(RecipeConfig):
+    """Instruction tuning of each distilled student, where there is data for it."""
+
+    data: str | None = None
+    """File or folder of instructions and answers, as in finetune's model.data.instructions; none: no such step."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine."""
+    rows: InstructConfig = field(default_factory=InstructConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
+
+
+@dataclasses.dataclass(kw_only=True)
+class FlowPruneConfig(Config):
+    """The students of a flow (conf/prune/)."""
+
+    method: str | None = None
+    """`minitron` or `compensated`, for every student that names none; none: compensated."""
+    depth_by: str = "block_influence"
+    """`block_loss`, `block_influence` or `compensated_loss`, for every student that names none."""
+    num_samples: int | None = 1024
+    """Calibration samples; null: as many as there is time for (minutes)."""
+    num_block_samples: int | None = 256
+    """Samples on which blocks of layers are left out; null: as many as there is time for (minutes)."""
+    batch_size: int | None = 1
+    """Samples a forward pass while scoring; null: as many as fit."""
+    hidden_size_divisor: int | None = None
+    """Grid of hidden_size; none: as in `minitron prune`."""
+    ffn_hidden_size_divisor: int | None = None
+    """Grid of ffn_hidden_size; none: as in `minitron prune`."""
+    num_layers_divisor: int = 2
+    """Grid of num_layers."""
+    students: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name -> targets: sizes (drop_layers, num_layers, hidden_size, ffn_hidden_size, num_attention_heads) or shares of
+    the teacher (parameters=60%, embeddings included, by hidden size and FFN in proportion; layers=60%), and how to cut
+    (method, depth_by, depth_beam, depth_samples, merge_heads, untie, refit, choose_by, gain_tolerance)."""
+
+    def problems(self) -> list[str]:
+        found = at_least(
+            1,
+            num_samples=self.num_samples,
+            num_block_samples=self.num_block_samples,
+            batch_size=self.batch_size,
+            hidden_size_divisor=self.hidden_size_divisor,
+            ffn_hidden_size_divisor=self.ffn_hidden_size_divisor,
+            num_layers_divisor=self.num_layers_divisor,
+        )
+        if not self.students:
+            found.append("students is empty: name at least one, students.depth.num_layers=N")
+        for name, targets in self.students.items():
+            found += [f"students.{name}.{problem}" for problem in _student_problems(targets or {})]
+        return found
+
+
+COUNTS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+SWITCHES = ("merge_heads", "untie")
+#: What a student of a flow may say.
+TARGETS = (
+    "drop_layers",
+    *COUNTS,
+    "parameters",
+    "layers",
+    "method",
+    "depth_by",
+    "depth_beam",
+    "depth_samples",
+    "refit",
+    "choose_by",
+    "gain_tolerance",
+    *SWITCHES,
+)
+
+
+def _student_problems(targets: dict[str, Any]) -> list[str]:
+    """Targets that are not known, or of another kind than they have to be."""
+    found = [f"{key} is not a target; known are {', '.join(TARGETS)}" for key in targets if key not in TARGETS]
+    for names, kind, words in ((COUNTS, int, "a whole number"), (SWITCHES, bool, "true or false")):
+        found += [
+            f"{name} = {targets[name]!r} is not {words}"
+            for name in names
+            if targets.get(name) is not None and type(targets[name]) is not kind
+        ]
+    return found
+
+
+@dataclasses.dataclass(kw_only=True)
+class FlowConfig(Config):
+    """The whole flow: data, teacher, teacher correction, pruning, distillation, table."""
+
+    output_dir: str = "runs/tiny"
+    """Folder of the run; each stage has a folder in it."""
+    seed: int = 1234
+    """Seed of everything random."""
+    overwrite: bool = False
+    """Replace stages that were made with other settings."""
+    dry_run: bool = False
+    """Print the resolved plan and touch nothing."""
+    minutes: float = 60.0
+    """What is left open (null) is chosen so that the flow takes about so long, by the plan's arithmetic."""
+    limit_test_batches: int | None = 32
+    """Global batches of each evaluation in the table; null: as many as there is time for (minutes)."""
+    facts: int = 400
+    """Questions about the embedded corpus' facts that every model is asked at the end; 0: none."""
+    model: FlowModelConfig = field(default_factory=FlowModelConfig)
+    data: FlowDataConfig = field(default_factory=FlowDataConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    pretrain: RecipeConfig = field(default_factory=RecipeConfig)
+    finetune: RecipeConfig = field(default_factory=RecipeConfig)
+    prune: FlowPruneConfig = field(default_factory=FlowPruneConfig)
+    distill: DistillRecipeConfig = field(default_factory=DistillRecipeConfig)
+    instruct: InstructRecipeConfig = field(default_factory=InstructRecipeConfig)
+
+    def problems(self) -> list[str]:
+        found = at_least(1, limit_test_batches=self.limit_test_batches) + at_least(0, facts=self.facts)
+        return found + above_zero(minutes=self.minutes)

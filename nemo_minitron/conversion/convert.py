@@ -1,0 +1,158 @@
+"""`minitron convert`: a checkpoint of any format into any other, tensor by tensor, checked before it is in place."""
+
+import contextlib
+import dataclasses
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts import Manifest
+from nemo_minitron.checkpoints import tokenizer as tokenizers
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from nemo_minitron.checkpoints.formats.huggingface.families import write_config
+from nemo_minitron.checkpoints.formats.write import place_in, write_checkpoint
+from nemo_minitron.checkpoints.names import EMBEDDING, OUTPUT
+from nemo_minitron.checkpoints.tensors import Cast, Lazy, Resized, Watched
+from nemo_minitron.config import ConvertConfig
+from nemo_minitron.conversion import verify
+from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.jobs.job import Job
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "32": "float32"}
+#: Largest relative difference of logits once values were rounded to another dtype.
+ROUNDED = {"bfloat16": 5e-2, "float16": 5e-3, "float32": verify.TOLERANCE}
+SPARE_BYTES = 64 << 20
+
+
+def convert(config: ConvertConfig) -> Manifest:
+    """Converts `config.source` to `config.output`.
+
+    Raises:
+        CheckpointError: the source is damaged or unknown, or the result is not what it should be.
+        ConfigError: the settings ask for something that this model or format cannot do.
+        OutputExistsError: the output was made from something else.
+    """
+    source = open_checkpoint(config.source, "source", quantized=True)
+    architecture, tensors = plan(source, config)
+    if config.target_format == "hf":
+        write_config(architecture, source.dtype)
+    if config.tokenizer:
+        tokenizers.from_directory(config.tokenizer)
+    check_room(config.output, sum(tensor.nbytes for tensor in tensors.values()))
+    how = verify.resolve(config.verify, source)
+    if how == "logits" and source.quantization is not None:
+        raise ConfigError(
+            "verify = logits: neither transformers nor Megatron runs quantised weights; leave it, or verify=tensors",
+            "minitron convert",
+        )
+    settings = dataclasses.asdict(config) | {"format": config.target_format, "verify": how}
+    job = Job(
+        stage="convert",
+        output=Path(config.output),
+        config=settings,
+        inputs={"source": source.path} | ({"tokenizer": config.tokenizer} if config.tokenizer else {}),
+        seed=config.seed,
+        overwrite=config.overwrite,
+        ignore=("overwrite", "source", "output", "to", "verify", "tokenizer"),
+        sampled=("source",),
+    )
+
+    def work(partial: Path) -> dict[str, Any]:
+        place = place_in(partial, config.output, config.target_format)
+        tokenizer = choose_tokenizer(source, config)
+        with progress(tensors, f"{source.format} -> {config.target_format}") as watched:
+            write_checkpoint(
+                place,
+                config.target_format,
+                architecture,
+                watched,
+                tokenizer,
+                source.generation,
+                weights=config.weights,
+                shard_bytes=int(config.shard_size_gb * 1e9),
+            )
+        checked = check_result(source, place, tensors, how, config)
+        return {
+            "metrics": {"parameters": architecture.parameters(), "bytes": _bytes(tensors), **checked},
+            "details": {"architecture": architecture.to_dict(), "format": config.target_format},
+        }
+
+    done = job.finished()
+    if done is None:
+        return job.run(work)
+    if verify.STRENGTH.index(how) > verify.STRENGTH.index(done.metrics["verified"]):
+        done.metrics |= check_result(source, Path(config.output), tensors, how, config)
+    return done
+
+
+def plan(source: Checkpoint, config: ConvertConfig) -> tuple[Architecture, Mapping[str, Lazy]]:
+    """The architecture and tensors that are to be written: dtype and vocabulary as the settings ask for."""
+    architecture, tensors = source.architecture, dict(source.tensors)
+    rows, tokens = architecture.vocab_size, architecture.vocab_size - architecture.vocab_padding
+    if config.vocab_size is not None:
+        if config.vocab_size > rows:
+            raise ConfigError(f"vocab_size = {config.vocab_size}: the embedding has {rows} rows", "minitron convert")
+        tokens = config.vocab_size
+    if config.pad_vocab_to_multiple_of:
+        step = config.pad_vocab_to_multiple_of
+        rows = -(-tokens // step) * step
+    if rows != architecture.vocab_size:
+        for name in {EMBEDDING, OUTPUT} & tensors.keys():
+            tensors[name] = Resized(Resized(tensors[name], tokens), rows)
+    if config.dtype and any(tensor.dtype != DTYPES[config.dtype] for tensor in tensors.values()):
+        tensors = {name: Cast(tensor, DTYPES[config.dtype]) for name, tensor in tensors.items()}
+    return dataclasses.replace(architecture, vocab_size=rows, vocab_padding=rows - tokens), tensors
+
+
+def choose_tokenizer(source: Checkpoint, config: ConvertConfig) -> tokenizers.Tokenizer | None:
+    """The tokenizer that goes into the result: the one asked for, or the source's, with its files if it can."""
+    if config.tokenizer:
+        return tokenizers.from_directory(config.tokenizer)
+    found = source.tokenizer_files
+    if found is None or found.files:
+        return found
+    return tokenizers.from_hub(found, lambda message: print(message, file=sys.stderr))
+
+
+@contextlib.contextmanager
+def progress(tensors: Mapping[str, Lazy], title: str) -> Iterator[dict[str, Lazy]]:
+    """The tensors, with a bar of the bytes that are read from them; none where this is no terminal."""
+    from tqdm import tqdm
+
+    with tqdm(total=_bytes(tensors), desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        yield {name: Watched(tensor, bar.update) for name, tensor in tensors.items()}
+
+
+def check_room(output: str | Path, needed: int) -> None:
+    """Raises MinitronError where the disk of `output` has less than `needed` bytes left."""
+    folder = Path(output).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed + SPARE_BYTES:
+        raise MinitronError(
+            f"{output} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left; free some, or give another "
+            "output"
+        )
+
+
+def check_result(
+    source: Checkpoint, place: Path, expected: Mapping[str, Lazy], how: str, config: ConvertConfig
+) -> dict[str, Any]:
+    """Opens what was written, which checks every name and shape, and compares it as `how` says."""
+    if how == "none":
+        return {"verified": "none"}
+    result = open_checkpoint(place, "result")
+    checked = {"verified": how, **verify.compare_tensors(expected, result, config.seed)}
+    if how == "logits":
+        cast = config.dtype and DTYPES[config.dtype] != source.dtype
+        tolerance = ROUNDED[DTYPES[config.dtype]] if cast else verify.TOLERANCE
+        checked |= verify.compare_logits(source, result, config.seed, tolerance)
+    return checked
+
+
+def _bytes(tensors: Mapping[str, Lazy]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,0 +1,273 @@
+"""The output layer and the divergence in one: the logits of a sequence never exist, only those of a chunk.
+
+Legend: t tokens, c tokens of a chunk, r tokens of a block, v vocabulary rows of this rank, h hidden (student's),
+g hidden (teacher's).
+
+For each chunk: both models' logits, their divergence, its gradient in the place of the student's logits, and from that
+the gradients of hidden states and output weight. So all but one factor of the gradient is ready after forward, and each
+token's weight in the loss has to be known by then.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemo_minitron.distillation.losses.chunked import local_entries
+from nemo_minitron.distillation.losses.divergences import (
+    LN2,
+    Divergence,
+    Normaliser,
+    Workspace,
+    log_probabilities,
+    measure,
+    normaliser,
+    scale_rows,
+    scaled_gradient,
+)
+
+#: Bytes of a chunk's logits, both models together, and tokens that a chunk has at least: more makes products faster and
+#: roundings of the weight's gradient fewer, by little beyond these. On a CPU each model's are above the 32 MiB below
+#: which glibc keeps freed blocks in a heap with gaps.
+CPU_CHUNK, CUDA_CHUNK = 72 << 20, 1 << 30
+CHUNK_TOKENS = 128
+LOG2E = 1 / LN2
+
+
+class FusedLoss(NamedTuple):
+    """What `fused_divergence` gives; `total` alone carries a gradient.
+
+    Attributes:
+        total: kd_sum + lm_sum.
+        kd_sum: sum over tokens of kd_weights times the divergence, in nats.
+        lm_sum: sum over tokens of lm_weights times the cross entropy, in nats; 0 without lm_weights.
+        kd: divergence of each token [t], unweighted.
+        lm: language-model cross entropy of each token [t], unweighted, at temperature 1; None without labels.
+    """
+
+    total: Tensor
+    kd_sum: Tensor
+    lm_sum: Tensor
+    kd: Tensor
+    lm: Tensor | None
+
+
+def fused_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    kd_weights: Tensor | None = None,
+    labels: Tensor | None = None,
+    lm_weights: Tensor | None = None,
+    group: Any = None,
+    reduce_hidden_grad: bool = True,
+    chunk_tokens: int | None = None,
+) -> FusedLoss:
+    """Output layers and divergence in one; logits of at most `chunk_tokens` tokens exist at a time.
+
+        z_s = student_hidden student_weight^T,  z_t = teacher_hidden teacher_weight^T
+        total = sum_t kd_weights D(z_t, z_s) + sum_t lm_weights (-log softmax(z_s)[label])
+
+    Forward works out the gradients too, and backward scales them by the one number it is given, so weights of tokens
+    (mask, mixing, T^2) go in here. The logits round to the hidden states' dtype, as an output layer's do. The output
+    weight's gradient, the largest tensor here, is summed over chunks in the weight's own dtype: a product sums its
+    chunk in float32 inside, so only t / chunk_tokens roundings are left. In bf16, 16 of them make the error of the
+    gradient, most of which comes from the logits' rounding, 1.4 % larger; a float32 sum would take three times the
+    memory, with its copy in bf16.
+
+    Args:
+        student_hidden, teacher_hidden: last hidden states, after the final norm [t, h], [t, g].
+        student_weight, teacher_weight: output weights, with a group this rank's rows [v, h], [v, g].
+        kind, beta, temperature: the divergence, see `losses.divergence`.
+        kd_weights: weight of each token's divergence [t]; None: 1. A mask goes in here; where it is 0, no gradient.
+        labels: next tokens, entries of the whole vocabulary [t], negative for none; None: no cross entropy.
+        lm_weights: weight of each token's cross entropy [t]; None: it is not trained on.
+        group: tensor-parallel group that shares the vocabulary; None: each rank has all of it.
+        reduce_hidden_grad: sums the hidden states' gradient over the group. Each rank's vocabulary gives a part of it;
+            Megatron's ColumnParallelLinear sums them in its backward. Pass False where the caller's own backward does,
+            as gathering from sequence-parallel ranks with tensor_parallel_output_grad=True.
+        chunk_tokens: tokens of a chunk; None: by memory.
+    """
+    _fitting_layers(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    if lm_weights is not None and labels is None:
+        raise ValueError("lm_weights without labels: there is no cross entropy to weigh")
+    dtype = torch.promote_types(student_hidden.dtype, torch.float32)
+    tokens, vocabulary = len(student_hidden), len(student_weight)
+    kd_weights = student_hidden.new_ones(tokens, dtype=dtype) if kd_weights is None else kd_weights.detach().to(dtype)
+    lm_weights = None if lm_weights is None else lm_weights.detach().to(dtype)
+    its_labels = None if labels is None else Labels.of(labels, lm_weights, vocabulary, group)
+    for name, given in (("kd_weights", kd_weights), ("labels", labels), ("lm_weights", lm_weights)):
+        if given is not None and given.shape != (tokens,):
+            raise ValueError(f"{name} {[*given.shape]} must be [{tokens}], one a token")
+    training = torch.is_grad_enabled()
+    plan = Plan(
+        divergence=Divergence(kind, temperature, beta),
+        group=group,
+        reduce_hidden_grad=reduce_hidden_grad,
+        wanted=(training and student_hidden.requires_grad, training and student_weight.requires_grad),
+        chunk_tokens=min(chunk_tokens or default_chunk(student_weight), max(1, tokens)),
+    )
+    total, kd, lm = FusedDistillation.apply(
+        student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach(), kd_weights, its_labels, plan
+    )
+    kd_sum = weighted_sum(kd, kd_weights)
+    lm_sum = torch.zeros_like(kd_sum) if lm_weights is None else weighted_sum(lm, lm_weights)
+    return FusedLoss(total, kd_sum, lm_sum, kd, lm)
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """Labels as rows of this rank.
+
+    Attributes:
+        rows: row in this rank's part of the vocabulary; 0 where the label is not there [t].
+        own: which labels are there [t].
+        valid: which tokens have a label at all [t].
+        weights: of each token's cross entropy in the loss [t]; None: it is only shown.
+    """
+
+    rows: Tensor
+    own: Tensor
+    valid: Tensor
+    weights: Tensor | None
+
+    @classmethod
+    def of(cls, labels: Tensor, weights: Tensor | None, vocabulary: int, group: Any) -> "Labels":
+        """From entries of the whole vocabulary [t]; a negative one is no label."""
+        return cls(*local_entries(labels, vocabulary, group), labels >= 0, weights)
+
+    def __getitem__(self, rows: slice) -> "Labels":
+        weights = None if self.weights is None else self.weights[rows]
+        return Labels(self.rows[rows], self.own[rows], self.valid[rows], weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the fused loss runs.
+
+    Attributes:
+        divergence: which.
+        group: ranks that share the vocabulary; None: this rank has all of it.
+        reduce_hidden_grad: whether the hidden states' gradient is summed over the group here.
+        wanted: whether hidden states, and whether the output weight, want a gradient.
+        chunk_tokens: tokens of a chunk.
+    """
+
+    divergence: Divergence
+    group: Any
+    reduce_hidden_grad: bool
+    wanted: tuple[bool, bool]
+    chunk_tokens: int
+
+
+class FusedDistillation(torch.autograd.Function):
+    """Hidden states [t, h], [t, g], output weights [v, h], [v, g], kd_weights [t] -> loss, kd [t], lm [t]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, kd_weights: Tensor,
+        labels: Labels | None, plan: Plan,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        tokens, shape = len(hidden), (plan.chunk_tokens, len(weight))
+        student_logits, teacher_logits = hidden.new_empty(shape), teacher_hidden.new_empty(shape)  # [c, v]
+        work = Workspace(student_logits, plan.divergence.buffers)
+        kd = torch.empty(tokens, dtype=work.dtype, device=hidden.device)
+        lm = None if labels is None else torch.empty_like(kd)
+        grad_hidden = torch.empty_like(hidden) if plan.wanted[0] else None
+        empty = torch.empty_like if tokens else torch.zeros_like
+        grad_weight = empty(weight) if plan.wanted[1] else None
+        for start in range(0, tokens, plan.chunk_tokens):
+            chunk = slice(start, min(start + plan.chunk_tokens, tokens))
+            student = torch.mm(hidden[chunk], weight.t(), out=student_logits[: chunk.stop - start])
+            teacher = torch.mm(teacher_hidden[chunk], teacher_weight.t(), out=teacher_logits[: chunk.stop - start])
+            its_labels = None if labels is None else labels[chunk]
+            kd[chunk], its_lm = _chunk(student, teacher, kd_weights[chunk], its_labels, plan, work)
+            if lm is not None:
+                lm[chunk] = its_lm
+            if grad_hidden is not None:
+                torch.mm(student, weight, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                grad_weight.addmm_(student.t(), hidden[chunk], beta=float(start > 0))
+        if grad_hidden is not None and plan.group is not None and plan.reduce_hidden_grad:
+            torch.distributed.all_reduce(grad_hidden, group=plan.group)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(*(value for value in (kd, lm) if value is not None))
+        loss = weighted_sum(kd, kd_weights)
+        if labels is not None and labels.weights is not None:
+            loss = loss + weighted_sum(lm, labels.weights)
+        return loss, kd, lm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple:
+        gradients = [None if saved is None else saved.mul_(upstream.to(saved.dtype)) for saved in ctx.saved_tensors]
+        return *gradients, None, None, None, None, None
+
+
+def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
+    """Sum over tokens of weights times values; a weight of 0 leaves its token out, whatever the value."""
+    return torch.where(weights == 0, 0.0, values * weights).sum()
+
+
+def _chunk(
+    student: Tensor, teacher: Tensor, kd_weights: Tensor, labels: Labels | None, plan: Plan, work: Workspace
+) -> tuple[Tensor, Tensor | None]:
+    """Divergence and cross entropy of each token; writes the loss's gradient over the student's logits [c, v]."""
+    d, lm = plan.divergence, None
+    found = measure(student, teacher, d, plan.group, work)
+    if labels is not None:
+        norm = found.student if d.temperature == 1 else normaliser(student, LOG2E, plan.group, work)
+        lm = _cross_entropy(student, norm, labels, plan.group)
+    if any(plan.wanted):
+        mixed = labels is not None and labels.weights is not None
+        scale = kd_weights / d.temperature
+        for rows, gradient in scaled_gradient(student, teacher, found, scale, d, work, work.dtype if mixed else None):
+            if mixed:
+                gradient += _label_gradient(student[rows], norm[rows], labels[rows], work)
+            student[rows] = gradient
+    return found.value, lm
+
+
+def _cross_entropy(logits: Tensor, norm: Normaliser, labels: Labels, group: Any) -> Tensor:
+    """-log softmax(logits)[label] of each token [c], in nats; inf for a label that no rank has, 0 for none."""
+    picked = torch.add(-norm.top, logits.gather(1, labels.rows.unsqueeze(-1))[:, 0].to(norm.top.dtype), alpha=LOG2E)
+    picked = torch.where(labels.own, picked, -torch.inf)
+    if group is not None:
+        torch.distributed.all_reduce(picked, op=torch.distributed.ReduceOp.MAX, group=group)
+    return torch.where(labels.valid, (norm.log_sum - picked) * LN2, 0.0)
+
+
+def _label_gradient(logits: Tensor, norm: Normaliser, labels: Labels, work: Workspace) -> Tensor:
+    """The weighted cross entropy's gradient (softmax(logits) - one hot) * weight of a block [r, v]."""
+    out = work.free(len(logits))
+    log_probabilities(logits, LOG2E, norm, out=out).exp2_()
+    out.scatter_add_(1, labels.rows.unsqueeze(-1), -labels.own.to(out.dtype).unsqueeze(-1))
+    return scale_rows(out, torch.where(labels.valid, labels.weights, 0.0))
+
+
+def _fitting_layers(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> None:
+    """Raises ValueError where shapes or dtypes of hidden states and output weights do not fit."""
+    shapes = ", ".join(str([*tensor.shape]) for tensor in (hidden, weight, teacher_hidden, teacher_weight))
+    if any(tensor.dim() != 2 for tensor in (hidden, weight, teacher_hidden, teacher_weight)):
+        raise ValueError(f"hidden states and output weights must be matrices, not {shapes}")
+    if len(hidden) != len(teacher_hidden) or len(weight) != len(teacher_weight):
+        raise ValueError(f"tokens and vocabulary must be the same for student and teacher: {shapes}")
+    for name, states, layer in (("student", hidden, weight), ("teacher", teacher_hidden, teacher_weight)):
+        if states.shape[1] != layer.shape[1] or states.dtype != layer.dtype:
+            raise ValueError(
+                f"{name}: hidden states {[*states.shape]} {states.dtype} and output weight {[*layer.shape]} "
+                f"{layer.dtype} do not fit"
+            )
+
+
+def default_chunk(weight: Tensor) -> int:
+    """Tokens of a chunk for an output weight [v, h]."""
+    size = CUDA_CHUNK if weight.is_cuda else CPU_CHUNK
+    return max(CHUNK_TOKENS, size // (2 * len(weight) * weight.dtype.itemsize))

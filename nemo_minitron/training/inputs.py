@@ -1,0 +1,147 @@
+"""What a training stage reads, checked before any long work: data, tokenizer, layout."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints.tokenizer import loadable
+from nemo_minitron.config import StageConfig
+from nemo_minitron.data.instruction_samples import Samples, check_vocabulary, make_samples, padded_length
+from nemo_minitron.data.instructions import read_instructions
+from nemo_minitron.data.module import check_fits as check_data
+from nemo_minitron.data.module import data_module, paths, resolve_prefixes
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.megatron.layout import Layout, check_fits, check_length, layout_of
+
+LOG = "logs/engine.log"
+TOKENIZER, CHECKPOINTS, TENSORBOARD = "tokenizer", "checkpoints", "tensorboard"
+#: Settings that say where things are and how fast, not what comes out; what lies there is in the inputs' fingerprints.
+NOT_THE_RESULT = (
+    "overwrite",
+    "exp_manager",
+    "trainer.log_every_n_steps",
+    "model.restore_from_path",
+    "model.kd_teacher_restore_from_path",
+    "model.nemo_path",
+    "model.tokenizer",
+    "model.data.data_prefix",
+    "model.data.instructions",
+    "model.data.index_mapping_dir",
+    "model.data.num_workers",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Checked inputs of a training stage.
+
+    Attributes:
+        prefixes: split -> prefixes of indexed datasets, weights before them as Megatron writes blends.
+        seq_length: tokens a sample.
+        tokenizer: directory or hub name.
+        samples: of instructions, in place of prefixes.
+    """
+
+    prefixes: dict[str, list]
+    seq_length: int
+    tokenizer: str
+    layout: Layout
+    samples: Samples | None = None
+
+    def files(self) -> dict[str, str]:
+        """Name -> file of the data and the tokenizer, for the manifest."""
+        files = data_files(self.prefixes) | (self.samples.files if self.samples else {})
+        return files | ({"tokenizer": self.tokenizer} if Path(self.tokenizer).is_dir() else {})
+
+
+def data_files(prefixes: dict[str, list]) -> dict[str, str]:
+    """Name -> file of the tokens of each split, for the manifest."""
+    return {
+        f"{split}{number}": f"{path}.bin"
+        for split, blend in prefixes.items()
+        for number, path in enumerate(paths(blend))
+    }
+
+
+def data_tokenizer(config: StageConfig) -> str | None:
+    """The tokenizer that lies in the data folder that `minitron data` made, if it is one."""
+    prefix = config.model.data.data_prefix
+    if isinstance(prefix, str) and (Path(prefix) / TOKENIZER).is_dir():
+        return str(Path(prefix) / TOKENIZER)
+    return None
+
+
+def training_inputs(config: StageConfig, architecture: Architecture, own_tokenizer: str | None) -> Inputs:
+    """Checks and resolves the inputs of a training stage for a model of `architecture`.
+
+    Args:
+        own_tokenizer: the checkpoint's tokenizer.
+
+    Raises:
+        ConfigError, DataError, EngineError: before any long work.
+    """
+    layout = layout_of(config.trainer, config.model)
+    check_fits(architecture, layout)
+    tokenizer = config.model.tokenizer or own_tokenizer or data_tokenizer(config)
+    if tokenizer is None:
+        raise ConfigError("no tokenizer: neither checkpoint nor data folder has one; give model.tokenizer=DIR")
+    length = config.model.data.seq_length or config.model.encoder_seq_length or architecture.seq_length
+    if config.model.data.instructions:
+        return _instruction_inputs(config, architecture, tokenizer, layout, length)
+    prefixes = resolve_prefixes(config.model.data.data_prefix)
+    missing = [split for split in ("train", "validation") if split not in prefixes]
+    if missing:
+        raise ConfigError(f"model.data.data_prefix has no {' and no '.join(missing)} split")
+    check_length(length, layout)
+    check_data(prefixes, seq_length=length, vocab_size=architecture.vocab_size)
+    return Inputs(prefixes=prefixes, seq_length=length, tokenizer=tokenizer, layout=layout)
+
+
+def _instruction_inputs(
+    config: StageConfig, architecture: Architecture, tokenizer: str, layout: Layout, length: int
+) -> Inputs:
+    """Reads and tokenises the instructions; a sample is as long as the longest of them, `length` at most."""
+    from nemo_minitron.data.tokenizer import load_tokenizer
+
+    rows = read_instructions(config.model.data.instructions, config.instruct, config.seed)
+    samples = make_samples(rows, config.instruct, load_tokenizer(tokenizer), length)
+    check_vocabulary(samples, architecture.vocab_size)
+    padded = padded_length(samples, length)
+    check_length(padded, layout)
+    return Inputs(prefixes={}, seq_length=padded, tokenizer=tokenizer, layout=layout, samples=samples)
+
+
+def nemo_tokenizer(name: str) -> Any:
+    """NeMo's wrapper of a Hugging Face tokenizer."""
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+    return AutoTokenizer(loadable(name), use_fast=True)
+
+
+def build_data(config: StageConfig, inputs: Inputs, tokenizer: Any, partial: Path) -> Any:
+    """NeMo's data module for a training stage."""
+    if inputs.samples is not None:
+        from nemo_minitron.data.instruction_module import InstructionDataModule
+
+        return InstructionDataModule(
+            inputs.samples,
+            padding=tokenizer.eos_id,
+            tokenizer=tokenizer,
+            seq_length=inputs.seq_length,
+            micro_batch_size=config.model.micro_batch_size,
+            global_batch_size=config.model.global_batch_size,
+            num_workers=config.model.data.num_workers,
+            persistent_workers=config.model.data.num_workers > 0,
+            seed=config.seed,
+        )
+    return data_module(
+        inputs.prefixes,
+        tokenizer,
+        seq_length=inputs.seq_length,
+        micro_batch_size=config.model.micro_batch_size,
+        global_batch_size=config.model.global_batch_size,
+        num_workers=config.model.data.num_workers,
+        seed=config.seed,
+        index_dir=config.model.data.index_mapping_dir or str(partial / CHECKPOINTS / "index"),
+    )

@@ -1,0 +1,56 @@
+"""The Lightning module that trains and validates one GPT model."""
+
+from typing import Any
+
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.config import PeftConfig
+from nemo_minitron.megatron.lora import add_adapters, trained_part
+from nemo_minitron.megatron.session import spread_layers
+from nemo_minitron.megatron.weights import bare, load_weights
+from nemo_minitron.training.losses import LossesInSight
+
+LM_LOSS = "lm_loss"
+
+
+def gpt_module(
+    config: Any,
+    architecture: Architecture,
+    *,
+    weights: Checkpoint | None,
+    optim: Any = None,
+    tokenizer: Any = None,
+    peft: PeftConfig | None = None,
+) -> Any:
+    """NeMo's GPTModel that starts from the checkpoint `weights` (or at random), with its losses in sight.
+
+    With `peft` of scheme lora only adapters train, and only they are in the checkpoints to resume from.
+    """
+    from nemo.collections import llm
+
+    adapted = peft is not None and peft.scheme == "lora"
+
+    class MinitronGPTModel(LossesInSight, llm.GPTModel):
+        loss_names = (LM_LOSS,)
+        loss_weights = {LM_LOSS: 1.0}
+
+        def configure_model(self, vp_stage: int | None = None) -> None:
+            if hasattr(self, "module"):
+                return
+            spread_layers(self.config)
+            self.module = self.config.configure_model(self.tokenizer, vp_stage=vp_stage)
+            if weights is not None:
+                load_weights(self.module, architecture, weights)
+            if adapted:
+                add_adapters(self, peft)
+
+        def token_losses(self, batch: dict[str, Any], output: Any) -> dict[str, Any]:
+            return {LM_LOSS: output}
+
+    class AdaptedGPTModel(MinitronGPTModel):
+        strict_loading = False
+
+        def sharded_state_dict(self, prefix: str = "", **options: Any) -> dict[str, Any]:
+            return trained_part(bare(self).sharded_state_dict(prefix=f"{prefix}module.", **options))
+
+    return (AdaptedGPTModel if adapted else MinitronGPTModel)(config, optim=optim, tokenizer=tokenizer)
