@@ -40,8 +40,8 @@ class Architecture(Config):
     hidden_size: int
     ffn_hidden_size: int
     num_attention_heads: int
-    num_query_groups: int | None = None
-    kv_channels: int | None = None
+    num_query_groups: int = None  # type: ignore[assignment]  # as many as heads, put in below
+    kv_channels: int = None  # type: ignore[assignment]  # hidden size over heads, put in below
     vocab_size: int
     seq_length: int = 4096
     normalization: str = "RMSNorm"
@@ -59,28 +59,28 @@ class Architecture(Config):
     vocab_padding: int = 0
     sliding_window: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_query_groups is None:
             object.__setattr__(self, "num_query_groups", self.num_attention_heads)
         if self.kv_channels is None and self.num_attention_heads:
             object.__setattr__(self, "kv_channels", self.hidden_size // self.num_attention_heads)
 
     def problems(self) -> list[str]:
-        found = one_of("family", self.family, FAMILIES)
-        found += one_of("normalization", self.normalization, ("RMSNorm", "LayerNorm"))
-        found += one_of("activation", self.activation, ("silu", "gelu", "squared_relu"))
+        problems = one_of("family", self.family, FAMILIES)
+        problems += one_of("normalization", self.normalization, ("RMSNorm", "LayerNorm"))
+        problems += one_of("activation", self.activation, ("silu", "gelu", "squared_relu"))
         sizes = {name: getattr(self, name) for name in (*PRUNABLE, "vocab_size", "seq_length", "kv_channels")}
-        found += at_least(1, **sizes, sliding_window=self.sliding_window)
+        problems += at_least(1, **sizes, sliding_window=self.sliding_window)
         if not 0 <= self.vocab_padding < self.vocab_size:
-            found.append(
+            problems.append(
                 f"vocab_padding {self.vocab_padding} must be at least 0 and below vocab_size {self.vocab_size}"
             )
-        if not found and self.num_attention_heads % self.num_query_groups:
-            found.append(
+        if not problems and self.num_attention_heads % self.num_query_groups:
+            problems.append(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of "
                 f"num_query_groups {self.num_query_groups}"
             )
-        return found
+        return problems
 
     def embedding_parameters(self) -> int:
         """Parameters of the embedding and the output layer: v*h, twice unless tied."""
@@ -113,7 +113,8 @@ class Architecture(Config):
 
     def with_sizes(self, **sizes: int | None) -> "Architecture":
         """This architecture with the sizes that are given (not None) replaced; the head size stays."""
-        return dataclasses.replace(self, **{name: value for name, value in sizes.items() if value is not None})
+        given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+        return dataclasses.replace(self, **given)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -162,19 +163,21 @@ KINDS = {
 }  # fmt: skip
 
 
-def _wrong_kinds(schema: type[Config], fields: dict[str, Any], prefix: str) -> list[str]:
+def _wrong_kinds(schema: type[Any], fields: dict[str, Any], prefix: str) -> list[str]:
     """A problem for each field whose value is of another kind than the schema's; unknown fields are left alone."""
-    found = []
+    problems = []
+    optional = {field.name for field in dataclasses.fields(schema) if field.default is None}
     for name, hint in typing.get_type_hints(schema).items():
         if name not in fields:
             continue
-        value, kinds = fields[name], set(typing.get_args(hint) or (hint,))
+        value, kinds = fields[name], {*(typing.get_args(hint) or (hint,))}
+        kinds |= {type(None)} if name in optional else set()
         if RopeScaling in kinds and isinstance(value, dict):
-            found += _wrong_kinds(RopeScaling, value, f"{prefix}{name}.")
+            problems += _wrong_kinds(RopeScaling, value, f"{prefix}{name}.")
         elif type(value) not in (kinds | {int} if float in kinds else kinds):
             words = " or ".join(text for kind, text in KINDS.items() if kind in kinds)
-            found.append(f"{prefix}{name} = {value!r} is not {words}")
-    return found
+            problems.append(f"{prefix}{name} = {value!r} is not {words}")
+    return problems
 
 
 def human(count: float) -> str:
@@ -228,14 +231,14 @@ class PruningGrid:
 
     def problems(self, architecture: Architecture, targets: dict[str, int | None]) -> list[str]:
         """One message for each target that is not on the grid, with the equation that failed and the nearest values."""
-        found = []
+        problems = []
         for name, target in targets.items():
             if target is None:
                 continue
             own = getattr(architecture, name)
             choices = self.choices(architecture, name)
             if target > own:
-                found.append(f"{name} {target} is above the teacher's {own}: pruning only makes a model smaller")
+                problems.append(f"{name} {target} is above the teacher's {own}: pruning only makes a model smaller")
             elif target not in choices:
                 step = self.step(architecture, name)
                 below = [value for value in choices if value < target][-1:]
@@ -243,11 +246,11 @@ class PruningGrid:
                 nearest = " and ".join(str(value) for value in below + above)
                 rule = "multiples of the teacher's query groups, " if name == "num_attention_heads" else "multiples of "
                 remainder = f" ({target} mod {step} = {target % step})" if target > 0 else ""
-                found.append(
+                problems.append(
                     f"{name} {target} is not on the pruning grid: {rule}{step} up to {own}{remainder}; "
                     f"nearest {nearest}"
                 )
-        return found
+        return problems
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int = 128, tensor_parallel: int = 1) -> int:
@@ -281,13 +284,13 @@ def parse_layers(layers: Any) -> list[int]:
 
 def layer_problems(layers: list[int], num_layers: int) -> list[str]:
     """What is wrong with dropping `layers` (1-based) from a model of `num_layers`."""
-    found = []
+    problems = []
     outside = sorted({layer for layer in layers if not 1 <= layer <= num_layers})
     twice = sorted({layer for layer in layers if layers.count(layer) > 1})
     if outside:
-        found.append(f"drop_layers {outside} out of range: the teacher's layers are 1 to {num_layers} (1-based)")
+        problems.append(f"drop_layers {outside} out of range: the teacher's layers are 1 to {num_layers} (1-based)")
     if twice:
-        found.append(f"drop_layers {twice} dropped twice")
-    if not found and len(set(layers)) >= num_layers:
-        found.append(f"drop_layers would drop all {num_layers} layers; at least one must stay")
-    return found
+        problems.append(f"drop_layers {twice} dropped twice")
+    if not problems and len(set(layers)) >= num_layers:
+        problems.append(f"drop_layers would drop all {num_layers} layers; at least one must stay")
+    return problems

@@ -5,18 +5,22 @@ from typing import Any
 from nemo_minitron.architecture import Architecture, RopeScaling
 from nemo_minitron.errors import ConfigError
 
-_LLAMA31 = {
+_LLAMA31: dict[str, Any] = {
     "family": "llama", "num_attention_heads": 32, "num_query_groups": 8, "kv_channels": 128, "vocab_size": 128256,
     "seq_length": 8192, "rotary_base": 500000.0, "rope_scaling": RopeScaling(),
 }  # fmt: skip
 #: Llama 3.2's small models: embeddings tied, rotary frequencies scaled by 32.
-_LLAMA32 = {**_LLAMA31, "share_embeddings_and_output_weights": True, "rope_scaling": RopeScaling(factor=32.0)}
-_NEMOTRON = {
+_LLAMA32: dict[str, Any] = {
+    **_LLAMA31,
+    "share_embeddings_and_output_weights": True,
+    "rope_scaling": RopeScaling(factor=32.0),
+}
+_NEMOTRON: dict[str, Any] = {
     "family": "nemotron", "num_query_groups": 8, "kv_channels": 128, "vocab_size": 256000, "seq_length": 4096,
     "normalization": "LayerNorm", "layernorm_zero_centered_gamma": True, "activation": "squared_relu",
     "gated_linear_unit": False, "rotary_percent": 0.5,
 }  # fmt: skip
-_MISTRAL_NEMO = {
+_MISTRAL_NEMO: dict[str, Any] = {
     "family": "mistral", "num_attention_heads": 32, "num_query_groups": 8, "kv_channels": 128, "vocab_size": 131072,
     "seq_length": 8192, "rotary_base": 1000000.0,
 }  # fmt: skip
