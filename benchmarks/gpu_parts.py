@@ -178,7 +178,12 @@ class Way:
                 ),
                 inference=c.InferenceConfig(batch_size=8),
                 prune=c.PruneTargets(
-                    num_samples=64, scores_path=str(self.own / "scores"), depth_by="block_influence", **GRID, **targets
+                    num_samples=64,
+                    scores_path=str(self.own / "scores"),
+                    depth_by="block_influence",
+                    refit="once",
+                    **GRID,
+                    **targets,
                 ),
                 export=c.ExportConfig(save_path=str(output)),
             )
@@ -198,11 +203,11 @@ class Way:
 
     def cut(self, name: str, **targets: Any) -> None:
         from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-        from nemo_minitron.pruning.command import prune
+        from nemo_minitron.pruning.student import cut_student
 
         with step(self.say, f"cut {name}"):
             output = self.own / name.replace(" ", "-")
-            manifest = prune(self.prune_config(output, **targets), self.own / "scores")
+            manifest = cut_student(self.prune_config(output, **targets))
             self.say(f"cut {name}, layers dropped", value=manifest.metrics["dropped_layers"], exact=True)
             if targets["method"] == "minitron":  # a compensated one's basis is free in sign: its losses tell
                 self.fingerprint(

@@ -179,7 +179,6 @@ def measure(name: str, steps: int, rounds: int, data: Path, folder: Path) -> dic
 
 def cut(teacher: Path, data: Path, folder: Path, sizes: dict[str, int]) -> Path:
     """A Hugging Face student of these sizes, cut by importance on a few samples."""
-    from nemo_minitron.flow.run import prerequisites
     from nemo_minitron.pruning.command import prune
 
     model = c.PruneModelConfig(
@@ -191,7 +190,7 @@ def cut(teacher: Path, data: Path, folder: Path, sizes: dict[str, int]) -> Path:
     )  # fmt: skip
     export = c.ExportConfig(save_path=str(folder / "student"))
     config = c.PruneConfig(trainer=c.TrainerConfig(accelerator="cpu"), model=model, prune=targets, export=export)
-    prune(config, *prerequisites(config))
+    prune(config)
     return folder / "student"
 
 

@@ -142,8 +142,8 @@ class Bench:
             how: `importance`, `random`, `magnitude`; of layers `influence`, `contiguous` or `loss`, the last those
                 without each of which the loss is least.
         """
-        from nemo_minitron.flow.run import prerequisites
         from nemo_minitron.pruning.command import prune
+        from nemo_minitron.pruning.student import cut_student
 
         output = self.folder / f"{teacher.name}-{data.name}-{shape}-{how}".replace(" ", "-")
         targets = dict(SHAPES[shape])
@@ -157,15 +157,16 @@ class Bench:
             scores = Path(config.prune.scores_path)
             if not scores.exists():
                 s.made_up_scores(scores, teacher, how, self.seed)
-            manifest = prune(config, scores)
+            manifest = cut_student(config)
         else:
-            manifest = prune(config, *prerequisites(config))
+            manifest = prune(config)
         return output, manifest.metrics["dropped_layers"]
 
     def least_loss(self, teacher: Path, data: Path, count: int) -> list[int]:
         """The layers, 1-based, without each of which alone the loss is least."""
         from nemo_minitron.artifacts import DepthScan
-        from nemo_minitron.pruning.importance.scan import scan, scan_folder
+        from nemo_minitron.pruning.folders import scan_folder
+        from nemo_minitron.pruning.importance.scan import scan
 
         config = self.config(
             self.folder / "none", teacher, data, num_layers=TEACHER["num_layers"] - 1, depth_by="block_loss"

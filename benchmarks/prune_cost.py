@@ -65,16 +65,16 @@ def write_scores(folder: Path, gigabytes: float) -> None:
 def cut(source: str, output: str, settings: str, scores: str) -> None:
     """One cut; prints seconds and peak memory as JSON. Runs in a process of its own."""
     from nemo_minitron import config as c
-    from nemo_minitron.pruning.command import prune
+    from nemo_minitron.pruning.student import cut_student
 
     config = c.PruneConfig(
         model=c.PruneModelConfig(restore_from_path=source),
-        prune=c.PruneTargets(method="minitron", **json.loads(settings)),
+        prune=c.PruneTargets(method="minitron", scores_path=scores, **json.loads(settings)),
         export=c.ExportConfig(save_path=output),
         to="hf" if output.endswith("-hf") else None,
     )
     started = time.perf_counter()
-    prune(config, scores)
+    cut_student(config)
     seconds = time.perf_counter() - started
     engines = [name for name in ("nemo", "megatron", "modelopt") if name in sys.modules]
     assert not engines, engines
@@ -122,7 +122,7 @@ def cut_in_memory(source: str, output: str, settings: str, scores: str) -> None:
 def student(teacher: str, data: str, output: str, method: str, hidden: str) -> None:
     """`minitron prune` (or ModelOpt's way) of a teacher to a hidden size; prints peak memory as JSON."""
     from nemo_minitron import config as c
-    from nemo_minitron.flow.run import prune as prune_model
+    from nemo_minitron.pruning.command import prune as prune_model
 
     config = c.PruneConfig(
         trainer=c.TrainerConfig(accelerator="cpu", precision="bf16"),

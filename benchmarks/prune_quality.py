@@ -69,8 +69,8 @@ class Recipe:
 
 def cut(run: Path, recipe: Recipe, seed: int, shape: str, method: str) -> Path:
     """A student, by the package's stages."""
-    from nemo_minitron.flow.run import prerequisites
     from nemo_minitron.pruning.command import prune
+    from nemo_minitron.pruning.student import cut_student
 
     output = run / f"{shape}-{method}".replace(" ", "-").replace("%", "")
     own = method in ("random", "magnitude")
@@ -83,9 +83,9 @@ def cut(run: Path, recipe: Recipe, seed: int, shape: str, method: str) -> Path:
     if own:
         if not (run / f"scores-{method}").exists():
             made_up_scores(run / f"scores-{method}", run / "teacher", method, seed)
-        prune(config, run / f"scores-{method}")
+        cut_student(config)
     else:
-        prune(config, *prerequisites(config))
+        prune(config)
     return output
 
 

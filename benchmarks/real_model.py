@@ -103,7 +103,6 @@ class Bench:
 
     def cut(self, seed: int, shape: str, method: str) -> Path:
         """A student, by the package's stages."""
-        from nemo_minitron.flow.run import prerequisites
         from nemo_minitron.pruning.command import prune
 
         output = self.folder / f"seed-{seed}" / f"{shape}-{method}".replace(" ", "-").replace("%", "")
@@ -114,7 +113,7 @@ class Bench:
             accelerator=self.settings.accelerator, **METHODS[method], **self.grid, **self.shapes[shape],
             scores_path=str(self.folder / f"seed-{seed}" / "scores"),
         )  # fmt: skip
-        prune(config, *prerequisites(config))
+        prune(config)
         return output
 
     def just_cut(self, seed: int, shape: str, method: str) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def small_models(tmp_path_factory) -> dict[str, Path]:
     from nemo_minitron.conversion.convert import convert
     from nemo_minitron.data.synthetic.corpus import documents
     from nemo_minitron.data.tokenizer import train_bpe
-    from nemo_minitron.flow.run import prune
+    from nemo_minitron.pruning.command import prune
 
     root = tmp_path_factory.mktemp("small")
     train_bpe(documents("encyclopedic", "train", 20_000, 1234), 259, root / "tokenizer")

@@ -80,7 +80,7 @@ COMMANDS = {
         "nemo_minitron.training.finetune:finetune", "correct the teacher on the data, or train a model", launched=True
     ),
     "prune": Command(
-        "nemo_minitron.flow.run:prune", "cut layers (depth) or sizes (width) out of a model", launched=True
+        "nemo_minitron.pruning.command:prune", "cut layers (depth) or sizes (width) out of a model", launched=True
     ),
     "distill": Command(
         "nemo_minitron.distillation.command:distill", "train a pruned student on its teacher's logits", launched=True

@@ -83,12 +83,12 @@ def stage_names(config: c.FlowConfig, teacher: Architecture) -> list[str]:
 
 def _scans(config: c.FlowConfig, teacher: Architecture) -> list[str]:
     """The scans of blocks that students need, and what choosing their layers costs."""
-    from nemo_minitron.pruning.importance.scan import by_maps, cost
+    from nemo_minitron.pruning.importance.scan import cost
 
     length, found = config.model.seq_length, []
     for name in config.prune.students:
         pruning = prune_config(config, Path(config.output_dir), name)
-        choice = f"; {cost(teacher.num_layers, pruning, length)}" if by_maps(pruning) else ""
+        choice = f"; {cost(teacher.num_layers, pruning, length)}" if pruning.prune.chooses_by_maps else ""
         if pruning.needs_scan:
             samples = config.prune.num_block_samples
             found.append(f"scan blocks for {name}: {samples} samples of {length} tokens{choice}")

@@ -46,48 +46,6 @@ class Step(NamedTuple):
     run: Callable[[], Manifest]
 
 
-def prune(config: c.PruneConfig) -> Manifest | None:
-    """`minitron prune`: checks everything, runs the teacher where the cut needs it, then cuts.
-
-    As one rank of several, started by torchrun or the like, only rank 0 cuts.
-    """
-    from nemo_minitron.launch.ranks import rank
-    from nemo_minitron.pruning import command as stage
-
-    stage.check(config)
-    folders = prerequisites(config)
-    if rank() > 0:
-        return None
-    return stage.prune(config, *folders)
-
-
-def prerequisites(config: c.PruneConfig) -> tuple[Path | None, Path | None, Path | None]:
-    """The folders of scores, of the scan of blocks and of the refit, each made where it is needed and not there yet."""
-    scores = scan = None
-    if config.prune.needs_scores:
-        from nemo_minitron.pruning.calibration import scores_folder
-        from nemo_minitron.pruning.importance.scoring import score
-
-        score(config)
-        scores = scores_folder(config)
-    if config.needs_scan:
-        from nemo_minitron.pruning.importance import scan as scanning
-
-        scanning.scan(config)
-        scan = scanning.scan_folder(config)
-    if not config.refits:
-        return scores, scan, None
-    from nemo_minitron.pruning import refit as refitting
-
-    refitting.refit(config, scores, scan)
-    return scores, scan, refitting.refit_folder(config)
-
-
-def refit(config: c.PruneConfig) -> None:
-    """What a rank of the refit runs."""
-    prerequisites(config)
-
-
 def run_flow(config: c.FlowConfig) -> Manifest | None:
     """`minitron flow`: runs every stage that is not done yet, then writes report.json and prints the table."""
     settled = settle(config)
@@ -240,22 +198,20 @@ def score_step(config: c.FlowConfig, run: Path) -> Step:
 def student_steps(config: c.FlowConfig, run: Path, name: str) -> list[Step]:
     """Prune, evaluate, distil, evaluate; and the control."""
     from nemo_minitron.distillation.command import distill
-    from nemo_minitron.pruning.command import prune as cut
-    from nemo_minitron.pruning.importance.scan import scan, scan_folder
-    from nemo_minitron.pruning.refit import refit as fit
-    from nemo_minitron.pruning.refit import refit_folder
+    from nemo_minitron.pruning.folders import refit_folder, scan_folder
+    from nemo_minitron.pruning.importance.scan import scan
+    from nemo_minitron.pruning.refit import refit
+    from nemo_minitron.pruning.student import cut_student
 
     pruning = prune_config(config, run, name)
-    pruned, scores = Path(pruning.export.save_path), run / "scores"
-    blocks = scan_folder(pruning) if pruning.needs_scan else None
-    fitted = refit_folder(pruning) if pruning.refits else None
+    pruned = Path(pruning.export.save_path)
     steps = []
     if pruning.needs_scan:
-        steps.append(Step(f"scan blocks for {name}", blocks, lambda: scan(c.validated(pruning))))
+        steps.append(Step(f"scan blocks for {name}", scan_folder(pruning), lambda: scan(c.validated(pruning))))
     if pruning.refits:
-        steps.append(Step(f"refit {name}", fitted, lambda: fit(c.validated(pruning), scores, blocks)))
+        steps.append(Step(f"refit {name}", refit_folder(pruning), lambda: refit(c.validated(pruning))))
     steps += [
-        Step(f"prune {name}", pruned, lambda: cut(c.validated(pruning), scores, blocks, fitted)),
+        Step(f"prune {name}", pruned, lambda: cut_student(c.validated(pruning))),
         evaluate_step(config, f"{name} pruned", pruned),
     ]
     runs = [("distilled", config.distill.kd)]

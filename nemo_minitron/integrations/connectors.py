@@ -82,7 +82,7 @@ def distill(source: Path, output: Path, **arguments: Any) -> None:
 
 
 def _prune(source: Path, output: Path, arguments: dict[str, Any], required: tuple[str, ...]) -> None:
-    from nemo_minitron.flow.run import prune
+    from nemo_minitron.pruning.command import prune
 
     if not any(arguments.get(name) is not None for name in required):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Where scores lie, and the samples that they rest on."""
+"""The samples that scores, scans and refits rest on, and the stage that runs a teacher over them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,14 +18,6 @@ from nemo_minitron.training.inputs import data_files
 
 #: Every so many samples one is held out of a fit, to choose its ridge on.
 HOLD_OUT = 4
-
-
-def scores_folder(config: PruneConfig) -> Path:
-    """Where the scores of a teacher lie: prune.scores_path, or beside the teacher's checkpoint."""
-    if config.prune.scores_path:
-        return Path(config.prune.scores_path)
-    teacher = Path(config.model.restore_from_path)
-    return teacher.with_name(f"{teacher.name}.scores")
 
 
 def given(config: PruneConfig, folder: Path) -> bool:
@@ -129,7 +121,7 @@ def run_on_samples(
             "layout": dataclasses.asdict(layout),
             "command": dataclasses.asdict(config),
         },
-        inputs={"teacher": config.model.restore_from_path, **data_files({"data": calibration.files})},
+        inputs={"teacher": config.teacher, **data_files({"data": calibration.files})},
         seed=config.seed,
         overwrite=config.overwrite,
         ignore=("overwrite", "layout", "command"),

@@ -1,8 +1,6 @@
 """The stage that refits a compensated cut layer by layer before it is written."""
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,74 +16,63 @@ from nemo_minitron.pruning.calibration import (
     check_block_samples,
     dealt,
     run_on_samples,
-    scores_folder,
 )
-from nemo_minitron.pruning.command import COMPENSATION, check, compensated_cut, measured
-from nemo_minitron.pruning.compensated import CompensatedCut
+from nemo_minitron.pruning.folders import refit_folder
+from nemo_minitron.pruning.measurements import Measurements, open_teacher, read_measurements
 from nemo_minitron.pruning.refitted import save_refit
 from nemo_minitron.pruning.sequential import SequentialRefit
+from nemo_minitron.pruning.student import COMPENSATION, compensated_cut
 from nemo_minitron.training.inputs import LOG
 
 
-def refit_folder(config: PruneConfig) -> Path:
-    """Where a refit lies: beside the scores, named by what is cut."""
-    told = json.dumps(dataclasses.asdict(config.prune), sort_keys=True, default=str)
-    scores = scores_folder(config)
-    return scores.with_name(f"{scores.name}.refit-{hashlib.sha256(told.encode()).hexdigest()[:12]}")
-
-
-def refit(config: PruneConfig, scores: str | Path | None, scan: str | Path | None = None) -> Manifest:
+def refit(config: PruneConfig, teacher: Checkpoint | None = None) -> Manifest:
     """Refits the student that `config` asks for (sequential.py) on prune.num_block_samples samples.
 
+    The scores and the scan that it rests on have to be there.
+
     Args:
-        scores, scan: folders, as pruning.stage.prune takes them.
+        teacher: none: it is opened.
 
     Raises:
         ConfigError, CheckpointError, DataError, EngineError: before any work.
         OutputExistsError: the folder holds a refit of another teacher or of other samples.
     """
-    teacher = check(config)
+    teacher = teacher or open_teacher(config)
     calibration = calibration_of(config, teacher)
     # One layer of each model is on every rank, whole.
     layout = dataclasses.replace(layout_of(config.trainer, config.model), tensor_parallel=1, pipeline_parallel=1)
     check_block_samples(config, layout, ". prune.refit=once needs none")
-    plan, found_scores, found_scan, inputs = measured(config, teacher, scores, scan)
-    fingerprints = {name: Manifest.read(folder).key for name, folder in inputs.items() if name != "teacher"}
+    measured = read_measurements(config, teacher)
     return run_on_samples(
         config,
         calibration,
         layout,
-        lambda partial: _work(
-            partial,
-            config,
-            teacher,
-            compensated_cut(teacher, plan, found_scores, found_scan, config.prune),
-            layout,
-            calibration,
-        ),
+        lambda partial: write_refit(partial, config, teacher, measured, layout, calibration),
         stage="refit",
-        function="nemo_minitron.flow.run:refit",
+        function="nemo_minitron.pruning.refit:refit",
         output=refit_folder(config),
         num_samples=config.prune.num_block_samples,
-        plan=dataclasses.asdict(plan),
+        plan=dataclasses.asdict(measured.plan),
         compensation={name: getattr(config.prune, name) for name in COMPENSATION},
-        measured=fingerprints,
+        measured={name: Manifest.read(folder).key for name, folder in measured.folders.items()},
     )
 
 
-def _work(
+def write_refit(
     partial: Path,
     config: PruneConfig,
     teacher: Checkpoint,
-    cut: CompensatedCut,
+    measured: Measurements,
     layout: Layout,
     calibration: Calibration,
 ) -> dict[str, Any]:
+    """Refits on this rank's share of the samples and writes the matrices; returns what the manifest says."""
     import time
 
     from nemo_minitron.megatron.ranks import parallel_ranks
     from nemo_minitron.megatron.session import engine
 
+    cut = compensated_cut(teacher, measured, config.prune)
     sequences, samples = calibration.sequences(config.prune.num_block_samples, config.seed)
     tensors: dict[str, Any] = {}
     report: list[dict[str, Any]] = []
@@ -94,8 +81,8 @@ def _work(
         every, layers = config.trainer.log_every_n_steps, cut.student.num_layers
         sequential = SequentialRefit(cut, teacher, layout, dealt(sequences), config.inference.batch_size)
         with Progress("refit", layers, unit="layer", every=every) as progress:
-            for found, said in sequential.layers():
-                tensors |= found if rank() == 0 else {}
+            for matrices, said in sequential.layers():
+                tensors |= matrices if rank() == 0 else {}
                 report += said
                 progress.advance()
         seconds = time.perf_counter() - started

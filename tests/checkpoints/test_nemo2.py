@@ -100,12 +100,12 @@ def test_a_nemotron_computes_what_transformers_does_before_and_after_a_cut(tiny,
     from nemo_minitron.config import FinetuneConfig, LossConfig
     from nemo_minitron.data.samples import consecutive_sequences
     from nemo_minitron.evaluation.loss import evaluate_loss
-    from nemo_minitron.flow import run as flow
+    from nemo_minitron.pruning.command import prune
     from nemo_minitron.training.finetune import finetune
 
     architecture = {**SMALL, **NEMOTRON, "vocab_size": 512, "seq_length": 64}
     finetune(FinetuneConfig(**tiny.training(tmp_path / "teacher", 3, init="random", architecture=architecture)))
-    flow.prune(tiny.pruning(tmp_path / "student", tmp_path / "teacher", hidden_size=32, ffn_hidden_size=64))
+    prune(tiny.pruning(tmp_path / "student", tmp_path / "teacher", hidden_size=32, ffn_hidden_size=64))
     sequences = consecutive_sequences([str(tiny.data / "test")], 64, 8)
     for name in ("teacher", "student"):
         fields = tiny.training(tmp_path / f"{name}-loss", restore_from_path=str(tmp_path / name))
@@ -118,9 +118,9 @@ def test_a_nemotron_computes_what_transformers_does_before_and_after_a_cut(tiny,
 
 
 def test_plain_nemo_loads_a_pruned_student_and_computes_what_transformers_does(tiny, tmp_path):
-    from nemo_minitron.flow import run as flow
+    from nemo_minitron.pruning.command import prune
 
-    flow.prune(tiny.pruning(tmp_path / "student", hidden_size=96, ffn_hidden_size=192, drop_layers=[2]))
+    prune(tiny.pruning(tmp_path / "student", hidden_size=96, ffn_hidden_size=192, drop_layers=[2]))
     architecture = open_checkpoint(tmp_path / "student").architecture
     tokens = torch.randint(0, architecture.vocab_size, (1, 24), generator=torch.Generator().manual_seed(0))
     arguments = [
@@ -155,9 +155,9 @@ def test_the_loss_is_that_of_transformers(tiny, tmp_path):
 
 
 def test_there_is_no_modelopt_state_in_a_student(tiny, tmp_path):
-    from nemo_minitron.flow import run as flow
+    from nemo_minitron.pruning.command import prune
 
-    flow.prune(tiny.pruning(tmp_path / "student", drop_layers=["2-3"]))
+    prune(tiny.pruning(tmp_path / "student", drop_layers=["2-3"]))
     assert not list((tmp_path / "student").rglob("modelopt_state*"))
 
 

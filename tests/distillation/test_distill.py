@@ -8,13 +8,13 @@ from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config import DistillConfig, KDConfig
 from nemo_minitron.distillation.command import distill
 from nemo_minitron.errors import ConfigError, NonFiniteLossError
-from nemo_minitron.flow import run as flow
+from nemo_minitron.pruning.command import prune
 
 
 @pytest.fixture(scope="module")
 def student(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("students") / "student"
-    flow.prune(tiny.pruning(path, hidden_size=96, ffn_hidden_size=192, drop_layers=[3]))
+    prune(tiny.pruning(path, hidden_size=96, ffn_hidden_size=192, drop_layers=[3]))
     return path
 
 

@@ -8,14 +8,14 @@ from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config import DistillConfig, HiddenLossConfig, KDConfig
 from nemo_minitron.distillation.command import distill
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.flow import run as flow
+from nemo_minitron.pruning.command import prune
 
 
 @pytest.fixture(scope="module")
 def students(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("students")
-    flow.prune(tiny.pruning(root / "depth", drop_layers=[3]))
-    flow.prune(tiny.pruning(root / "width", hidden_size=96))
+    prune(tiny.pruning(root / "depth", drop_layers=[3]))
+    prune(tiny.pruning(root / "width", hidden_size=96))
     return root
 
 

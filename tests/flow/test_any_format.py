@@ -9,7 +9,7 @@ from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.conversion.convert import convert
 from nemo_minitron.distillation.command import distill
 from nemo_minitron.evaluation.loss import evaluate_loss
-from nemo_minitron.flow import run as flow
+from nemo_minitron.pruning.command import prune
 from nemo_minitron.training.finetune import finetune
 
 
@@ -47,7 +47,7 @@ def test_the_cut_is_the_same_from_and_to_every_format(tiny, teachers, tmp_path):
             output, source, drop_layers=[2], hidden_size=96, scores_path=str(tmp_path / f"scores-{form}")
         )
         config.to = form
-        flow.prune(config)
+        prune(config)
         assert open_checkpoint(output).format == form
         assert Manifest.read(output).details["plan"]["drop_layers"] == [2]
     same(outputs["nemo1"], outputs["nemo2"])

@@ -92,9 +92,9 @@ def test_nemo1_and_hf_come_in_and_go_out(tiny, model, tmp_path):
     """Through NeMo's own import_ckpt and export_ckpt, without Transformer Engine, a pruned shape."""
     from nemo.collections import llm
 
-    from nemo_minitron.flow import run as flow
+    from nemo_minitron.pruning.command import prune
 
-    flow.prune(tiny.pruning(tmp_path / "student", hidden_size=96, drop_layers=[2]))
+    prune(tiny.pruning(tmp_path / "student", hidden_size=96, drop_layers=[2]))
     start = open_checkpoint(tmp_path / "student")
     archive = llm.export_ckpt(tmp_path / "student", "nemo1", output_path=tmp_path / "student.nemo")
     directory = llm.export_ckpt(tmp_path / "student", "hf", output_path=tmp_path / "student-hf", verify="none")
@@ -121,13 +121,13 @@ def test_nemos_own_hf_connectors_stay_beneath(tiny, model, tmp_path, monkeypatch
     from nemo.collections import llm
     from nemo.collections.llm.gpt.model.llama import HFLlamaExporter, HFLlamaImporter
 
-    from nemo_minitron.flow import run as flow
     from nemo_minitron.integrations.connectors import nemo_can
+    from nemo_minitron.pruning.command import prune
 
     assert isinstance(llm.LlamaModel.importer("hf://meta-llama/Llama-3.1-8B"), HFLlamaImporter)
     assert isinstance(llm.LlamaModel.exporter("hf", "/somewhere"), HFLlamaExporter)
     assert not nemo_can(tmp_path / "nowhere")  # without Transformer Engine
-    flow.prune(tiny.pruning(tmp_path / "pruned", hidden_size=96))
+    prune(tiny.pruning(tmp_path / "pruned", hidden_size=96))
     with monkeypatch.context() as patch:
         patch.setattr("nemo_minitron.packages.versions.has_module", lambda name: True)
         assert nemo_can(tiny.teacher)

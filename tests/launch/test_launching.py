@@ -18,8 +18,8 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.cli import main as cli
 from nemo_minitron.config.compose import compose, read_launch
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.flow import run as flow
 from nemo_minitron.launch import launcher as launching
+from nemo_minitron.pruning.command import prune
 
 STAGES = {
     "finetune": ["model.restore_from_path=/teacher", "model.data.data_prefix=/data", "model.nemo_path=out"],
@@ -381,7 +381,7 @@ def test_the_agent_turns_sigterm_into_the_file_and_brings_back_the_exit_code(tmp
 @pytest.fixture(scope="module")
 def student(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("students") / "student"
-    flow.prune(tiny.pruning(path, drop_layers=[3]))
+    prune(tiny.pruning(path, drop_layers=[3]))
     return path
 
 
@@ -454,7 +454,7 @@ def test_pruning_by_torchrun_cuts_once(tiny, tmp_path):
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("scores*/manifest.json")}
     again = tiny.pruning(tmp_path / "one", num_layers=3, method="compensated", scores_path=str(tmp_path / "scores"))
     again.trainer.devices = again.model.pipeline_model_parallel_size = 2
-    one = flow.prune(again)
+    one = prune(again)
     assert len(made) == 3 and all(path.stat().st_mtime_ns == then for path, then in made.items())
     assert two.details["plan"] == one.details["plan"]
     weights, other = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")

@@ -32,7 +32,7 @@ ATTENTION = "decoder.layers.self_attention.core_attention._extra_state"
 STEPS = 3
 FUNCTIONS = {
     c.FinetuneConfig: "nemo_minitron.training.finetune:finetune",
-    c.PruneConfig: "nemo_minitron.flow.run:prune",
+    c.PruneConfig: "nemo_minitron.pruning.command:prune",
     c.DistillConfig: "nemo_minitron.distillation.command:distill",
     c.LossConfig: "nemo_minitron.evaluation.loss:evaluate_loss",
 }
@@ -118,7 +118,7 @@ def test_the_local_spec_has_no_layer_of_its(container):
 
 
 def test_training_and_cutting_beside_it_come_out_as_without(tiny, tmp_path, container):
-    from nemo_minitron.flow.run import prune
+    from nemo_minitron.pruning.command import prune
     from nemo_minitron.training.finetune import finetune
 
     root, found = container

@@ -15,7 +15,7 @@ from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.checkpoints.formats.write import write_checkpoint
 from nemo_minitron.config import PruneTargets
 from nemo_minitron.errors import CheckpointError
-from nemo_minitron.pruning import command as stage
+from nemo_minitron.pruning.command import prune
 from nemo_minitron.pruning.compensated import CompensatedCut, Settings
 from nemo_minitron.pruning.cut import choose
 from nemo_minitron.pruning.plan import plan_cut
@@ -155,7 +155,7 @@ def test_a_final_norm_that_lets_nothing_through_is_refused(cases, tmp_path, valu
         export=c.ExportConfig(save_path=str(tmp_path / "student")),
     )
     with pytest.raises(CheckpointError, match=f"final norm .*{said}"):
-        stage.prune(c.validated(config), tmp_path / "scores")
+        prune(c.validated(config))
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
 

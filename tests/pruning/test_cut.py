@@ -7,7 +7,7 @@ from hf import read_weights
 from nemo_minitron.artifacts import ImportanceScores, Manifest
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.errors import ConfigError, OutputExistsError
-from nemo_minitron.flow import run as flow
+from nemo_minitron.pruning.command import prune
 from nemo_minitron.pruning.importance.scoring import scores_folder
 
 LAYER = "module.decoder.layers."
@@ -21,7 +21,7 @@ def scores_path(tiny, tmp_path_factory) -> str:
 
 
 def test_given_layers_go_and_the_rest_is_bit_exact(tiny, tmp_path):
-    manifest = flow.prune(tiny.pruning(tmp_path / "student", drop_layers=["2-3"]))
+    manifest = prune(tiny.pruning(tmp_path / "student", drop_layers=["2-3"]))
     teacher, student = read_weights(tiny.teacher), read_weights(tmp_path / "student")
     for name, tensor in teacher.items():
         expected = tensor[[0, 3]] if name.startswith(LAYER) else tensor
@@ -32,14 +32,14 @@ def test_given_layers_go_and_the_rest_is_bit_exact(tiny, tmp_path):
 
 def test_depth_by_importance_drops_the_layers_of_least_influence(tiny, tmp_path, scores_path):
     config = tiny.pruning(tmp_path / "student", num_layers=2, scores_path=scores_path)
-    manifest = flow.prune(config)
+    manifest = prune(config)
     influence = ImportanceScores.load(scores_folder(config)).block_influence
     assert manifest.metrics["dropped_layers"] == sorted(int(i) + 1 for i in influence.argsort()[:2])
 
 
 def test_ffn_neurons_kept_are_the_top_ones_in_order(tiny, tmp_path, scores_path):
     config = tiny.pruning(tmp_path / "student", ffn_hidden_size=128, scores_path=scores_path)
-    flow.prune(config)
+    prune(config)
     scores = ImportanceScores.load(scores_folder(config))
     teacher, student = read_weights(tiny.teacher), read_weights(tmp_path / "student")
     for layer in range(4):
@@ -51,7 +51,7 @@ def test_ffn_neurons_kept_are_the_top_ones_in_order(tiny, tmp_path, scores_path)
 
 def test_hidden_channels_kept_are_the_top_ones_everywhere(tiny, tmp_path, scores_path):
     config = tiny.pruning(tmp_path / "student", hidden_size=64, scores_path=scores_path)
-    flow.prune(config)
+    prune(config)
     kept = ImportanceScores.load(scores_folder(config)).hidden.sqrt().sum(dim=0).argsort(descending=True)[:64]
     teacher, student = read_weights(tiny.teacher), read_weights(tmp_path / "student")
     assert torch.equal(student[QKV], teacher[QKV][:, :, kept])
@@ -64,7 +64,7 @@ def test_hidden_channels_kept_are_the_top_ones_everywhere(tiny, tmp_path, scores
 
 def test_heads_are_kept_within_their_query_group(tiny, tmp_path, scores_path):
     config = tiny.pruning(tmp_path / "student", num_attention_heads=2, scores_path=scores_path)
-    flow.prune(config)
+    prune(config)
     head = ImportanceScores.load(scores_folder(config)).heads.sqrt().view(4, 4, 32).norm(dim=2)
     teacher, student = read_weights(tiny.teacher), read_weights(tmp_path / "student")
     for layer in range(4):
@@ -76,7 +76,7 @@ def test_heads_are_kept_within_their_query_group(tiny, tmp_path, scores_path):
 
 def test_depth_and_width_together(tiny, tmp_path, scores_path):
     targets = {"drop_layers": [4], "hidden_size": 96, "ffn_hidden_size": 192}
-    flow.prune(tiny.pruning(tmp_path / "student", scores_path=scores_path, **targets))
+    prune(tiny.pruning(tmp_path / "student", scores_path=scores_path, **targets))
     architecture = open_checkpoint(tmp_path / "student").architecture
     assert (architecture.num_layers, architecture.hidden_size, architecture.ffn_hidden_size) == (3, 96, 192)
     shapes = {tuple(tensor.shape) for name, tensor in read_weights(tmp_path / "student").items() if name == FC1}
@@ -88,7 +88,7 @@ def test_all_problems_come_at_once_and_nothing_is_written(tiny, tmp_path):
         tmp_path / "student", hidden_size=100, ffn_hidden_size=512, num_attention_heads=3, drop_layers=[0, 2, 2, 9]
     )
     with pytest.raises(ConfigError) as caught:
-        flow.prune(config)
+        prune(config)
     message = str(caught.value)
     for part in (
         "hidden_size 100",
@@ -106,13 +106,13 @@ def test_an_existing_output_is_kept(tiny, tmp_path):
     (tmp_path / "student").mkdir()
     (tmp_path / "student" / "mine.txt").write_text("mine")
     with pytest.raises(OutputExistsError, match="overwrite=true"):
-        flow.prune(tiny.pruning(tmp_path / "student", drop_layers=[1]))
+        prune(tiny.pruning(tmp_path / "student", drop_layers=[1]))
     assert (tmp_path / "student" / "mine.txt").read_text() == "mine"
 
 
 def test_the_same_cut_again_does_nothing(tiny, tmp_path):
-    first = flow.prune(tiny.pruning(tmp_path / "student", drop_layers=[1]))
+    first = prune(tiny.pruning(tmp_path / "student", drop_layers=[1]))
     stamp = (tmp_path / "student" / "manifest.json").stat().st_mtime_ns
-    assert flow.prune(tiny.pruning(tmp_path / "student", drop_layers=[1])) == first
+    assert prune(tiny.pruning(tmp_path / "student", drop_layers=[1])) == first
     assert (tmp_path / "student" / "manifest.json").stat().st_mtime_ns == stamp
     assert Manifest.read(tmp_path / "student").inputs["teacher"]["path"] == str(tiny.teacher)

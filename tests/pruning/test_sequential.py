@@ -11,8 +11,8 @@ from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config import validated
 from nemo_minitron.data.samples import random_sequences
 from nemo_minitron.errors import ConfigError, EngineError
-from nemo_minitron.flow import run as flow
-from nemo_minitron.pruning.refit import refit_folder
+from nemo_minitron.pruning.command import prune
+from nemo_minitron.pruning.folders import refit_folder
 
 SAMPLES = 32
 
@@ -30,9 +30,9 @@ def refitted(tiny, tmp_path_factory):
     wanted = {"drop_layers": ["2-3"], "hidden_size": 64, "ffn_hidden_size": 128}
     once = pruning(tiny, folder, refit="once", **wanted)
     once.export.save_path = str(folder / "once")
-    flow.prune(once)
+    prune(once)
     config = pruning(tiny, folder, refit="sequential", **wanted)
-    flow.prune(config)
+    prune(config)
     return config, folder / "once", folder / "student"
 
 
@@ -54,12 +54,12 @@ def test_the_refitted_student_loses_less_than_the_cut(tiny, refitted):
 
 def test_the_cut_takes_the_neurons_that_the_refit_was_made_with(tiny, refitted, monkeypatch, tmp_path):
     """They are chosen once, and what is cut again from the same refit is the same, bit for bit."""
-    from nemo_minitron.pruning import command as stage
+    from nemo_minitron.pruning import student as cutting
 
     config, _, student = refitted
-    monkeypatch.setattr(stage, "choose_by_saliency", pytest.fail)
+    monkeypatch.setattr(cutting, "choose_by_saliency", pytest.fail)
     again = dataclasses.replace(config, export=dataclasses.replace(config.export, save_path=str(tmp_path / "again")))
-    flow.prune(again)
+    prune(again)
     before, after = (open_checkpoint(folder).tensors for folder in (student, tmp_path / "again"))
     assert all(torch.equal(before[name].read(), after[name].read()) for name in before)
 
@@ -95,7 +95,7 @@ def test_two_ranks_refit_as_one(tiny, refitted, tmp_path):
     other.prune = dataclasses.replace(config.prune, scores_path=str(tmp_path / "scores"))
     other.export = dataclasses.replace(config.export, save_path=str(tmp_path / "student"))
     other.inference = dataclasses.replace(config.inference, batch_size=1)
-    flow.prune(other)
+    prune(other)
     matrices = Manifest.read(refit_folder(other)).details["matrices"]
     assert len(matrices) == 8 and all(entry["left"] <= 1.0 for entry in matrices)
     held_out, _ = random_sequences([str(tiny.data / "validation")], 16, 64, 7)
@@ -116,7 +116,7 @@ def test_a_matrix_without_error_is_left_as_it_is():
 
 def test_what_cannot_be_is_said_before_any_work(tiny, tmp_path):
     with pytest.raises(EngineError, match="num_block_samples = 3"):
-        flow.prune(pruning(tiny, tmp_path, hidden_size=64, num_block_samples=3))
+        prune(pruning(tiny, tmp_path, hidden_size=64, num_block_samples=3))
     with pytest.raises(ConfigError, match="refit=sequential is part of prune.method=compensated"):
         validated(pruning(tiny, tmp_path, hidden_size=64, method="minitron", refit="sequential"))
     without = pruning(tiny, tmp_path, hidden_size=64, refit="sequential")

@@ -12,8 +12,8 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.conversion.convert import convert
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.flow import run as flow
 from nemo_minitron.megatron import lora, weights
+from nemo_minitron.pruning.command import prune
 from nemo_minitron.training.finetune import finetune
 
 PAIRS = [(f"Where is town {n}?", f"Town {n} lies on river {n % 3}.") for n in range(40)]
@@ -38,7 +38,7 @@ def students(tiny, tmp_path_factory) -> dict:
 
     folder = tmp_path_factory.mktemp("students")
     found = {"pruned": folder / "pruned"}
-    flow.prune(tiny.pruning(found["pruned"], hidden_size=96, ffn_hidden_size=192, drop_layers=[3]))
+    prune(tiny.pruning(found["pruned"], hidden_size=96, ffn_hidden_size=192, drop_layers=[3]))
     for name, kind, sizes in (
         ("mistral", "Mistral", {"head_dim": 24, "sliding_window": None}),
         ("nemotron", "Nemotron", {}),

@@ -17,9 +17,9 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.cli.main import run as command
 from nemo_minitron.distillation.command import distill
 from nemo_minitron.errors import NonFiniteLossError, PreemptedError
-from nemo_minitron.flow import run as flow
 from nemo_minitron.launch.preemption import STOP_FILE
 from nemo_minitron.megatron import weights
+from nemo_minitron.pruning.command import prune
 from nemo_minitron.training import history
 
 STEPS, KILLS = 4, 3
@@ -28,7 +28,7 @@ STEPS, KILLS = 4, 3
 @pytest.fixture(scope="module")
 def student(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("students") / "student"
-    flow.prune(tiny.pruning(path, drop_layers=[2, 3]))
+    prune(tiny.pruning(path, drop_layers=[2, 3]))
     return path
 
 

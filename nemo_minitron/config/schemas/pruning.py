@@ -92,6 +92,11 @@ class PruneTargets(Config):
         """Whether the loss without blocks of layers decides which go."""
         return self.num_layers is not None and self.depth_by in ("block_loss", "compensated_loss")
 
+    @property
+    def chooses_by_maps(self) -> bool:
+        """Whether layers are chosen by the loss with maps in place of those that go."""
+        return self.chooses_block and self.depth_by == "compensated_loss"
+
     def problems(self) -> list[str]:
         found = at_least(
             1,
@@ -187,6 +192,12 @@ class PruneConfig(Config):
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     prune: PruneTargets = field(default_factory=PruneTargets)
     export: ExportConfig = field(default_factory=ExportConfig)
+
+    @property
+    def teacher(self) -> str:
+        """The teacher's checkpoint; a configuration without one is not valid."""
+        assert self.model.restore_from_path is not None
+        return self.model.restore_from_path
 
     @property
     def output(self) -> str:

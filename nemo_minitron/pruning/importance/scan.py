@@ -18,35 +18,26 @@ from nemo_minitron.pruning.calibration import (
     check_block_samples,
     given,
     run_on_samples,
-    scores_folder,
 )
+from nemo_minitron.pruning.folders import scan_folder, scores_folder
 from nemo_minitron.pruning.importance.blocks import blocks_of, choice_cost, runs, scan_blocks, scan_layers
 from nemo_minitron.training.inputs import LOG
 
 
-def scan_folder(config: PruneConfig) -> Path:
-    """Where a scan lies: beside the scores, named by the layers given, or by how many are to be kept."""
-    scores, targets = scores_folder(config), config.prune
-    if targets.drop_layers:
-        given_runs = runs(parse_layers(targets.drop_layers))
-        name = "+".join(f"{first + 1}-{end}" if end - first > 1 else f"{end}" for first, end in given_runs)
-    else:
-        name = f"{targets.depth_by.replace('_', '-')}-{targets.num_layers}"
-        name += f"-beam-{targets.depth_beam}" if by_maps(config) and targets.depth_beam > 1 else ""
-    return scores.with_name(f"{scores.name}.depth-{name}")
-
-
-def scan(config: PruneConfig) -> Manifest:
+def scan(config: PruneConfig, teacher: Checkpoint | None = None) -> Manifest:
     """Makes the scan of blocks that `config` needs, or finds it made.
 
     Every contiguous block of as many layers as prune.num_layers leaves out (prune.depth_by=block_loss), each layer in
     rounds (compensated_loss), or just the layers that are named, or chosen by block influence.
 
+    Args:
+        teacher: none: it is opened.
+
     Raises:
         ConfigError, CheckpointError, DataError, EngineError: before any work.
         OutputExistsError: the folder holds a scan of another teacher or of other samples.
     """
-    teacher = open_checkpoint(config.model.restore_from_path, "teacher")
+    teacher = teacher or open_checkpoint(config.teacher, "teacher")
     folder = scan_folder(config)
     if given(config, folder):
         return Manifest.read(folder)
@@ -59,7 +50,7 @@ def scan(config: PruneConfig) -> Manifest:
         config,
         calibration,
         layout,
-        lambda partial: _work(partial, config, teacher, layout, calibration, drop),
+        lambda partial: write_scan(partial, config, teacher, layout, calibration, drop),
         stage="scan",
         function="nemo_minitron.pruning.importance.scan:scan",
         output=folder,
@@ -69,15 +60,11 @@ def scan(config: PruneConfig) -> Manifest:
     )
 
 
-def by_maps(config: PruneConfig) -> bool:
-    """Whether layers are chosen by the loss with maps in place."""
-    return config.prune.chooses_block and config.prune.depth_by == "compensated_loss"
-
-
 def _choice(config: PruneConfig) -> dict[str, Any]:
     """What tells choices by maps apart."""
     targets = config.prune
-    return {"depth_samples": targets.depth_samples, "depth_beam": targets.depth_beam} if by_maps(config) else {}
+    settings = {"depth_samples": targets.depth_samples, "depth_beam": targets.depth_beam}
+    return settings if targets.chooses_by_maps else {}
 
 
 def cost(num_layers: int, config: PruneConfig, length: int) -> str:
@@ -104,29 +91,35 @@ def _named(config: PruneConfig) -> list[int] | None:
     return sorted(scores.layers_by_importance()[config.prune.num_layers :])
 
 
-def _work(
-    partial: Path, config: PruneConfig, teacher: Checkpoint, layout: Layout, calibration: Calibration, drop: Any
+def write_scan(
+    partial: Path,
+    config: PruneConfig,
+    teacher: Checkpoint,
+    layout: Layout,
+    calibration: Calibration,
+    drop: list[int] | None,
 ) -> dict[str, Any]:
+    """Runs the teacher over the samples and writes the scan; returns what its manifest says."""
     import time
 
     from nemo_minitron.megatron.ranks import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     sequences, samples = calibration.sequences(config.prune.num_block_samples, config.seed)
-    if rank() == 0 and by_maps(config):
+    if rank() == 0 and config.prune.chooses_by_maps:
         print(f"scan: {cost(teacher.architecture.num_layers, config, calibration.length)}", file=sys.stderr)
     with engine(config.seed, partial / LOG, cuda=layout.cuda), parallel_ranks(layout, config.seed):
         model = load_model(teacher.architecture, layout, teacher, local_spec=True)
         started = time.perf_counter()
-        found = _scan(model, sequences, config, drop)
+        result = _scan(model, sequences, config, drop)
         seconds = time.perf_counter() - started
     if rank() == 0:
-        dataclasses.replace(found, teacher=teacher.content).save(partial)
-    report = {name: value for name, value in found.report.items() if isinstance(value, int | float | str)}
+        dataclasses.replace(result, teacher=teacher.content).save(partial)
+    report = {name: value for name, value in result.report.items() if isinstance(value, int | float | str)}
     return {
-        "metrics": {"samples": len(samples["starts"]), "dropped_layers": found.drop_layers, **report},
+        "metrics": {"samples": len(samples["starts"]), "dropped_layers": result.drop_layers, **report},
         "timings": {"scan_seconds": seconds},
-        "details": {"blocks": found.blocks, "report": found.report, "samples": samples, "teacher": teacher.content},
+        "details": {"blocks": result.blocks, "report": result.report, "samples": samples, "teacher": teacher.content},
     }
 
 
@@ -136,7 +129,7 @@ def _scan(model: Any, sequences: Any, config: PruneConfig, drop: list[int] | Non
     if drop:
         return scan_blocks(model, sequences, batch, runs(drop), choose=False, every=every)
     count = layers - targets.num_layers
-    if by_maps(config):
+    if config.prune.chooses_by_maps:
         beam, samples = targets.depth_beam, targets.depth_samples
         return scan_layers(model, sequences, batch, count, samples=samples, beam=beam, every=every)
     return scan_blocks(model, sequences, batch, blocks_of(layers, count), choose=True, every=every)

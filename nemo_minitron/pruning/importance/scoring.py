@@ -1,6 +1,6 @@
 """Scores a teacher's layers, channels, neurons and heads: one calibration pass through ModelOpt's estimators.
 
-Where the installed ModelOpt does not take Megatron's local layers, the same sums are made here (importance.estimators).
+Where the installed ModelOpt does not take Megatron's local layers, the same sums are made here (estimators.py).
 """
 
 import contextlib
@@ -18,14 +18,18 @@ from nemo_minitron.jobs.progress import Progress
 from nemo_minitron.launch.ranks import rank
 from nemo_minitron.megatron.layout import Layout, check_fits, layout_of
 from nemo_minitron.packages.versions import modelopt_takes_local_layers
-from nemo_minitron.pruning.calibration import Calibration, calibration_of, given, run_on_samples, scores_folder
+from nemo_minitron.pruning.calibration import Calibration, calibration_of, given, run_on_samples
+from nemo_minitron.pruning.folders import scores_folder
 from nemo_minitron.training.inputs import LOG
 
 
-def score(config: PruneConfig) -> Manifest:
+def score(config: PruneConfig, teacher: Checkpoint | None = None) -> Manifest:
     """Makes the folder of importance scores, or finds it made already from the same teacher, data and samples.
 
     Without data, scores that are there already are taken as they are; the cut checks that they are of this teacher.
+
+    Args:
+        teacher: none: it is opened.
 
     Raises:
         ConfigError, CheckpointError, DataError, EngineError: before any work.
@@ -34,7 +38,7 @@ def score(config: PruneConfig) -> Manifest:
     folder = scores_folder(config)
     if given(config, folder):
         return Manifest.read(folder)
-    teacher = open_checkpoint(config.model.restore_from_path, "teacher")
+    teacher = teacher or open_checkpoint(config.teacher, "teacher")
     calibration = calibration_of(config, teacher)
     layout = layout_of(config.trainer, config.model)
     check_fits(teacher.architecture, layout, "teacher")
@@ -42,7 +46,7 @@ def score(config: PruneConfig) -> Manifest:
         config,
         calibration,
         layout,
-        lambda partial: _work(partial, config, teacher, layout, calibration),
+        lambda partial: write_scores(partial, config, teacher, layout, calibration),
         stage="score",
         function="nemo_minitron.pruning.importance.scoring:score",
         output=folder,
@@ -51,9 +55,10 @@ def score(config: PruneConfig) -> Manifest:
     )
 
 
-def _work(
+def write_scores(
     partial: Path, config: PruneConfig, teacher: Checkpoint, layout: Layout, calibration: Calibration
 ) -> dict[str, Any]:
+    """Runs the teacher over the samples and writes the scores; returns what their manifest says."""
     import time
 
     from nemo_minitron.megatron.ranks import load_model, parallel_ranks
@@ -65,10 +70,10 @@ def _work(
         started = time.perf_counter()
         every = config.trainer.log_every_n_steps
         with Progress("importance", len(sequences), unit="sample", every=every) as progress:
-            found, moments = collect(
+            scores, moments = collect(
                 model, sequences, config.inference.batch_size, config.prune.statistics, progress=progress
             )
-        _write(partial, found, moments, teacher.content, samples)
+        _write(partial, scores, moments, teacher.content, samples)
         seconds = time.perf_counter() - started
     notes = [note for note in [singular(teacher.architecture, samples["tokens"])] if note and config.prune.statistics]
     for note in notes if rank() == 0 else []:
@@ -77,7 +82,7 @@ def _work(
         "metrics": {
             "samples": len(samples["starts"]),
             "tokens": samples["tokens"],
-            "block_influence": [round(float(value), 6) for value in found["block_influence"]],
+            "block_influence": [round(float(value), 6) for value in scores["block_influence"]],
         },
         "timings": {"calibration_seconds": seconds},
         "details": {
@@ -106,7 +111,7 @@ def singular(a: Architecture, tokens: int) -> str | None:
 
 
 def _write(
-    partial: Path, found: dict[str, Any], moments: dict[str, Any], teacher: str, samples: dict[str, Any]
+    partial: Path, scores: dict[str, Any], moments: dict[str, Any], teacher: str, samples: dict[str, Any]
 ) -> None:
     """Puts what the pipeline stages found into one file; every rank calls it."""
     import torch
@@ -122,7 +127,7 @@ def _write(
     if rank() == 0:
         if stages > 1:
             moments = {name: value for part in parts for name, value in load_file(str(part)).items()}
-        ImportanceScores(**found, moments=moments, teacher=teacher, samples=samples).save(partial)
+        ImportanceScores(**scores, moments=moments, teacher=teacher, samples=samples).save(partial)
         for part in parts:
             part.unlink(missing_ok=True)
     if stages > 1:
@@ -226,8 +231,8 @@ def _gather(local: dict[str, Any]) -> dict[str, Any]:
         stages = [None] * parallel_state.get_pipeline_model_parallel_world_size()
         torch.distributed.all_gather_object(stages, local, group=parallel_state.get_pipeline_model_parallel_group())
         stages.sort(key=lambda stage: stage["numbers"][0])
-    found = {name: torch.cat([stage[name] for stage in stages]) for name in ImportanceScores.names()}
-    for name, values in found.items():
+    scores = {name: torch.cat([stage[name] for stage in stages]) for name in ImportanceScores.names()}
+    for name, values in scores.items():
         bad = (~values.flatten(1).isfinite().all(dim=1) if values.ndim > 1 else ~values.isfinite()).nonzero().flatten()
         if len(bad):
             layer = int(bad[0]) // 2 if name == "hidden" else int(bad[0])
@@ -235,4 +240,4 @@ def _gather(local: dict[str, Any]) -> dict[str, Any]:
                 f"layer {layer + 1}: importance of {name} is not finite; `minitron inspect --values` tells whether the "
                 "weights are"
             )
-    return found
+    return scores

@@ -14,7 +14,8 @@ from nemo_minitron.artifacts import DepthScan
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.data.samples import random_sequences
 from nemo_minitron.errors import EngineError, MinitronError
-from nemo_minitron.flow import run as flow
+from nemo_minitron.pruning.command import prune
+from nemo_minitron.pruning.folders import scan_folder
 from nemo_minitron.pruning.importance import blocks
 from nemo_minitron.pruning.importance.blocks import (
     CHOICE_STRENGTH,
@@ -27,7 +28,7 @@ from nemo_minitron.pruning.importance.blocks import (
     scan_layers,
 )
 from nemo_minitron.pruning.importance.paths import TEACHER, Path, PipelineStage, path_losses, run_moments
-from nemo_minitron.pruning.importance.scan import cost, scan, scan_folder
+from nemo_minitron.pruning.importance.scan import cost, scan
 from nemo_minitron.pruning.ridge import ridge
 
 SAMPLES = 32
@@ -98,7 +99,7 @@ def test_the_loss_without_each_block_is_that_of_the_model_without_it(scanned, re
 def given_layers(tiny, tmp_path_factory):
     """Layers 2 and 4 of 4, which are two blocks."""
     config = scanning(tiny, tmp_path_factory.mktemp("given"), drop_layers=[2, 4], method="compensated")
-    return config, flow.prune(config)
+    return config, prune(config)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +209,7 @@ def chosen(tiny, tmp_path_factory):
     config = scanning(
         tiny, tmp_path_factory.mktemp("chosen"), num_layers=2, method="compensated", depth_by="compensated_loss"
     )
-    return config, flow.prune(config)
+    return config, prune(config)
 
 
 def test_each_round_drops_the_layer_of_least_loss_with_maps_in_place(chosen, reference, activations):
@@ -322,7 +323,7 @@ def test_the_student_has_the_loss_that_was_promised(made, request, reference):
 
 def test_the_first_layers_have_nothing_before_them_to_stand_in(tiny, tmp_path):
     config = scanning(tiny, tmp_path, drop_layers=[1], method="compensated")
-    flow.prune(config)
+    prune(config)
     found = DepthScan.load(scan_folder(config))
     assert not found.folds and found.report["ridge"] == "none: plain dropping is best"
     teacher, student = open_checkpoint(tiny.teacher), open_checkpoint(config.export.save_path)
@@ -372,7 +373,7 @@ def test_a_depth_student_of_the_same_size_runs_nothing_again(tiny, scanned, tmp_
     config = dataclasses.replace(scanned)
     config.export = dataclasses.replace(scanned.export, save_path=str(tmp_path / "student"))
     config.prune = dataclasses.replace(scanned.prune, method="compensated")
-    manifest = flow.prune(config)
+    manifest = prune(config)
     assert manifest.metrics["dropped_layers"] == DepthScan.load(scan_folder(scanned)).drop_layers
     assert manifest.details["depth"]["blocks"] == DepthScan.load(scan_folder(scanned)).blocks
     json.dumps(manifest.details)

@@ -19,7 +19,7 @@ from nemo_minitron.checkpoints.tensors import in_memory
 from nemo_minitron.conversion.convert import convert
 from nemo_minitron.data.samples import random_sequences
 from nemo_minitron.errors import ConfigError, MinitronError, OutputExistsError
-from nemo_minitron.flow import run as flow
+from nemo_minitron.pruning.command import prune
 from nemo_minitron.pruning.importance import scoring
 from nemo_minitron.pruning.importance.moments import MomentSums
 from nemo_minitron.pruning.importance.scoring import score, scores_folder, singular
@@ -145,16 +145,16 @@ def test_a_second_prune_runs_no_forward_pass(tiny, scored, tmp_path, monkeypatch
 
     monkeypatch.setattr(ranks, "run_forward", refuse)
     config = tiny.pruning(tmp_path / "student", ffn_hidden_size=128, scores_path=scored.prune.scores_path)
-    assert flow.prune(config).metrics["parameters"] < open_checkpoint(tiny.teacher).architecture.parameters()
+    assert prune(config).metrics["parameters"] < open_checkpoint(tiny.teacher).architecture.parameters()
 
 
 def test_scores_of_another_teacher_are_refused(tiny, scored, tmp_path):
-    flow.prune(tiny.pruning(tmp_path / "other", drop_layers=[1]))
+    prune(tiny.pruning(tmp_path / "other", drop_layers=[1]))
     config = tiny.pruning(
         tmp_path / "student", teacher=tmp_path / "other", ffn_hidden_size=128, scores_path=scored.prune.scores_path
     )
     with pytest.raises(OutputExistsError, match="another teacher"):
-        flow.prune(config)
+        prune(config)
 
 
 def test_scores_are_refused_for_another_teacher_of_the_same_shape(tiny, scored, tmp_path):
@@ -167,10 +167,10 @@ def test_scores_are_refused_for_another_teacher_of_the_same_shape(tiny, scored, 
         config = tiny.pruning(tmp_path / f"student-{fits}", teacher=teacher, ffn_hidden_size=128)
         config.prune.scores_path, config.model.data.data_prefix = scored.prune.scores_path, None
         if fits:
-            assert flow.prune(config).metrics["parameters"] < architecture.parameters()
+            assert prune(config).metrics["parameters"] < architecture.parameters()
         else:
             with pytest.raises(MinitronError, match="scores of another teacher"):
-                flow.prune(config)
+                prune(config)
 
 
 def test_the_same_weights_in_another_format_take_the_same_scores(tiny, scored, tmp_path):
@@ -178,7 +178,7 @@ def test_the_same_weights_in_another_format_take_the_same_scores(tiny, scored, t
     for teacher in (tiny.teacher, tmp_path / "t.nemo"):
         config = tiny.pruning(tmp_path / f"{teacher.name}-student", teacher=teacher, ffn_hidden_size=128)
         config.prune.scores_path, config.model.data.data_prefix = scored.prune.scores_path, None
-        flow.prune(config)
+        prune(config)
     one, other = (open_checkpoint(tmp_path / f"{name}-student") for name in ("teacher", "t.nemo"))
     assert all(torch.equal(tensor.read(), other.tensors[name].read()) for name, tensor in one.tensors.items())
 
@@ -211,7 +211,7 @@ def test_damaged_scores_are_refused_by_name(tiny, scored, tmp_path, change, mess
     config = tiny.pruning(tmp_path / "student", ffn_hidden_size=128, method="compensated", scores_path=str(folder))
     config.model.data.data_prefix = None
     with pytest.raises(MinitronError, match=message):
-        flow.prune(config)
+        prune(config)
     assert not (tmp_path / "student").exists()
 
 
@@ -219,9 +219,9 @@ def test_scores_without_moments_are_refused_for_the_compensated_cut(tiny, tmp_pa
     config = tiny.pruning(tmp_path / "student", ffn_hidden_size=128, statistics=False, method="compensated")
     config.prune.scores_path = str(tmp_path / "scores")
     with pytest.raises(MinitronError, match="no second moments"):
-        flow.prune(config)
+        prune(config)
     config.prune.method = "minitron"
-    flow.prune(config)
+    prune(config)
 
 
 def test_fewer_tokens_than_channels_is_said(tiny):
