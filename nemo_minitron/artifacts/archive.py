@@ -13,8 +13,8 @@ class CheckedMember(tarfile.TarInfo):
 
     def _block(self, count: int) -> int:
         if count < 0:
-            raise tarfile.InvalidHeaderError("negative size")
-        return super()._block(count)
+            raise tarfile.InvalidHeaderError("negative size")  # type: ignore[attr-defined]  # not in typeshed
+        return super()._block(count)  # type: ignore[misc]  # not in typeshed
 
 
 def open_archive(path: Path) -> tarfile.TarFile:

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from nemo_minitron.artifacts.archive import last_member
 from nemo_minitron.artifacts.manifest import MANIFEST, MANIFEST_LIMIT, PARTIAL_KEY, Manifest
@@ -48,14 +48,14 @@ def sampled_fingerprint(path: str | os.PathLike) -> str:
 
 def _manifest_start(path: Path) -> int | None:
     """Where the content of an archive of ours ends and its manifest starts; None for any other file."""
-    found = last_member(path, MANIFEST, MANIFEST_LIMIT) if path.suffix == ".nemo" else None
-    if found is None:
+    member = last_member(path, MANIFEST, MANIFEST_LIMIT) if path.suffix == ".nemo" else None
+    if member is None:
         return None
     try:
-        Manifest.parse(found[0])
+        Manifest.parse(member[0])
     except (ValueError, TypeError):
         return None
-    return found[1]
+    return member[1]
 
 
 def _content_files(folder: Path) -> Iterable[Path]:
@@ -72,10 +72,12 @@ def _content_files(folder: Path) -> Iterable[Path]:
 
 def _hash_file(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
+        if sys.version_info >= (3, 11):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _sha256(file)
 
 
-def _sha256(file: Any, length: int | None = None) -> str:
+def _sha256(file: BinaryIO, length: int | None = None) -> str:
     digest, left = hashlib.sha256(), length
     while block := file.read(1 << 20 if left is None else min(1 << 20, left)):
         digest.update(block)

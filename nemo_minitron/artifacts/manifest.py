@@ -53,10 +53,10 @@ class Manifest:
         path = Path(folder) / MANIFEST
         try:
             if Path(folder).is_file():
-                found = last_member(Path(folder), MANIFEST, MANIFEST_LIMIT)
-                if found is None:
+                member = last_member(Path(folder), MANIFEST, MANIFEST_LIMIT)
+                if member is None:
                     raise FileNotFoundError
-                return cls.parse(found[0])
+                return cls.parse(member[0])
             return cls.parse(path.read_bytes())
         except FileNotFoundError:
             raise MinitronError(f"{path} is missing: {folder} is not the finished result of a stage") from None
@@ -117,8 +117,8 @@ def plain(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of the libraries that do the work; nothing is imported."""
-    found = {"python": sys.version.split()[0]}
-    return found | {name: _version(name) for name in ("nemo-minitron", *VERSIONED_PACKAGES)}
+    python = sys.version.split()[0]
+    return {"python": python} | {name: _version(name) for name in ("nemo-minitron", *VERSIONED_PACKAGES)}
 
 
 def _version(name: str) -> str:

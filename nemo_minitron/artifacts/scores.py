@@ -3,14 +3,19 @@
 Legend: h hidden, f FFN, n heads, d head size, l layers.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import MinitronError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 META = "nemo_minitron"
 
@@ -36,7 +41,7 @@ class TensorFile(Mapping[str, Any]):
                 f"remove {self.path.parent} to make it again"
             ) from None
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Tensor:
         from safetensors import safe_open
 
         if name not in self.names:
@@ -57,7 +62,7 @@ class TensorFile(Mapping[str, Any]):
         return len(self.names)
 
 
-def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Writes tensors and what is said of them (JSON) to a safetensors file."""
     from safetensors.torch import save_file
 
@@ -84,11 +89,11 @@ class ImportanceScores:
         samples: which calibration samples: data, seed, seq_length, starts, tokens.
     """
 
-    hidden: Any
-    ffn: Any
-    heads: Any
-    block_influence: Any
-    moments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    hidden: Tensor
+    ffn: Tensor
+    heads: Tensor
+    block_influence: Tensor
+    moments: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     teacher: str = ""
     samples: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -105,7 +110,7 @@ class ImportanceScores:
         return ("hidden", "ffn", "heads", "block_influence")
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> "ImportanceScores":
+    def load(cls, folder: str | os.PathLike) -> ImportanceScores:
         """Reads the scores in `folder`, the moments apart; raises MinitronError where they are damaged."""
         path = Path(folder) / cls.FILE
         file = TensorFile(path)
@@ -145,7 +150,7 @@ class DepthScan:
 
     blocks: list[dict[str, Any]]
     drop_layers: list[int]
-    folds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    folds: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
     teacher: str = ""
 
@@ -159,7 +164,7 @@ class DepthScan:
         save_tensors(Path(folder) / self.FILE, folds or {"none": torch.zeros(1)}, meta)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> "DepthScan":
+    def load(cls, folder: str | os.PathLike) -> DepthScan:
         """Reads the scan in `folder`; raises MinitronError where it is damaged."""
         path = Path(folder) / cls.FILE
         folds = TensorFile(path, "fold.")

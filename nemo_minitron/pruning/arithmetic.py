@@ -4,13 +4,18 @@ Legend: h hidden, h' hidden of the student, f FFN, n heads, g query groups, d he
 k' what stays of it; C = E[x x^T] over calibration tokens.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.pruning.ridge import ridge
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def gain_groups(gain: Any, tolerance: float) -> list[Any]:
+
+def gain_groups(gain: Tensor, tolerance: float) -> list[Tensor]:
     """Channels whose gains are so alike that a rotation may mix them: indices, each channel in one group.
 
     A tied output layer makes E diag(G) n of a normalised stream n, and E is the embedding as well, so that G cannot be
@@ -26,7 +31,7 @@ def gain_groups(gain: Any, tolerance: float) -> list[Any]:
     """
     import torch
 
-    gain, found = gain.double(), []
+    gain, groups = gain.double(), []
     reach = (1 + tolerance) / (1 - tolerance) if tolerance < 1 else float("inf")
     for sign in (1.0, 0.0, -1.0):
         left = (gain.sign() == sign).nonzero().flatten()
@@ -36,12 +41,12 @@ def gain_groups(gain: Any, tolerance: float) -> list[Any]:
             ends = torch.searchsorted(sizes, sizes * reach if sign else sizes, right=True)
             first = int((ends - torch.arange(len(left))).argmax())
             group = slice(first, int(ends[first]))
-            found.append(left[group].sort().values)
+            groups.append(left[group].sort().values)
             left = torch.cat([left[: group.start], left[group.stop :]])
-    return found
+    return groups
 
 
-def stream_basis(pooled: Any, size: int, centred: bool, groups: Sequence[Any] | None = None) -> Any:
+def stream_basis(pooled: Tensor, size: int, centred: bool, groups: Sequence[Tensor] | None = None) -> Tensor:
     """The directions P [h, h'] of the residual stream that stay: x' = P^T x, for the whole model.
 
     SliceGPT (arXiv 2401.15024, section 3.2), with one rotation for all layers instead of one a block, so that no matrix
@@ -72,24 +77,24 @@ def stream_basis(pooled: Any, size: int, centred: bool, groups: Sequence[Any] | 
     return basis @ _centred_rows(size) if centred else basis
 
 
-def _grouped(pooled: Any, size: int, groups: Sequence[Any]) -> Any:
+def _grouped(pooled: Tensor, size: int, groups: Sequence[Tensor]) -> Tensor:
     """The h' eigenvectors of largest eigenvalue over all groups [h, h'], each nonzero within its group only."""
     import torch
 
     values, vectors = [], []
     for group in groups:
         block = pooled[group][:, group]
-        found, inside = torch.linalg.eigh((block + block.T) / 2)
+        eigenvalues, inside = torch.linalg.eigh((block + block.T) / 2)
         whole = torch.zeros(len(pooled), len(group), dtype=torch.float64)
         whole[group] = inside
-        values.append(found)
+        values.append(eigenvalues)
         vectors.append(whole)
     order = torch.cat(values).argsort(descending=True, stable=True)[:size]
     basis = torch.cat(vectors, dim=1)[:, order]
     return basis * _signs(basis)
 
 
-def _without(vectors: Any, values: Any, direction: Any) -> tuple[Any, Any]:
+def _without(vectors: Tensor, values: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvectors, the one along `direction` left out and the others exactly orthogonal to it."""
     import torch
 
@@ -101,13 +106,13 @@ def _without(vectors: Any, values: Any, direction: Any) -> tuple[Any, Any]:
     return (orthonormal * triangular.diagonal().sign()).flip(1), values[others]
 
 
-def _signs(basis: Any) -> Any:
+def _signs(basis: Tensor) -> Tensor:
     """Signs that make the largest element of each column positive, so that the same moments give the same basis."""
     largest = basis.abs().argmax(dim=0, keepdim=True)
     return basis.gather(0, largest).sign()
 
 
-def _centred_rows(size: int) -> Any:
+def _centred_rows(size: int) -> Tensor:
     """R [size - 1, size]: orthonormal rows, each with sum 0 (Helmert)."""
     import torch
 
@@ -119,7 +124,7 @@ def _centred_rows(size: int) -> Any:
     return rows
 
 
-def norm_gain(moments: Any, basis: Any) -> float:
+def norm_gain(moments: Tensor, basis: Tensor) -> float:
     """The scale g of a student's norm: g^2 = (tr(P^T C P) / h') / (tr(C) / h), so 1 where all directions stay.
 
     The student's norm makes the h' directions that stay of mean square 1 whatever they had in the teacher; g gives that
@@ -130,7 +135,7 @@ def norm_gain(moments: Any, basis: Any) -> float:
     return float(kept / (moments.diagonal().sum() / width)) ** 0.5
 
 
-def reader_map(moments: Any, basis: Any, strength: float) -> Any:
+def reader_map(moments: Tensor, basis: Tensor, strength: float) -> Tensor:
     """M [h, h'] of W M, which reads P^T x as W reads x: least squares over the norm's own inputs.
 
     M = P + (I - P P^T) C P (P^T C P + lambda I)^-1. The second term reads what was lost from what stayed; C pooled over
@@ -142,7 +147,7 @@ def reader_map(moments: Any, basis: Any, strength: float) -> Any:
     return basis + ridge(basis.T @ kept, lost.T, strength).T
 
 
-def columns_map(moments: Any, keep: Any, strength: float) -> Any:
+def columns_map(moments: Tensor, keep: Tensor, strength: float) -> Tensor:
     """X [k, k'] of W X, which makes of the k' inputs that stay what W makes of all: least squares, ridge to the cut.
 
     X has a 1 for each input that stays, and C_rs (C_ss + lambda I)^-1 in the rows of those that go; s stay, r go.
@@ -152,15 +157,15 @@ def columns_map(moments: Any, keep: Any, strength: float) -> Any:
     moments = moments.double()
     gone = torch.ones(len(moments), dtype=torch.bool)
     gone[keep] = False
-    found = torch.zeros(len(moments), len(keep), dtype=torch.float64)
-    found[keep, torch.arange(len(keep))] = 1.0
+    columns = torch.zeros(len(moments), len(keep), dtype=torch.float64)
+    columns[keep, torch.arange(len(keep))] = 1.0
     if gone.any():
         stay = moments[keep][:, keep]
-        found[gone] = ridge(stay, moments[keep][:, gone], strength).T
-    return found
+        columns[gone] = ridge(stay, moments[keep][:, gone], strength).T
+    return columns
 
 
-def grouped_gain(gain: Any, basis: Any) -> Any:
+def grouped_gain(gain: Tensor, basis: Tensor) -> Tensor:
     """The final norm's gain [h'] of a tied student: diag(P^T diag(G) P), of each direction the mean of its channels'.
 
     Exact where the gains of a group are equal (gain_groups with tolerance 0).
@@ -169,7 +174,7 @@ def grouped_gain(gain: Any, basis: Any) -> Any:
     return (basis.square() * gain.double()[:, None]).sum(dim=0)
 
 
-def tied_gain(embedding: Any, gain: Any, moments: Any, basis: Any, strength: float = 1e-6) -> Any:
+def tied_gain(embedding: Tensor, gain: Tensor, moments: Tensor, basis: Tensor, strength: float = 1e-6) -> Tensor:
     """The final norm's gain [h'] of a student whose output matrix is its embedding E' = E P.
 
     For LayerNorm, whose centring mixes all channels (stream_basis), so that there are no groups of equal gains.
@@ -189,14 +194,14 @@ def tied_gain(embedding: Any, gain: Any, moments: Any, basis: Any, strength: flo
     return ridge(gram, cross.diagonal()[:, None], strength).flatten()
 
 
-def input_bias(weight: Any, bias: Any, student: Any) -> Any:
+def input_bias(weight: Tensor, bias: Tensor, student: Tensor) -> Tensor:
     """The norm's bias b' [h'] of least ||W' b' - W b||: what a reader W [k, h] made of the teacher's norm's bias b."""
     target = (weight.double() @ bias.double())[:, None]
     student = student.double()
     return ridge(student.T @ student, student.T @ target, 1e-12).flatten()
 
 
-def saliency(writer: Any, moments: Any, strength: float, unit: int = 1) -> Any:
+def saliency(writer: Tensor, moments: Tensor, strength: float, unit: int = 1) -> Tensor:
     """What removing each input of a matrix costs its output once the others are refitted [k / unit].
 
     Optimal Brain Surgeon on a linear layer: ||W a||^2 grows by tr(W_u H_u^-1 W_u^T) with H_u the block of
@@ -222,7 +227,7 @@ def saliency(writer: Any, moments: Any, strength: float, unit: int = 1) -> Any:
     return (torch.linalg.solve(blocks, columns) * columns).sum(dim=(1, 2))
 
 
-def merged_queries(queries: Any, ranking: Any, stay: int) -> Any:
+def merged_queries(queries: Tensor, ranking: Tensor, stay: int) -> Tensor:
     """Query heads that stay, with the residual of those that go (arXiv 2407.14679, section 2.3).
 
     Of a group's L heads H_1 .. H_L by importance the first K stay; head i of the last L - K of them becomes

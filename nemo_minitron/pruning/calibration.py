@@ -1,9 +1,11 @@
 """The samples that scores, scans and refits rest on, and the stage that runs a teacher over them."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import MANIFEST, Manifest
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
@@ -15,6 +17,9 @@ from nemo_minitron.jobs.job import Job
 from nemo_minitron.launch.ranks import run_stage
 from nemo_minitron.megatron.layout import Layout
 from nemo_minitron.training.inputs import data_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Every so many samples one is held out of a fit, to choose its ridge on.
 HOLD_OUT = 4
@@ -85,7 +90,7 @@ def check_block_samples(config: PruneConfig, layout: Layout, otherwise: str = ""
         )
 
 
-def dealt(sequences: Any) -> Any:
+def dealt(sequences: Tensor) -> Tensor:
     """This data-parallel rank's share of samples [n, ..]; call it inside ``parallel_ranks()``."""
     from megatron.core import parallel_state
 

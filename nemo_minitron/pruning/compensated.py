@@ -17,10 +17,13 @@ columns commutes, so the order of the parts does not matter: each refits to the 
 others are there to keep.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PruningPlan
@@ -28,6 +31,9 @@ from nemo_minitron.checkpoints.names import EMBEDDING, LAYERS, OUTPUT
 from nemo_minitron.checkpoints.tensors import ByRows, Computed, Lazy
 from nemo_minitron.pruning import arithmetic
 from nemo_minitron.pruning.cut import Kept, layer_indices
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FINAL = "decoder.final_layernorm"
 INPUT_NORM, MLP_NORM = "self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_"
@@ -70,8 +76,8 @@ class CompensatedCut:
         tensors: Mapping[str, Lazy],
         plan: PruningPlan,
         kept: Kept,
-        moments: Mapping[str, Any],
-        folds: Mapping[str, Any],
+        moments: Mapping[str, Tensor],
+        folds: Mapping[str, Tensor],
         settings: Settings,
     ):
         self.tensors, self.kept, self.moments, self.folds, self.settings = tensors, kept, moments, folds, settings
@@ -101,15 +107,22 @@ class CompensatedCut:
     def centred(self) -> bool:
         return self.teacher.normalization == "LayerNorm"
 
-    def _basis(self) -> Any:
+    @property
+    def directions(self) -> Tensor:
+        """The basis where there is one, which is wherever it is asked for."""
+        assert self.basis is not None
+        return self.basis
+
+    def _basis(self) -> Tensor:
         norms = self.norms()
         weights = [1.0] * (len(norms) - 1) + [self.settings.final_norm_weight]
-        pooled = sum(w * self.moments[f"stream.{norm}"].double() for w, norm in zip(weights, norms)) / sum(weights)
+        sums = [w * self.moments[f"stream.{norm}"].double() for w, norm in zip(weights, norms)]
+        pooled = functools.reduce(operator.add, sums) / sum(weights)
         groups = self.groups if self.tied and not self.centred else None
         return arithmetic.stream_basis(pooled, self.student.hidden_size, self.centred, groups)
 
     @functools.cached_property
-    def groups(self) -> list[Any]:
+    def groups(self) -> list[Tensor]:
         """The channels that a rotation may mix where the output matrix is the embedding."""
         return arithmetic.gain_groups(self._gain(2 * self.teacher.num_layers), self.settings.gain_tolerance)
 
@@ -122,7 +135,7 @@ class CompensatedCut:
     def _scale(self, norm: int) -> float:
         """The student's gain of a norm."""
         if norm not in self._scales:
-            self._scales[norm] = arithmetic.norm_gain(self.moments[f"stream.{norm}"], self.basis)
+            self._scales[norm] = arithmetic.norm_gain(self.moments[f"stream.{norm}"], self.directions)
         return self._scales[norm]
 
     def summary(self) -> dict[str, Any]:
@@ -154,19 +167,19 @@ class CompensatedCut:
     def cut(self) -> dict[str, Lazy]:
         """The student's tensors by canonical name."""
         new_number = {old: new for new, old in enumerate(self.stay)}
-        found = {}
+        tensors: dict[str, Lazy] = {}
         for name, tensor in self.tensors.items():
             if not name.startswith(LAYERS):
-                found[name] = self._outer(name, tensor)
+                tensors[name] = self._outer(name, tensor)
                 continue
             number, inner = name.removeprefix(LAYERS).split(".", 1)
             if int(number) in new_number:
-                found[f"{LAYERS}{new_number[int(number)]}.{inner}"] = self._inner(inner, int(number), tensor)
+                tensors[f"{LAYERS}{new_number[int(number)]}.{inner}"] = self._inner(inner, int(number), tensor)
         if self.unties:
             shape = (self.student.vocab_size, self.student.hidden_size)
             output = functools.partial(self._read, self.tensors[EMBEDDING], 2 * self.teacher.num_layers, None)
-            found[OUTPUT] = ByRows(shape, self.tensors[EMBEDDING].dtype, output)
-        return found
+            tensors[OUTPUT] = ByRows(shape, self.tensors[EMBEDDING].dtype, output)
+        return tensors
 
     def _outer(self, name: str, tensor: Lazy) -> Lazy:
         """Embedding, final norm, output layer."""
@@ -175,7 +188,7 @@ class CompensatedCut:
             return tensor
         if name == EMBEDDING:
             shape = (self.student.vocab_size, self.student.hidden_size)
-            return ByRows(shape, tensor.dtype, lambda: (tensor.read(), self._times(self.basis)))
+            return ByRows(shape, tensor.dtype, lambda: (tensor.read(), self._times(self.directions)))
         if name == OUTPUT:
             return self._reader(tensor, last, None, tensor.shape[0])
         if self.tied and name.endswith("weight"):
@@ -208,39 +221,39 @@ class CompensatedCut:
             return self._reader(tensor, 2 * layer + 1, ffn_rows, size)
         return self._writer(module, kind, layer, tensor)
 
-    def _reader(self, tensor: Lazy, norm: int, rows: Any, size: int) -> Lazy:
+    def _reader(self, tensor: Lazy, norm: int, rows: Tensor | None, size: int) -> Lazy:
         """A matrix that reads the stream."""
         if self.basis is None:
             return _taken(tensor, rows)
         shape = (size, self.student.hidden_size)
         return ByRows(shape, tensor.dtype, functools.partial(self._read, tensor, norm, rows))
 
-    def _read(self, tensor: Lazy, norm: int, rows: Any) -> tuple[Any, Callable[[Any], Any]]:
+    def _read(self, tensor: Lazy, norm: int, rows: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The rows that stay, and what makes the student's of them."""
         weight = tensor.read()
         return weight if rows is None else weight[rows], self._times(self._gain(norm)[:, None] * self._map(norm))
 
-    def _times(self, matrix: Any) -> Callable[[Any], Any]:
+    def _times(self, matrix: Tensor) -> Callable[[Tensor], Tensor]:
         """Multiplication by `matrix` from the right, in float32 for teachers of 16 bits, else in float64."""
         matrix = self._working(matrix)
         return lambda rows: rows.to(matrix.dtype) @ matrix
 
-    def _working(self, tensor: Any) -> Any:
+    def _working(self, tensor: Tensor) -> Tensor:
         return tensor.double() if self.precise else tensor.float()
 
-    def _map(self, norm: int) -> Any:
+    def _map(self, norm: int) -> Tensor:
         """What a reader of this norm is multiplied by [h, h'].
 
         With LayerNorm no stream has a mean, so what readers make of one is free: it is what makes room for the bias.
         """
-        found = self.basis
+        matrix = self.directions
         if self.settings.refit_readers:
-            found = arithmetic.reader_map(self.moments[f"stream.{norm}"], self.basis, self.settings.ridge)
+            matrix = arithmetic.reader_map(self.moments[f"stream.{norm}"], self.directions, self.settings.ridge)
         if self.centred:
-            found = found + (self.teacher.hidden_size * self.student.hidden_size) ** -0.5
-        return found
+            matrix = matrix + (self.teacher.hidden_size * self.student.hidden_size) ** -0.5
+        return matrix
 
-    def _gain(self, norm: int, kind: str = "weight") -> Any:
+    def _gain(self, norm: int, kind: str = "weight") -> Tensor:
         """The teacher's gain (or bias) of a norm [h], float64."""
         if norm == 2 * self.teacher.num_layers:
             name = f"{FINAL}.{kind}"
@@ -254,28 +267,28 @@ class CompensatedCut:
         """What checkpoints leave out of a norm's gain (layernorm1p)."""
         return 1.0 if self.teacher.layernorm_zero_centered_gamma else 0.0
 
-    def _norm(self, name: str, tensor: Lazy, norm: int, reader: Lazy, rows: Any) -> Lazy:
+    def _norm(self, name: str, tensor: Lazy, norm: int, reader: Lazy, rows: Tensor | None) -> Lazy:
         """A norm's gain, one number for all channels, or its bias."""
         import torch
 
         size = self.student.hidden_size
 
-        def gain() -> Any:
+        def gain() -> Tensor:
             return torch.full((size,), self._scale(norm) - self._shift, dtype=torch.float64)
 
-        def bias() -> Any:
+        def bias() -> Tensor:
             weight, made = self._read(reader, norm, rows)
             return arithmetic.input_bias(weight, self._gain(norm, "bias"), made(weight))
 
         return _computed((size,), tensor.dtype, bias if name.endswith("bias") else gain)
 
-    def _tied_gain(self) -> Any:
+    def _tied_gain(self) -> Tensor:
         last = 2 * self.teacher.num_layers
         if self.centred:
             moments, embedding = self.moments[f"stream.{last}"], self.tensors[EMBEDDING].read()
-            gain = arithmetic.tied_gain(embedding, self._gain(last), moments, self.basis)
+            gain = arithmetic.tied_gain(embedding, self._gain(last), moments, self.directions)
         else:
-            gain = arithmetic.grouped_gain(self._gain(last), self.basis)
+            gain = arithmetic.grouped_gain(self._gain(last), self.directions)
         return gain * self._scale(last) - self._shift
 
     def _writer(self, module: str, kind: str, layer: int, tensor: Lazy) -> Lazy:
@@ -294,7 +307,9 @@ class CompensatedCut:
             shape, tensor.dtype, functools.partial(self._written, tensor, kind, attention, layer, indices, fold)
         )
 
-    def _written(self, tensor: Lazy, kind: str, attention: bool, layer: int, indices: Any, fold: Any) -> Any:
+    def _written(
+        self, tensor: Lazy, kind: str, attention: bool, layer: int, indices: Tensor | None, fold: Tensor | None
+    ) -> Tensor:
         value = self._working(tensor.read())
         if indices is not None and kind == "weight":
             if attention and self.settings.merge_heads:
@@ -304,19 +319,21 @@ class CompensatedCut:
                 value = value @ self._working(arithmetic.columns_map(moments, indices, self.settings.ridge))
         if fold is not None:
             value = value + self._working(fold).T @ value
-        return value if self.basis is None else self._working(self.basis).T @ value
+        return value if self.basis is None else self._working(self.directions).T @ value
 
     def _merged(self, tensor: Lazy, layer: int) -> Lazy:
         """linear_qkv (or its bias) with the residual of dropped heads in the queries of those that stay."""
         a = self.teacher
         per_group = a.num_attention_heads // a.num_query_groups
+        assert self.kept.heads is not None and self.kept.ranking is not None
         kept = self.kept.heads[layer].view(a.num_query_groups, -1)  # [g, n'/g]
+        rankings = self.kept.ranking[layer]  # [g, n/g]
 
-        def read() -> Any:
+        def read() -> Tensor:
             value = tensor.read().double()
             parts = value.view(a.num_query_groups, per_group + 2, a.kv_channels, -1).clone()
             for group in range(a.num_query_groups):
-                ranking = self.kept.ranking[layer][group]
+                ranking = rankings[group]
                 stay = kept.shape[1]
                 parts[group, ranking[:stay]] = arithmetic.merged_queries(parts[group, :per_group], ranking, stay)
             return parts.reshape(value.shape)
@@ -324,14 +341,14 @@ class CompensatedCut:
         return _computed(tensor.shape, tensor.dtype, read)
 
 
-def _computed(shape: tuple[int, ...], dtype: str, function: Callable[[], Any]) -> Computed:
+def _computed(shape: tuple[int, ...], dtype: str, function: Callable[[], Tensor]) -> Computed:
     """What `function` returns, in the teacher's precision."""
     import torch
 
     return Computed(tuple(shape), dtype, lambda: function().to(getattr(torch, dtype)))
 
 
-def _taken(tensor: Lazy, rows: Any) -> Lazy:
+def _taken(tensor: Lazy, rows: Tensor | None) -> Lazy:
     """The rows of a tensor that stay."""
     if rows is None:
         return tensor

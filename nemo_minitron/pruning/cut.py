@@ -6,14 +6,22 @@ Indices are in ModelOpt's order (mcore_minitron): the most important first, head
 scores the result equals ModelOpt's own, bit for bit.
 """
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import ImportanceScores, PruningPlan
 from nemo_minitron.checkpoints.names import LAYERS
 from nemo_minitron.checkpoints.tensors import ByRows, Lazy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    #: A layer of the teacher (from 0) -> its tensor.
+    ByLayer = Sequence[Tensor] | Mapping[int, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +35,20 @@ class Kept:
         ranking: all heads of each query group, numbered within it, the most important first [l, g, n/g].
     """
 
-    hidden: Any = None
-    ffn: Any = None
-    heads: Any = None
-    ranking: Any = None
+    hidden: Tensor | None = None
+    ffn: ByLayer | None = None
+    heads: ByLayer | None = None
+    ranking: ByLayer | None = None
 
 
 def choose(scores: ImportanceScores | None, architecture: Architecture, width: Mapping[str, int]) -> Kept:
-    """What the scores keep of each dimension that `width` narrows.
+    """What the scores keep of each dimension that `width` narrows; without scores, as for a cut of layers, all.
 
     Importance (arXiv 2407.14679, section 2.2): L2 over samples of the mean magnitude over the sequence; of a channel,
     summed over all norms; of a head, L2 over its channels.
     """
+    if scores is None:
+        return Kept()
     kept: dict[str, Any] = {}
     if "hidden_size" in width:
         importance = scores.hidden.pow(0.5).sum(dim=0)  # [h]
@@ -52,7 +62,7 @@ def choose(scores: ImportanceScores | None, architecture: Architecture, width: M
     return Kept(**kept)
 
 
-def head_ranking(scores: Any, a: Architecture) -> Any:
+def head_ranking(scores: Tensor, a: Architecture) -> Tensor:
     """The heads of each query group by importance [g, n/g], from scores of their channels [n*d]."""
     import torch
 
@@ -60,7 +70,7 @@ def head_ranking(scores: Any, a: Architecture) -> Any:
     return heads.view(a.num_query_groups, -1).argsort(dim=1, descending=True)
 
 
-def best_heads(ranking: Any, a: Architecture, per_group: int) -> Any:
+def best_heads(ranking: Tensor, a: Architecture, per_group: int) -> Tensor:
     """The best `per_group` heads of each query group [g * per_group], numbered over all."""
     import torch
 
@@ -85,12 +95,12 @@ def cut(tensors: Mapping[str, Lazy], plan: PruningPlan, kept: Kept) -> dict[str,
     return student
 
 
-def outer_indices(name: str, kept: Kept) -> tuple[Any, ...]:
+def outer_indices(name: str, kept: Kept) -> tuple[Tensor | None, ...]:
     """Rows and columns to keep of a tensor outside the layers: embedding and output [v, h], final norm [h]."""
     return (kept.hidden,) if "layernorm" in name else (None, kept.hidden)
 
 
-def layer_indices(name: str, layer: int, teacher: Architecture, kept: Kept) -> tuple[Any, ...]:
+def layer_indices(name: str, layer: int, teacher: Architecture, kept: Kept) -> tuple[Tensor | None, ...]:
     """Rows and columns to keep of a tensor inside a layer; None: all."""
     ffn = None if kept.ffn is None else kept.ffn[layer]
     heads = None if kept.heads is None else kept.heads[layer]
@@ -106,7 +116,7 @@ def layer_indices(name: str, layer: int, teacher: Architecture, kept: Kept) -> t
     return (rows,) if kind == "bias" else (rows, columns)
 
 
-def _channels(heads: Any, size: int) -> Any:
+def _channels(heads: Tensor | None, size: int) -> Tensor | None:
     """The channels [n' * d] of heads [n']."""
     if heads is None:
         return None
@@ -115,7 +125,7 @@ def _channels(heads: Any, size: int) -> Any:
     return (heads[:, None] * size + torch.arange(size)).flatten()
 
 
-def _qkv_rows(heads: Any, a: Architecture) -> Any:
+def _qkv_rows(heads: Tensor | None, a: Architecture) -> Tensor | None:
     """Rows of linear_qkv: for each group its heads that stay, its key, its value."""
     if heads is None:
         return None
@@ -129,7 +139,7 @@ def _qkv_rows(heads: Any, a: Architecture) -> Any:
     return _channels(torch.cat([in_qkv, key_value], dim=1).flatten(), a.kv_channels)
 
 
-def _fc1_rows(ffn: Any, a: Architecture) -> Any:
+def _fc1_rows(ffn: Tensor | None, a: Architecture) -> Tensor | None:
     """Rows of linear_fc1: the neurons' gates above, their up projections below."""
     if ffn is None or not a.gated_linear_unit:
         return ffn
@@ -138,7 +148,7 @@ def _fc1_rows(ffn: Any, a: Architecture) -> Any:
     return torch.cat([ffn, ffn + a.ffn_hidden_size])
 
 
-def taken(value: Any, indices: Any, axis: int) -> Any:
+def taken(value: Tensor, indices: Tensor, axis: int) -> Tensor:
     """Rows or columns of a tensor; by NumPy, whose one thread leaves the other cores to the checksums and the disk."""
     import numpy as np
     import torch
@@ -147,14 +157,14 @@ def taken(value: Any, indices: Any, axis: int) -> Any:
     return torch.from_numpy(np.take(value.view(whole).numpy(), indices.numpy(), axis=axis)).view(value.dtype)
 
 
-def _narrowed(tensor: Lazy, indices: tuple[Any, ...]) -> Lazy:
+def _narrowed(tensor: Lazy, indices: tuple[Tensor | None, ...]) -> Lazy:
     """`tensor` with only the chosen rows and columns, cut when it is read."""
     if all(index is None for index in indices):
         return tensor
     shape = tuple(size if index is None else len(index) for size, index in zip(tensor.shape, indices))
     rows, columns = indices if len(indices) == 2 else (indices[0], None)
 
-    def prepare() -> tuple[Any, Any]:
+    def prepare() -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         value = tensor.read()
         chosen = value if rows is None else taken(value, rows, 0)
         return chosen, lambda part: part if columns is None else taken(part, columns, 1)

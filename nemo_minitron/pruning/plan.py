@@ -16,25 +16,25 @@ def target_problems(architecture: Architecture, targets: PruneTargets) -> list[s
         num_layers=targets.num_layers_divisor,
     )
     sizes = {name: getattr(targets, name) for name in (*WIDTH, "num_layers")}
-    found = grid.problems(architecture, sizes)
+    problems = grid.problems(architecture, sizes)
     groups = targets.num_query_groups
     if groups is not None and groups != architecture.num_query_groups:
-        found.append(
+        problems.append(
             f"num_query_groups {groups} differs from the teacher's {architecture.num_query_groups}: "
             "ModelOpt no longer prunes query groups"
         )
     try:
-        found += layer_problems(parse_layers(targets.drop_layers), architecture.num_layers)
+        problems += layer_problems(parse_layers(targets.drop_layers), architecture.num_layers)
     except ValueError as error:
-        found.append(f"drop_layers: {error}")
-    return found
+        problems.append(f"drop_layers: {error}")
+    return problems
 
 
 def check_targets(architecture: Architecture, targets: PruneTargets) -> None:
     """Raises one ConfigError with every problem of `targets`."""
-    found = target_problems(architecture, targets)
-    if found:
-        raise ConfigError([f"prune.{problem}" for problem in found], "prune")
+    problems = target_problems(architecture, targets)
+    if problems:
+        raise ConfigError([f"prune.{problem}" for problem in problems], "prune")
 
 
 def plan_cut(
@@ -54,9 +54,9 @@ def plan_cut(
     """
     check_targets(architecture, targets)
     drop = sorted(set(parse_layers(targets.drop_layers)))
-    if targets.chooses_block:
+    if scan is not None and targets.chooses_block:
         drop = list(scan.drop_layers)
-    elif targets.num_layers is not None:
+    elif scores is not None and targets.num_layers is not None:
         drop = sorted(scores.layers_by_importance()[targets.num_layers :])
     width = {
         name: getattr(targets, name)

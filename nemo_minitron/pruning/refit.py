@@ -1,8 +1,10 @@
 """The stage that refits a compensated cut layer by layer before it is written."""
 
+from __future__ import annotations
+
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
@@ -23,6 +25,9 @@ from nemo_minitron.pruning.refitted import save_refit
 from nemo_minitron.pruning.sequential import SequentialRefit
 from nemo_minitron.pruning.student import COMPENSATION, compensated_cut
 from nemo_minitron.training.inputs import LOG
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def refit(config: PruneConfig, teacher: Checkpoint | None = None) -> Manifest:
@@ -74,7 +79,7 @@ def write_refit(
 
     cut = compensated_cut(teacher, measured, config.prune)
     sequences, samples = calibration.sequences(config.prune.num_block_samples, config.seed)
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
     report: list[dict[str, Any]] = []
     with engine(config.seed, partial / LOG, cuda=layout.cuda), parallel_ranks(layout, config.seed):
         started = time.perf_counter()

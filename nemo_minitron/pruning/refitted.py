@@ -4,13 +4,19 @@ Beside the matrices, by canonical name, the file holds ``kept.ffn.L`` and ``kept
 layer L (from 0): to choose them takes an inverse a layer, which is not worth doing twice.
 """
 
+from __future__ import annotations
+
+import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import Manifest, TensorFile, save_tensors
 from nemo_minitron.checkpoints.tensors import Computed, Lazy
 from nemo_minitron.pruning.compensated import CompensatedCut
 from nemo_minitron.pruning.cut import Kept
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILE = "refit.safetensors"
 KEPT = "kept."
@@ -18,7 +24,7 @@ KEPT = "kept."
 KINDS = ("ffn", "heads")
 
 
-def save_refit(folder: Path, matrices: dict[str, Any], cut: CompensatedCut, teacher: str) -> None:
+def save_refit(folder: Path, matrices: dict[str, Tensor], cut: CompensatedCut, teacher: str) -> None:
     """Writes the file.
 
     Args:
@@ -39,20 +45,20 @@ def kept_by(folder: str | Path) -> Kept | None:
     file = TensorFile(Path(folder) / FILE, KEPT)
     if not file.names:
         return None
-    found: dict[str, dict[int, Any]] = {kind: {} for kind in KINDS}
+    kept: dict[str, dict[int, Tensor]] = {kind: {} for kind in KINDS}
     for name in file.names:
         kind, _, layer = name.partition(".")
-        found[kind][int(layer)] = file[name]
-    return Kept(**{kind: layers or None for kind, layers in found.items()})
+        kept[kind][int(layer)] = file[name]
+    return Kept(ffn=kept["ffn"] or None, heads=kept["heads"] or None)
 
 
 def refitted(student: dict[str, Lazy], folder: str | Path) -> tuple[dict[str, Lazy], dict[str, Any]]:
     """The student's tensors with the matrices of a refit in place of the cut's, and what is said of it."""
     file = TensorFile(Path(folder) / FILE)
-    found = {
-        name: Computed(student[name].shape, student[name].dtype, lambda name=name: file[name])
+    matrices = {
+        name: Computed(student[name].shape, student[name].dtype, functools.partial(file.__getitem__, name))
         for name in file.names
         if not name.startswith(KEPT)
     }
     metrics = Manifest.read(Path(folder)).metrics
-    return student | found, {"refit": {name: metrics[name] for name in ("samples", "error_left")}}
+    return student | matrices, {"refit": {name: metrics[name] for name in ("samples", "error_left")}}

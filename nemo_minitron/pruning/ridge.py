@@ -1,9 +1,14 @@
 """Ridge least squares from second moments, in float64."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def ridge(gram: Any, cross: Any, strength: float) -> Any:
+def ridge(gram: Tensor, cross: Tensor, strength: float) -> Tensor:
     """The X [k, m] that minimises ||A X - B||^2 + lambda ||X||^2, lambda = strength * mean(diag(A^T A)).
 
     Where the gram matrix is still singular with that, lambda grows tenfold until it is not.

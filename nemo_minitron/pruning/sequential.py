@@ -19,10 +19,12 @@ the layers before really give; here writers are fitted to the residual stream an
 one could not keep the next makes up for.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
@@ -35,6 +37,9 @@ from nemo_minitron.pruning.compensated import CompensatedCut
 from nemo_minitron.pruning.cut import layer_indices
 from nemo_minitron.pruning.ridge import ridge
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 #: Ridge strengths, in units of the mean diagonal of what is inverted.
 STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 QKV, PROJ, FC1, FC2 = "self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"
@@ -46,7 +51,7 @@ class _Reached(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """What runtime.weights asks of a checkpoint: one of its layers as the only one."""
+    """What megatron.weights asks of a checkpoint: one of its layers as the only one."""
 
     path: Path
     tensors: Mapping[str, Lazy]
@@ -68,11 +73,13 @@ class OneLayer:
         self.model = load_model(self.architecture, layout, self._view(0), local_spec=True)
         self.layer = self.model.decoder.layers[0]
 
-    def _view(self, number: int) -> Any:
+    def _view(self, number: int) -> _View:
         own = f"{LAYERS}{number}."
-        found = {name: tensor for name, tensor in self.tensors.items() if not name.startswith(LAYERS)}
+        outside = {name: tensor for name, tensor in self.tensors.items() if not name.startswith(LAYERS)}
         inside = {name: tensor for name, tensor in self.tensors.items() if name.startswith(own)}
-        return _View(self.path, found | {f"{LAYERS}0.{name.removeprefix(own)}": part for name, part in inside.items()})
+        return _View(
+            self.path, outside | {f"{LAYERS}0.{name.removeprefix(own)}": part for name, part in inside.items()}
+        )
 
     def load(self, number: int) -> None:
         """Takes the weights of layer `number` (from 0)."""
@@ -80,7 +87,7 @@ class OneLayer:
 
         load_weights(self.model, self.architecture, self._view(number), only=LAYERS)
 
-    def embed(self, tokens: Any) -> Any:
+    def embed(self, tokens: Tensor) -> Tensor:
         """The stream before the first layer [s, b, h], of tokens [b, s]."""
         import torch
 
@@ -88,7 +95,7 @@ class OneLayer:
         with torch.no_grad():
             return self.model.embedding(input_ids=tokens, position_ids=positions)
 
-    def run(self, stream: Any, *watched: str) -> dict[str, Any]:
+    def run(self, stream: Tensor, *watched: str) -> dict[str, Tensor]:
         """Runs the layer on `stream` [s, b, h] until the last of `watched` is reached.
 
         Args:
@@ -100,10 +107,10 @@ class OneLayer:
         """
         import torch
 
-        found: dict[str, Any] = {}
+        seen: dict[str, Tensor] = {}
 
-        def keep(name: str, value: Any) -> None:
-            found[name] = value
+        def keep(name: str, value: Tensor) -> None:
+            seen[name] = value
             if name == watched[-1]:
                 raise _Reached
 
@@ -121,7 +128,7 @@ class OneLayer:
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return seen
 
     def _module(self, name: str) -> tuple[Any, bool]:
         """The module whose hook sees `name`, and whether that is the hook after it."""
@@ -133,7 +140,7 @@ class OneLayer:
         return self.layer.get_submodule(path), side == "output"
 
 
-def _hook(keep: Callable[[str, Any], None], name: str, after: bool) -> Callable:
+def _hook(keep: Callable[[str, Tensor], None], name: str, after: bool) -> Callable:
     if after:  # Megatron's linear layers return the output and the bias that they leave to others to add
         return lambda module, args, output: keep(name, output[0].detach())
     return lambda module, args: keep(name, args[0].detach().clone())  # Megatron adds to the stream in place
@@ -149,11 +156,12 @@ class _Moments:
     """
 
     def __init__(self) -> None:
-        self.gram: Any = 0.0
-        self.cross: Any = 0.0
-        self.energy: Any = 0.0
+        import torch
 
-    def add(self, inputs: Any, errors: Any, weights: Any = None) -> None:
+        nothing = torch.zeros((), dtype=torch.float64)
+        self.gram = self.cross = self.energy = nothing
+
+    def add(self, inputs: Tensor, errors: Tensor, weights: Tensor | None = None) -> None:
         """Adds inputs [.., k] and errors [.., m], rows weighted by `weights` [.., 1]."""
         inputs, errors = inputs.flatten(0, -2).float(), errors.flatten(0, -2).float()
         if weights is not None:
@@ -171,7 +179,7 @@ class _Moments:
         for total in (self.gram, self.cross, self.energy):
             torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
 
-    def error(self, change: Any) -> float:
+    def error(self, change: Tensor) -> float:
         """||e - D a||^2 over ||e||^2, of a change D^T [k, m]; 1 where there is no error to begin with."""
         if not float(self.energy):
             return 1.0
@@ -205,7 +213,7 @@ class SequentialRefit:
         batch: samples a forward pass.
     """
 
-    def __init__(self, cut: CompensatedCut, teacher: Checkpoint, layout: Layout, sequences: Any, batch: int):
+    def __init__(self, cut: CompensatedCut, teacher: Checkpoint, layout: Layout, sequences: Tensor, batch: int):
         self.cut = cut
         self.tensors = cut.cut()
         self.teacher = OneLayer(cut.teacher, teacher.tensors, layout, teacher.path)
@@ -216,7 +224,7 @@ class SequentialRefit:
         self.held_out = [number % HOLD_OUT == HOLD_OUT - 1 for number in range(len(parts))]
         self.before = [self.teacher.embed(part.to(device)) for part in parts]  # x
         self.streams = [self.student.embed(part.to(device)) for part in parts]  # x'
-        self.after: list[Any] = self.before
+        self.after: list[Tensor] = self.before
 
     def layers(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
         """Each layer's refitted matrices by canonical name, in the teacher's precision, and what is said of them."""
@@ -232,8 +240,8 @@ class SequentialRefit:
             self.streams = [self.student.run(stream, "end")["end"] for stream in self.streams]
             self._check(number)
             self.before = self.after
-            found = {f"{LAYERS}{number}.{name}.weight": self._stored(name, number) for name in (QKV, PROJ, FC1, FC2)}
-            yield found, report
+            matrices = {f"{LAYERS}{number}.{name}.weight": self._stored(name, number) for name in (QKV, PROJ, FC1, FC2)}
+            yield matrices, report
 
     def _skip(self, first: int, end: int) -> None:
         """Takes the teacher's stream through layers that the student does not have."""
@@ -256,31 +264,32 @@ class SequentialRefit:
             }  # its queries are not the teacher's
         fitted, held_out = _Moments(), _Moments()
         pairs = self._reader_pairs if name in (QKV, FC1) else self._writer_pairs
-        for out, found in zip(self.held_out, pairs(name, own)):
-            (held_out if out else fitted).add(*found)
-        fitted.reduce(), held_out.reduce()
+        for out, pair in zip(self.held_out, pairs(name, own)):
+            (held_out if out else fitted).add(*pair)
+        fitted.reduce()
+        held_out.reduce()
         change, strength, left = best_change(fitted, held_out)
         weight = self.student.layer.get_submodule(name).weight
         with torch.no_grad():
             weight.copy_((weight.double() + change.T).to(weight.dtype))
         return {"layer": number + 1, "matrix": name, "ridge": strength, "left": round(left, 4)}
 
-    def _reader_pairs(self, name: str, own: int) -> Iterator[tuple[Any, ...]]:
+    def _reader_pairs(self, name: str, own: int) -> Iterator[tuple[Tensor, ...]]:
         rows = layer_indices(f"{name}.bias", own, self.cut.teacher, self.cut.kept)[0]
         for before, stream in zip(self.before, self.streams):
             wanted = self.teacher.run(before, f"{name}.output")[f"{name}.output"]
-            found = self.student.run(stream, f"{name}.input", f"{name}.output")
+            got = self.student.run(stream, f"{name}.input", f"{name}.output")
             wanted = wanted if rows is None else wanted[..., rows.to(wanted.device)]
-            yield found[f"{name}.input"], wanted.float() - found[f"{name}.output"].float()
+            yield got[f"{name}.input"], wanted.float() - got[f"{name}.output"].float()
 
-    def _writer_pairs(self, name: str, own: int) -> Iterator[tuple[Any, ...]]:
+    def _writer_pairs(self, name: str, own: int) -> Iterator[tuple[Tensor, ...]]:
         place = "middle" if name == PROJ else "end"
         for before, after, stream in zip(self.before, self.after, self.streams):
             wanted = (self.teacher.run(before, "middle")["middle"] if name == PROJ else after).float()
-            found = self.student.run(stream, f"{name}.input", place)
+            got = self.student.run(stream, f"{name}.input", place)
             weights = wanted.square().mean(dim=-1, keepdim=True).clamp_min(1e-30).rsqrt()
             wanted = wanted if self.basis is None else wanted @ self.basis
-            yield found[f"{name}.input"], wanted - found[place].float(), weights
+            yield got[f"{name}.input"], wanted - got[place].float(), weights
 
     def _check(self, number: int) -> None:
         if not all(bool(stream.isfinite().all()) for stream in self.streams):
@@ -289,7 +298,7 @@ class SequentialRefit:
                 "`minitron inspect --values` tells whether the teacher's weights do; prune.refit=once leaves this out"
             )
 
-    def _stored(self, name: str, number: int) -> Any:
+    def _stored(self, name: str, number: int) -> Tensor:
         """A matrix as the student's checkpoint will hold it."""
         import torch
 

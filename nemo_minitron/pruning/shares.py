@@ -25,10 +25,10 @@ def parse_share(text: Any) -> float:
     Raises:
         ValueError: it is no share in percent, or none above 0 and up to 100.
     """
-    found = PERCENT.fullmatch(str(text))
-    if found is None:
+    percent = PERCENT.fullmatch(str(text))
+    if percent is None:
         raise ValueError(f"{text!r} is not a share in percent, such as 60%")
-    share = float(found[1]) / 100
+    share = float(percent[1]) / 100
     if not 0 < share <= 1:
         raise ValueError(f"{text} is not a share of the teacher: above 0% and up to 100%")
     return share
@@ -36,18 +36,20 @@ def parse_share(text: Any) -> float:
 
 def share_problems(targets: Mapping[str, Any]) -> list[str]:
     """What is wrong with the shares among a student's targets, whatever its teacher."""
-    found = []
+    problems = []
     for name in SHARES:
         if targets.get(name) is None:
             continue
         try:
             parse_share(targets[name])
         except ValueError as error:
-            found.append(f"{name} = {error}")
+            problems.append(f"{name} = {error}")
         both = [size for size in DECIDES[name] if targets.get(size) is not None]
         if both:
-            found.append(f"{name} and {' and '.join(both)} are given: the share decides {' and '.join(DECIDES[name])}")
-    return found
+            problems.append(
+                f"{name} and {' and '.join(both)} are given: the share decides {' and '.join(DECIDES[name])}"
+            )
+    return problems
 
 
 def sizes_of(targets: Mapping[str, Any], teacher: Architecture, grid: PruningGrid) -> dict[str, Any]:

@@ -16,9 +16,11 @@ Layers can be chosen by the loss with the maps in place, too: one more in each r
 keep several sets). Runs that meet become one run with a map of its own.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import DepthScan
 from nemo_minitron.pruning.calibration import HOLD_OUT, dealt
@@ -33,6 +35,9 @@ from nemo_minitron.pruning.importance.paths import (
 )
 from nemo_minitron.pruning.ridge import ridge
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 #: Ridge strengths, in units of the mean diagonal of the gram matrix.
 STRENGTHS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 #: Further ones, each tried if the one before it was the best so far.
@@ -45,13 +50,13 @@ WEIGHTINGS = (False, True)
 
 def runs(layers: Sequence[int]) -> list[Run]:
     """Contiguous runs of layers (1-based) as (first, one past the last), 0-based."""
-    found: list[Run] = []
+    contiguous: list[Run] = []
     for layer in sorted(layer - 1 for layer in layers):
-        if found and found[-1][1] == layer:
-            found[-1] = (found[-1][0], layer + 1)
+        if contiguous and contiguous[-1][1] == layer:
+            contiguous[-1] = (contiguous[-1][0], layer + 1)
         else:
-            found.append((layer, layer + 1))
-    return found
+            contiguous.append((layer, layer + 1))
+    return contiguous
 
 
 def blocks_of(num_layers: int, size: int) -> list[Run]:
@@ -65,7 +70,7 @@ def layers_of(blocks: Sequence[Run]) -> list[int]:
 
 
 def scan_blocks(
-    model: Any, sequences: Any, batch: int, blocks: list[Run], *, choose: bool, every: int | None = None
+    model: Any, sequences: Tensor, batch: int, blocks: list[Run], *, choose: bool, every: int | None = None
 ) -> DepthScan:
     """Scans `blocks` of a Megatron GPTModel; pipeline ranks share its layers, data-parallel ranks the samples.
 
@@ -83,14 +88,14 @@ def scan_blocks(
     listed = [{"first": first + 1, "last": end, "loss": loss} for (first, end), loss in zip(blocks, losses)]
     best = min(range(len(blocks)), key=losses.__getitem__)
     dropped = [blocks[best]] if choose else blocks
-    folds, found = _best_folds(stage, samples, dropped)
+    folds, held_out = _best_folds(stage, samples, dropped)
     return DepthScan(
-        blocks=listed, drop_layers=layers_of(dropped), folds=folds, report={"teacher_loss": teacher} | found
+        blocks=listed, drop_layers=layers_of(dropped), folds=folds, report={"teacher_loss": teacher} | held_out
     )
 
 
 def scan_layers(
-    model: Any, sequences: Any, batch: int, count: int, *, samples: int, beam: int = 1, every: int | None = None
+    model: Any, sequences: Tensor, batch: int, count: int, *, samples: int, beam: int = 1, every: int | None = None
 ) -> DepthScan:
     """Chooses `count` layers of a Megatron GPTModel by the loss with maps in place; ranks share as in scan_blocks.
 
@@ -107,14 +112,14 @@ def scan_layers(
     (teacher,) = path_losses(stage, dealt.choice, batch, TEACHER, [TEACHER])
     order, rounds = _choose(stage, dealt, count, beam)
     dropped = runs([layer + 1 for layer in order])
-    folds, found = _best_folds(stage, dealt, dropped)
+    folds, held_out = _best_folds(stage, dealt, dropped)
     listed = [{"first": entry["layer"], "last": entry["layer"], "loss": entry["loss"]} for entry in _first(rounds)]
     report = {"teacher_loss": teacher, "choice_samples": min(samples, len(sequences) // HOLD_OUT), "beam": beam}
     return DepthScan(
         blocks=listed,
         drop_layers=layers_of(dropped),
         folds=folds,
-        report=report | found | {"rounds": rounds},
+        report=report | held_out | {"rounds": rounds},
     )
 
 
@@ -141,14 +146,14 @@ class Samples:
         batch: samples a forward pass.
     """
 
-    all: Any
-    fit: Any
-    held_out: Any
-    choice: Any
+    all: Tensor
+    fit: Tensor
+    held_out: Tensor
+    choice: Tensor
     batch: int
 
     @classmethod
-    def of(cls, sequences: Any, batch: int, choice: int = 0) -> "Samples":
+    def of(cls, sequences: Tensor, batch: int, choice: int = 0) -> Samples:
         import torch
 
         out = torch.zeros(len(sequences), dtype=torch.bool)
@@ -163,15 +168,15 @@ class _ChoiceMaps:
 
     def __init__(self, stage: PipelineStage, samples: Samples):
         self.stage, self.samples = stage, samples
-        self.maps: dict[Run, Any] = {}
+        self.maps: dict[Run, Tensor] = {}
 
     def fit(self, sets: Sequence[frozenset[int]]) -> None:
         """Fits what dropping any of these sets of layers (from 0) needs and is not there yet."""
         needed = {run for layers in sets for run in _runs(layers) if run[0] > 0}
         missing = sorted(needed - self.maps.keys())
-        found = run_moments(self.stage, self.samples.fit, self.samples.batch, missing, [False])
+        sums = run_moments(self.stage, self.samples.fit, self.samples.batch, missing, [False])
         for run in missing:
-            moments = found.pop((run, False))
+            moments = sums.pop((run, False))
             self.maps[run] = ridge(moments.gram, moments.cross, CHOICE_STRENGTH).float().cpu()
 
     def path(self, layers: frozenset[int]) -> Path:
@@ -191,17 +196,17 @@ def _choose(
     beams: list[tuple[int, ...]] = [()]
     tried: dict[tuple[int, ...], dict[int, float]] = {}  # dropped before -> layer -> loss without it, too
     for _ in range(count):
-        found: dict[frozenset[int], tuple[float, tuple[int, ...]]] = {}
+        reached: dict[frozenset[int], tuple[float, tuple[int, ...]]] = {}
         for order in beams:
             gone = frozenset(order)
             sets = {layer: gone | {layer} for layer in range(stage.num_layers) if layer not in gone}
-            new = [layer for layer, layers in sets.items() if layers not in found]
+            new = [layer for layer, layers in sets.items() if layers not in reached]
             maps.fit([sets[layer] for layer in new])
             paths = [maps.path(sets[layer]) for layer in new]
             losses = path_losses(stage, samples.choice, samples.batch, maps.path(gone), paths)
-            found |= {sets[layer]: (loss, (*order, layer)) for layer, loss in zip(new, losses)}
-            tried[order] = {layer: found[layers][0] for layer, layers in sets.items()}
-        beams = [order for _, order in sorted(found.values())[:beam]]
+            reached |= {sets[layer]: (loss, (*order, layer)) for layer, loss in zip(new, losses)}
+            tried[order] = {layer: reached[layers][0] for layer, layers in sets.items()}
+        beams = [order for _, order in sorted(reached.values())[:beam]]
     order = beams[0]
     return order, [_round(tried[order[:number]], layer) for number, layer in enumerate(order)]
 
@@ -248,7 +253,7 @@ def _best(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _maps(
     moments: dict[tuple[Run, bool], RunMoments], fitted: list[Run], strength: float, weighted: bool
-) -> dict[int, Any]:
+) -> dict[int, Tensor]:
     """Layer before each run (from 0) -> D [h, h], float32."""
     pairs = {run: moments[run, weighted] for run in fitted}
     return {run[0] - 1: ridge(pair.gram, pair.cross, strength).float() for run, pair in pairs.items()}

@@ -6,9 +6,14 @@ Transformer Engine. A test compares both, bit for bit.
 Legend: s sequence, b micro batch, k any of the widths, l layers of this pipeline stage.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Estimates:
@@ -19,13 +24,13 @@ class Estimates:
         self.sums: dict[tuple[str, int], Any] = {}
         self.influence = [0.0] * len(self.layers)
 
-    def add(self, name: str, index: int, values: Any) -> None:
+    def add(self, name: str, index: int, values: Tensor) -> None:
         """Adds, of values [s, b, k], the squares of the mean magnitudes over the sequence (arXiv 2407.14679, 2.2)."""
-        found = values.detach().float().abs().mean(dim=0).pow(2).sum(dim=0)  # [k]
+        energy = values.detach().float().abs().mean(dim=0).pow(2).sum(dim=0)  # [k]
         key = name, index
-        self.sums[key] = self.sums[key] + found if key in self.sums else found
+        self.sums[key] = self.sums[key] + energy if key in self.sums else energy
 
-    def add_influence(self, index: int, before: Any, after: Any) -> None:
+    def add_influence(self, index: int, before: Tensor, after: Tensor) -> None:
         """Adds 1 - the mean cosine of the stream [s, b, h] before and after a layer (arXiv 2403.03853, eq. 1)."""
         import torch
 
@@ -36,7 +41,7 @@ class Estimates:
         """Scores by their names in ImportanceScores, and the layers' numbers."""
         import torch
 
-        def stacked(name: str, rows: int) -> Any:
+        def stacked(name: str, rows: int) -> Tensor:
             return torch.stack([self.sums[name, index] for index in range(rows)]).cpu()
 
         count = len(self.layers)

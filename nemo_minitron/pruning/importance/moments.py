@@ -3,11 +3,17 @@
 Legend: s sequence, b micro batch, h hidden, f FFN, n heads, d head size, l layers, k any of the widths.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import MinitronError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 #: Accumulators take at most this share of the free memory of the model's device; otherwise they lie in the host's.
 DEVICE_SHARE = 0.5
@@ -24,7 +30,7 @@ class MomentSums:
         self.sums: dict[str, Any] = {}
         self.tokens: dict[str, int] = {}
 
-    def add(self, name: str, rows: Any) -> None:
+    def add(self, name: str, rows: Tensor) -> None:
         """Adds rows [tokens, k]."""
         import torch
 
@@ -52,7 +58,7 @@ class MomentSums:
         return {name: (total / self.tokens[name]).to(torch.float32).cpu() for name, total in self.sums.items()}
 
 
-def normalized(stream: Any, config: Any) -> Any:
+def normalized(stream: Tensor, config: Any) -> Tensor:
     """What a norm makes of its input [.., h] before its gain and bias."""
     rows = stream if stream.element_size() == 8 else stream.float()
     if config.normalization == "LayerNorm":
@@ -75,7 +81,7 @@ def gathered(model: Any) -> Iterator[MomentSums]:
 
         handles.append(module.register_forward_pre_hook(hook))
 
-    def norm(stream: Any) -> Any:
+    def norm(stream: Tensor) -> Tensor:
         return normalized(stream, config)
 
     for layer in model.decoder.layers:
@@ -93,7 +99,7 @@ def gathered(model: Any) -> Iterator[MomentSums]:
             handle.remove()
 
 
-def _device(model: Any) -> Any:
+def _device(model: Any) -> torch.device:
     """The model's own device where its accumulators fit there, the host otherwise."""
     import torch
 

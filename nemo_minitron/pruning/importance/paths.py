@@ -8,19 +8,26 @@ folded into linear_fc2 of layer k does. Paths that differ from a common one from
 it, so that each of them runs the layers after it only.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.progress import Progress, Silent
 from nemo_minitron.megatron.chunks import output_in_chunks
 from nemo_minitron.pruning.importance.moments import DEVICE_SHARE
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 Run = tuple[int, int]
 #: What a layer makes of a stream: the stream after it and m, each [s, b, h].
-Outcome = tuple[Any, Any]
+Outcome = tuple[Tensor, Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,9 +40,9 @@ class Path:
     """
 
     skip: frozenset[int] = frozenset()
-    maps: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+    maps: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
 
-    def leaves(self, other: "Path", num_layers: int) -> int:
+    def leaves(self, other: Path, num_layers: int) -> int:
         """The first layer at which this path is not `other`; num_layers where they are the same."""
 
         def same(layer: int) -> bool:
@@ -71,16 +78,16 @@ class PipelineStage:
         self.number = self.ranks.index(torch.distributed.get_rank())
         self._calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
 
-    def embed(self, tokens: Any) -> Any:
+    def embed(self, tokens: Tensor) -> Tensor:
         """x_0 [s, b, h] of tokens [b, s + 1]; the first stage has the embedding."""
         inputs, _, positions = self._inputs(tokens)
         return self.model.embedding(input_ids=inputs, position_ids=positions)
 
-    def run(self, number: int, stream: Any) -> Outcome:
+    def run(self, number: int, stream: Tensor) -> Outcome:
         """Layer `number` on x [s, b, h]."""
         layer = self.layers[number]
         args, keywords = self._call(stream)
-        outputs: list[Any] = []
+        outputs: list[Tensor] = []
         handle = layer.mlp.register_forward_hook(lambda _, args, output: outputs.append(_whole(output)))
         try:
             after = layer(stream, *args, **keywords)
@@ -88,7 +95,7 @@ class PipelineStage:
             handle.remove()
         return (after[0] if isinstance(after, tuple) else after), outputs[0]
 
-    def losses(self, stream: Any, tokens: Any) -> Any:
+    def losses(self, stream: Tensor, tokens: Tensor) -> Tensor:
         """Losses a token [b, s] of x_l on tokens [b, s + 1]; the last stage has the final norm and the output layer."""
         inputs, labels, positions = self._inputs(tokens)
         with _layers(self.model, []), output_in_chunks(self.model):
@@ -98,7 +105,7 @@ class PipelineStage:
         """Shows how far a pass over so many samples is."""
         return Silent() if self.every is None else Progress(what, samples, unit="sample", every=self.every)
 
-    def receive(self, count: int, tokens: Any) -> list[Any]:
+    def receive(self, count: int, tokens: Tensor) -> list[Tensor]:
         """`count` streams from the stage before."""
         import torch
 
@@ -108,14 +115,14 @@ class PipelineStage:
         torch.distributed.recv(streams, src=self.ranks[self.number - 1], group=self.group)
         return list(streams)
 
-    def send(self, streams: Sequence[Any]) -> None:
+    def send(self, streams: Sequence[Tensor]) -> None:
         """Sends streams to the next stage."""
         import torch
 
         sent = torch.stack(list(streams)).to(self.model.config.params_dtype)
         torch.distributed.send(sent, dst=self.ranks[self.number + 1], group=self.group)
 
-    def total(self, value: Any) -> Any:
+    def total(self, value: Tensor) -> Tensor:
         """The sum of a tensor over pipeline stages and data-parallel ranks, where it lay."""
         import torch
         from megatron.core import parallel_state
@@ -125,21 +132,21 @@ class PipelineStage:
             torch.distributed.all_reduce(here, group=group)
         return here.to(value.device)
 
-    def _inputs(self, tokens: Any) -> tuple[Any, Any, Any]:
+    def _inputs(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         import torch
 
         tokens = tokens.to(self.device)
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         return inputs, labels, torch.arange(inputs.shape[1], device=self.device).expand_as(inputs)
 
-    def _forward(self, stream: Any, inputs: Any, positions: Any, **labels: Any) -> Any:
+    def _forward(self, stream: Tensor, inputs: Tensor, positions: Tensor, **labels: Tensor) -> Tensor:
         """The model's own forward pass of the layers that it has at the moment, on `stream`."""
         given = {"decoder_input": stream} if self.model.pre_process else {}
         if not given:
             self.model.set_input_tensor(stream)
         return self.model(input_ids=inputs, position_ids=positions, attention_mask=None, **given, **labels)
 
-    def _call(self, stream: Any) -> tuple[tuple, dict[str, Any]]:
+    def _call(self, stream: Tensor) -> tuple[tuple, dict[str, Any]]:
         """What the model itself calls a layer with beside the stream, rotary embeddings above all; versions differ."""
         import torch
 
@@ -158,14 +165,14 @@ class PipelineStage:
         return self._calls[length]
 
 
-def _whole(output: Any) -> Any:
+def _whole(output: tuple[Tensor, Tensor | None]) -> Tensor:
     """An MLP's output with its bias added [s, b, h]; a copy, since Megatron adds the stream to it in place."""
     value, bias = output
     return value.clone() if bias is None else value + bias
 
 
 @contextlib.contextmanager
-def _layers(model: Any, layers: list[Any]) -> Iterator[None]:
+def _layers(model: Any, layers: list[torch.nn.Module]) -> Iterator[None]:
     """`model` with these layers only."""
     import torch
 
@@ -177,11 +184,11 @@ def _layers(model: Any, layers: list[Any]) -> Iterator[None]:
         model.decoder.layers = own
 
 
-def _batches(sequences: Any, batch: int) -> Sequence[Any]:
+def _batches(sequences: Tensor, batch: int) -> Sequence[Tensor]:
     return sequences.split(batch) if len(sequences) else ()
 
 
-def _check_finite(stream: Any, number: int) -> None:
+def _check_finite(stream: Tensor, number: int) -> None:
     if not stream.isfinite().all():
         raise MinitronError(
             f"layer {number}: the stream after it holds values that are not finite; `minitron inspect --values` tells "
@@ -189,7 +196,7 @@ def _check_finite(stream: Any, number: int) -> None:
         )
 
 
-def path_losses(stage: PipelineStage, sequences: Any, batch: int, base: Path, paths: Sequence[Path]) -> list[float]:
+def path_losses(stage: PipelineStage, sequences: Tensor, batch: int, base: Path, paths: Sequence[Path]) -> list[float]:
     """The mean loss a token of each path, over this rank's sequences [n, s + 1] and all data-parallel ranks'.
 
     Each batch runs through `base` once, as far as the last path leaves it, and through each path from there on.
@@ -204,9 +211,9 @@ def path_losses(stage: PipelineStage, sequences: Any, batch: int, base: Path, pa
     said = "depth scan, losses" if len(paths) == 1 else f"depth scan, losses of {len(paths)} models"
     with torch.no_grad(), stage.progress(said, len(sequences)) as progress:
         for tokens in progress.over(_batches(sequences, batch)):
-            found = shared.losses(tokens)
-            if found is not None:
-                sums += torch.cat([found, found.new_tensor([tokens[:, 1:].numel()])])
+            losses = shared.losses(tokens)
+            if losses is not None:
+                sums += torch.cat([losses, losses.new_tensor([tokens[:, 1:].numel()])])
     sums = stage.total(sums)
     return [float(value) for value in (sums[:-1] / sums[-1]).nan_to_num(nan=float("inf"), posinf=float("inf"))]
 
@@ -224,7 +231,7 @@ class _Shared:
         """Whose streams there are before `layer`."""
         return [self.BASE] * (max(self.leaves) >= layer) + [n for n, left in enumerate(self.leaves) if left < layer]
 
-    def losses(self, tokens: Any) -> Any:
+    def losses(self, tokens: Tensor) -> Tensor | None:
         """Sums of the losses of tokens [b, s + 1] by path, float64; None where the stage is not the last."""
         import torch
 
@@ -242,16 +249,17 @@ class _Shared:
         own = [streams[number if number in streams else self.BASE] for number in range(len(self.paths))]
         return torch.stack([stage.losses(stream, tokens).double().sum() for stream in own])
 
-    def _through(self, layer: int, streams: dict[int, Any]) -> dict[int, Any]:
+    def _through(self, layer: int, streams: dict[int, Tensor]) -> dict[int, Tensor]:
         """The streams after a layer: the paths that leave here take it from what the base does."""
         after = {
-            number: _after(self.paths[number], layer, stream, lambda stream=stream: self.stage.run(layer, stream))
+            number: _after(self.paths[number], layer, stream, functools.partial(self.stage.run, layer, stream))
             for number, stream in streams.items()
             if number != self.BASE
         }
         if self.BASE not in streams:
             return after
-        before, ran = streams[self.BASE], []
+        before = streams[self.BASE]
+        ran: list[Outcome] = []
 
         def run_once() -> Outcome:
             if not ran:
@@ -266,7 +274,7 @@ class _Shared:
         return after
 
 
-def _after(path: Path, layer: int, stream: Any, run: Callable[[], Outcome]) -> Any:
+def _after(path: Path, layer: int, stream: Tensor, run: Callable[[], Outcome]) -> Tensor:
     """A path's stream after a layer; `run` runs the layer."""
     import torch
 
@@ -288,12 +296,12 @@ class RunMoments:
         cross: m^T (x_j - x_i).
     """
 
-    gram: Any
-    cross: Any
+    gram: Tensor
+    cross: Tensor
 
 
 def run_moments(
-    stage: PipelineStage, sequences: Any, batch: int, wanted: Sequence[Run], weightings: Sequence[bool]
+    stage: PipelineStage, sequences: Tensor, batch: int, wanted: Sequence[Run], weightings: Sequence[bool]
 ) -> dict[tuple[Run, bool], RunMoments]:
     """Moments by (run, weighted) over this rank's sequences [n, s + 1] and all data-parallel ranks', on every rank.
 
@@ -306,7 +314,7 @@ def run_moments(
     hidden = stage.model.config.hidden_size
     place = _place(stage, 16 * hidden**2 * len(wanted) * len(weightings))
 
-    def zeros() -> Any:
+    def zeros() -> Tensor:
         return torch.zeros(hidden, hidden, dtype=torch.float64, device=place)
 
     keys = [(run, weighted) for run in wanted for weighted in weightings]
@@ -318,7 +326,7 @@ def run_moments(
     return {key: RunMoments(gram=stage.total(s.gram), cross=stage.total(s.cross)) for key, s in sums.items()}
 
 
-def _place(stage: PipelineStage, size: int) -> Any:
+def _place(stage: PipelineStage, size: int) -> torch.device:
     """The model's own device where accumulators of `size` bytes fit there, the host otherwise."""
     import torch
 
@@ -327,7 +335,7 @@ def _place(stage: PipelineStage, size: int) -> Any:
     return torch.device("cpu")
 
 
-def _add_moments(stage: PipelineStage, tokens: Any, wanted: Sequence[Run], sums: dict) -> None:
+def _add_moments(stage: PipelineStage, tokens: Tensor, wanted: Sequence[Run], sums: dict) -> None:
     """Adds a batch: one pass of the teacher as far as the last run's end."""
     last = max(end for _, end in wanted)
 
@@ -357,7 +365,7 @@ def _add_moments(stage: PipelineStage, tokens: Any, wanted: Sequence[Run], sums:
         stage.send([stream] + [value for first in open_at(stage.end) for value in held[first]])
 
 
-def _add(moments: RunMoments, before: Any, m: Any, after: Any, weighted: bool) -> None:
+def _add(moments: RunMoments, before: Tensor, m: Tensor, after: Tensor, weighted: bool) -> None:
     """Adds x_i, m and x_j of a batch; products in float32 (float64 on a model in float64)."""
     import torch
 

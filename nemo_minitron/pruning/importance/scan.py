@@ -1,9 +1,11 @@
 """Scans the blocks of layers that a depth cut may leave out."""
 
+from __future__ import annotations
+
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import parse_layers
 from nemo_minitron.artifacts import DepthScan, ImportanceScores, Manifest
@@ -22,6 +24,9 @@ from nemo_minitron.pruning.calibration import (
 from nemo_minitron.pruning.folders import scan_folder, scores_folder
 from nemo_minitron.pruning.importance.blocks import blocks_of, choice_cost, runs, scan_blocks, scan_layers
 from nemo_minitron.training.inputs import LOG
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def scan(config: PruneConfig, teacher: Checkpoint | None = None) -> Manifest:
@@ -70,7 +75,8 @@ def _choice(config: PruneConfig) -> dict[str, Any]:
 def cost(num_layers: int, config: PruneConfig, length: int) -> str:
     """What choosing layers by maps will run, in words, of a teacher of `num_layers` and samples of `length` tokens."""
     targets = config.prune
-    count, held_out = num_layers - targets.num_layers, targets.num_block_samples // HOLD_OUT
+    kept = num_layers if targets.num_layers is None else targets.num_layers
+    count, held_out = num_layers - kept, targets.num_block_samples // HOLD_OUT
     samples = min(targets.depth_samples, held_out)
     forwards = choice_cost(num_layers, count, targets.depth_beam)
     fits = (1 + (count - 1) * targets.depth_beam) * (targets.num_block_samples - held_out) if count else 0
@@ -123,7 +129,7 @@ def write_scan(
     }
 
 
-def _scan(model: Any, sequences: Any, config: PruneConfig, drop: list[int] | None) -> DepthScan:
+def _scan(model: Any, sequences: Tensor, config: PruneConfig, drop: list[int] | None) -> DepthScan:
     targets, batch, layers = config.prune, config.inference.batch_size, model.config.num_layers
     every = config.trainer.log_every_n_steps
     if drop:

@@ -3,11 +3,13 @@
 Where the installed ModelOpt does not take Megatron's local layers, the same sums are made here (estimators.py).
 """
 
+from __future__ import annotations
+
 import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture, natural_divisor
 from nemo_minitron.artifacts import ImportanceScores, Manifest
@@ -21,6 +23,9 @@ from nemo_minitron.packages.versions import modelopt_takes_local_layers
 from nemo_minitron.pruning.calibration import Calibration, calibration_of, given, run_on_samples
 from nemo_minitron.pruning.folders import scores_folder
 from nemo_minitron.training.inputs import LOG
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def score(config: PruneConfig, teacher: Checkpoint | None = None) -> Manifest:
@@ -111,7 +116,7 @@ def singular(a: Architecture, tokens: int) -> str | None:
 
 
 def _write(
-    partial: Path, scores: dict[str, Any], moments: dict[str, Any], teacher: str, samples: dict[str, Any]
+    partial: Path, scores: dict[str, Any], moments: dict[str, Tensor], teacher: str, samples: dict[str, Any]
 ) -> None:
     """Puts what the pipeline stages found into one file; every rank calls it."""
     import torch
@@ -135,7 +140,7 @@ def _write(
 
 
 def collect(
-    model: Any, sequences: Any, batch: int, statistics: bool, *, progress: Progress | None = None
+    model: Any, sequences: Tensor, batch: int, statistics: bool, *, progress: Progress | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Runs Minitron's estimators over token sequences [n, s + 1]; `model` cannot be used afterwards.
 
@@ -146,7 +151,7 @@ def collect(
     from nemo_minitron.megatron.ranks import run_forward
     from nemo_minitron.pruning.importance.moments import gathered
 
-    moments: dict[str, Any] = {}
+    moments: dict[str, Tensor] = {}
 
     def calibrate(model: Any) -> None:
         with gathered(model) if statistics else contextlib.nullcontext() as sums:
@@ -207,7 +212,7 @@ def _by_modelopt(model: Any, calibrate: Callable[[Any], None]) -> dict[str, Any]
     return local
 
 
-def with_values(rules: Any, values: dict[str, Any]) -> Any:
+def with_values(rules: Any, values: dict[str, Any]) -> Tensor:
     """ModelOpt's configuration, a tree of rules, with these values wherever it has such names."""
     for name, value in rules.items():
         if isinstance(value, dict):
@@ -228,7 +233,7 @@ def _gather(local: dict[str, Any]) -> dict[str, Any]:
 
     stages = [local]
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        stages = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+        stages = [{}] * parallel_state.get_pipeline_model_parallel_world_size()
         torch.distributed.all_gather_object(stages, local, group=parallel_state.get_pipeline_model_parallel_group())
         stages.sort(key=lambda stage: stage["numbers"][0])
     scores = {name: torch.cat([stage[name] for stage in stages]) for name in ImportanceScores.names()}
