@@ -51,6 +51,7 @@ endif
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m nemo_minitron.config.compose
 	$(BIN)/python notebooks/check.py
@@ -63,7 +64,7 @@ gpu-kit: $(READY)
 	$(BIN)/python benchmarks/gpu_kit.py
 
 clean:
-	rm -rf $(VENV) .containers build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .containers build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 
 lock: | $(BIN)/python
 	$(BIN)/python -m pip install uv==0.13.9

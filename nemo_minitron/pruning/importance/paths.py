@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    #: What a layer makes of a stream: the stream after it and m, each [s, b, h].
+    Outcome = tuple[Tensor, Tensor]
+
 Run = tuple[int, int]
-#: What a layer makes of a stream: the stream after it and m, each [s, b, h].
-Outcome = tuple[Tensor, Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

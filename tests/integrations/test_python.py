@@ -1,0 +1,64 @@
+"""The Python face: what it offers, what it costs to import, and that it does what the commands do."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+import nemo_minitron
+from nemo_minitron import Architecture, compose, convert, open_checkpoint, plan, prune
+from nemo_minitron.cli.main import main
+from nemo_minitron.errors import ConfigError
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def test_importing_it_loads_nothing_heavy():
+    code = "import sys, nemo_minitron; print({'torch', 'numpy', 'hydra', 'megatron', 'nemo'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_what_it_names_is_there_and_nothing_else():
+    assert {*nemo_minitron.__all__} <= {*dir(nemo_minitron)}
+    assert all(getattr(nemo_minitron, name) is not None for name in nemo_minitron.__all__)
+    with pytest.raises(AttributeError, match="nemo_minitron.*no attribute 'prunes'"):
+        nemo_minitron.prunes  # noqa: B018
+
+
+def test_a_cut_and_a_conversion_are_the_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models.save("llama3", torch.float32, tmp_path / "teacher")
+    settings = ["model.restore_from_path=teacher", "prune.drop_layers=[2]", "prune.num_layers_divisor=1"]
+    manifest = prune(compose("prune", [*settings, "export.save_path=student"]))
+    assert main(["prune", *settings, "export.save_path=by-command"]) == 0
+    assert isinstance(open_checkpoint("student").architecture, Architecture)
+    assert manifest.metrics["parameters"] == open_checkpoint("by-command").architecture.parameters()
+    convert(compose("convert", ["source=student", "output=hf", "to=hf", "verify=none"]))
+    assert open_checkpoint("hf").content == open_checkpoint("by-command").content
+
+
+def test_a_plan_is_returned_and_not_printed(capsys):
+    assert main(["plan", "minitron_4b", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert plan(compose("plan", ["model=minitron_4b", "json=true"])) == printed
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_wrong_with_a_configuration_is_said_first():
+    config = compose("convert", ["source=nowhere", "output=there"])
+    config.shard_size_gb = -1
+    with pytest.raises(ConfigError, match="shard_size_gb = -1 must be above 0"):
+        convert(config)
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_runs_or_names_what_it_needs(example, tmp_path, monkeypatch):
+    """Each as it stands, in a folder that has what its first lines say."""
+    monkeypatch.chdir(tmp_path)
+    models.save("llama3", torch.float32, tmp_path / "teacher")
+    runpy.run_path(str(example), run_name="__main__")
