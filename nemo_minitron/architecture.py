@@ -6,6 +6,7 @@ Legend: l layers, h hidden, f FFN, n attention heads, g query groups, d head siz
 import dataclasses
 import math
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from nemo_minitron.config import Config, all_problems, at_least, one_of
@@ -280,6 +281,17 @@ def parse_layers(layers: Any) -> list[int]:
             raise ValueError(f"the range {part.strip()} runs backwards: write {stop}-{start}")
         numbers += range(start, stop + 1)
     return numbers
+
+
+def runs(layers: Sequence[int]) -> list[tuple[int, int]]:
+    """Contiguous runs of layers (1-based) as (first, one past the last), 0-based."""
+    contiguous: list[tuple[int, int]] = []
+    for layer in sorted(layer - 1 for layer in layers):
+        if contiguous and contiguous[-1][1] == layer:
+            contiguous[-1] = (contiguous[-1][0], layer + 1)
+        else:
+            contiguous.append((layer, layer + 1))
+    return contiguous
 
 
 def layer_problems(layers: list[int], num_layers: int) -> list[str]:

@@ -5,9 +5,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from nemo_minitron.architecture import parse_layers
+from nemo_minitron.architecture import parse_layers, runs
 from nemo_minitron.config import PruneConfig
-from nemo_minitron.pruning.importance.blocks import runs
 
 
 def scores_folder(config: PruneConfig) -> Path:

@@ -68,7 +68,7 @@ def student_stages(tiny, name: str, folder: Path, student: Path, ranks: int = 1,
 def beside_transformer_engine(settings: dict[str, Any], file: Path, ranks: int = 1) -> dict[str, Any]:
     """Runs a process, or one a rank, with the stand-in on its path; what it found."""
     file.write_text(json.dumps(settings))
-    command = [sys.executable, str(TESTS / "runtime" / "beside_transformer_engine.py"), str(file)]
+    command = [sys.executable, str(TESTS / "megatron" / "beside_transformer_engine.py"), str(file)]
     if ranks > 1:
         torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
         command[1:1] = torchrun

@@ -173,7 +173,7 @@ def test_the_kept_adapter_is_hugging_face_pefts(tuned, name, tmp_path):
 
 
 def test_nemos_lora_cannot_be_put_in_as_it_is_without_transformer_engine(students):
-    """Why runtime.lora stands in for Transformer Engine's names; where it is installed this has nothing to show."""
+    """Why megatron.lora stands in for Transformer Engine's names; where it is installed this has nothing to show."""
     from nemo.collections.llm.peft import lora as nemo_lora
     from nemo.utils.import_utils import UnavailableError
 

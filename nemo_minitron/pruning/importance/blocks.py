@@ -22,6 +22,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.architecture import runs
 from nemo_minitron.artifacts import DepthScan
 from nemo_minitron.pruning.calibration import HOLD_OUT, dealt
 from nemo_minitron.pruning.importance.paths import (
@@ -46,17 +47,6 @@ LOWER_STRENGTHS = (1e-7, 1e-8, 1e-9, 1e-10)
 CHOICE_STRENGTH = 1e-4
 #: Whether tokens weigh 1 / mean(x_j^2) in the fit.
 WEIGHTINGS = (False, True)
-
-
-def runs(layers: Sequence[int]) -> list[Run]:
-    """Contiguous runs of layers (1-based) as (first, one past the last), 0-based."""
-    contiguous: list[Run] = []
-    for layer in sorted(layer - 1 for layer in layers):
-        if contiguous and contiguous[-1][1] == layer:
-            contiguous[-1] = (contiguous[-1][0], layer + 1)
-        else:
-            contiguous.append((layer, layer + 1))
-    return contiguous
 
 
 def blocks_of(num_layers: int, size: int) -> list[Run]:

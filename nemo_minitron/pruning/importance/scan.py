@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.architecture import parse_layers
+from nemo_minitron.architecture import parse_layers, runs
 from nemo_minitron.artifacts import DepthScan, ImportanceScores, Manifest
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.config import PruneConfig
@@ -22,7 +22,7 @@ from nemo_minitron.pruning.calibration import (
     run_on_samples,
 )
 from nemo_minitron.pruning.folders import scan_folder, scores_folder
-from nemo_minitron.pruning.importance.blocks import blocks_of, choice_cost, runs, scan_blocks, scan_layers
+from nemo_minitron.pruning.importance.blocks import blocks_of, choice_cost, scan_blocks, scan_layers
 from nemo_minitron.training.inputs import LOG
 
 if TYPE_CHECKING:
