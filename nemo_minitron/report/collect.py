@@ -12,22 +12,18 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import MANIFEST, DepthScan, ImportanceScores, Manifest
+from nemo_minitron.artifacts.stages import COMMANDS, EVALUATIONS, MODELS, STAGES, model_name, stage_name, students_of
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.report.facts import facts_of
 from nemo_minitron.report.stages import (
-    EVALUATIONS,
     REPORT,
     log_file,
-    model_name,
     number,
     read_manifests,
     read_report,
-    stage_name,
     unfinished_stages,
 )
 from nemo_minitron.report.table import add_gaps, cut_of, row, verdicts
-
-STAGE_ORDER = ("data", "finetune", "score", "scan", "refit", "prune", "distill", "evaluate")
 
 
 def collect(path: str | os.PathLike) -> dict[str, Any]:
@@ -83,14 +79,16 @@ def collect(path: str | os.PathLike) -> dict[str, Any]:
 
 def _is_flow(report: dict[str, Any], found: list[tuple[str, Manifest]], unfinished: list[dict[str, Any]]) -> bool:
     folders = {folder for folder, _ in found} | {stage["folder"] for stage in unfinished}
-    return bool(report.get("table")) or ("data" in folders and bool(folders & {"teacher", "teacher-pretrained"}))
+    data, *teachers = (STAGES[kind].folder for kind in ("data", "correct", "pretrain"))
+    return bool(report.get("table")) or (data in folders and not folders.isdisjoint(teachers))
 
 
 def _order(stage: Mapping[str, Any], told: list[Any]) -> int:
     """Where a stage stands among those that ended in the same second."""
     if stage["folder"] in told:
         return told.index(stage["folder"])
-    return STAGE_ORDER.index(stage["kind"]) if stage["kind"] in STAGE_ORDER else len(STAGE_ORDER)
+    kinds = list(COMMANDS)
+    return kinds.index(stage["kind"]) if stage["kind"] in kinds else len(kinds)
 
 
 def _stage(place: Path, folder: str, manifest: Manifest, report: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +212,7 @@ def _cuts(manifests: Mapping[str, Manifest], missing: list[str]) -> dict[str, An
     for folder, manifest in manifests.items():
         if manifest.stage != "prune":
             continue
-        name = folder.removesuffix("-pruned") or "student"
+        name = STAGES["prune"].student_in(folder) or folder or "student"
         try:
             cut = cut_of(manifest)
             plan = manifest.details["plan"]
@@ -235,13 +233,13 @@ def _table(manifests: Mapping[str, Manifest], missing: list[str]) -> list[dict[s
     for folder, manifest in manifests.items():
         head, _, last = folder.rpartition("/")
         name, student, kind = model_name(last)
-        if head != EVALUATIONS or kind not in ("teacher", "corrected", "pruned", "distilled", "control"):
+        if head != EVALUATIONS or kind not in MODELS:
             continue
         if _is_evaluation(manifest.metrics):
             rows.append(row(name, manifest.metrics, student=student, kind=kind))
         else:
             missing.append(f"{folder}: its manifest holds no losses")
-    kinds = ("teacher", "corrected", "pruned", "distilled", "control")
+    kinds = list(MODELS)
     students = list(dict.fromkeys(entry["student"] for entry in rows if entry["student"]))
     rows.sort(key=lambda entry: (students.index(entry["student"]) if entry["student"] else -1,
                                  kinds.index(entry["kind"])))  # fmt: skip
@@ -273,17 +271,12 @@ def _missing(manifests: Mapping[str, Manifest], unfinished: list[dict[str, Any]]
     """What a flow of these students would still have."""
     here = set(manifests)
     started = {stage["folder"]: stage for stage in unfinished}
-    students = list(
-        dict.fromkeys(
-            folder.rpartition("-")[0]
-            for folder in [*manifests, *started]
-            if "/" not in folder and folder.endswith(("-pruned", "-distilled"))
-        )
-    )
-    expected = ["data", "teacher", f"{EVALUATIONS}/teacher", f"{EVALUATIONS}/teacher-corrected"]
+    students = students_of([folder for folder in [*manifests, *started] if "/" not in folder], ("prune", "distill"))
+    expected = [STAGES[kind].folder for kind in ("data", "correct", "evaluate teacher", "evaluate corrected")]
     for name in students:
-        expected += [f"{name}-pruned", f"{EVALUATIONS}/{name}-pruned", f"{name}-distilled",
-                     f"{EVALUATIONS}/{name}-distilled"]  # fmt: skip
+        expected += [
+            STAGES[kind].placed(name) for kind in ("prune", "evaluate pruned", "distill", "evaluate distilled")
+        ]
     found = [f"{stage['stage']} has not ended (it works in {stage['partial']})" for stage in unfinished]
     found += [f"{stage_name(folder, '')} is not done: {folder} is missing" for folder in expected
               if folder not in here and folder not in started]  # fmt: skip

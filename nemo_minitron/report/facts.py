@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.architecture import human
-from nemo_minitron.report.stages import model_name, number
+from nemo_minitron.artifacts.stages import model_name
+from nemo_minitron.report.stages import number
 from nemo_minitron.report.table import share
 
 TASKS = {"choice": "facts_choice", "completion": "facts_completion"}

@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import Manifest
+from nemo_minitron.artifacts.stages import TRAININGS, stage_name
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.report.collect import lines_of
 from nemo_minitron.report.figures import LOSSES, loss_names, losses
 from nemo_minitron.report.page import duration
-from nemo_minitron.report.stages import TENSORBOARD, finished_stages, number, stage_name, unfinished_stages
+from nemo_minitron.report.stages import TENSORBOARD, finished_stages, number, unfinished_stages
 from nemo_minitron.report.style import svg
 
 TAIL = 20
@@ -142,7 +143,7 @@ class Watch:
         history = events.look()
         steps = [line["step"] for line in history["train"]]
         trainer = told["config"].get("trainer")
-        total = number(trainer.get("max_steps")) if isinstance(trainer, dict) and told["kind"] in TRAINS else None
+        total = number(trainer.get("max_steps")) if isinstance(trainer, dict) and told["kind"] in TRAININGS else None
         step = int(steps[-1]) if steps else None
         began, first = self.seen.setdefault(told["folder"], (time.monotonic(), step))
         seconds = time.monotonic() - began
@@ -157,10 +158,6 @@ class Watch:
             seconds=seconds,
             left=left,
         )
-
-
-#: Stages whose settings have steps to do.
-TRAINS = ("finetune", "distill")
 
 
 class Notebook:

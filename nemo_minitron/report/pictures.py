@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nemo_minitron.architecture import human
+from nemo_minitron.artifacts.stages import STAGES, students_of
 from nemo_minitron.report import figures, importance
 from nemo_minitron.report.facts import facts_of, in_words
 from nemo_minitron.report.shapes import shapes
@@ -202,8 +203,9 @@ def _curve_in_words(values: Any, what: str) -> str:
 
 def _trainings(run: Mapping[str, Any]) -> list[Picture]:
     found = []
-    for student in [*run["shapes"], *_students(run)]:
-        series = {kind: run["histories"].get(f"{student}-{kind}") for kind in ("distilled", "control")}
+    for student in [*run["shapes"], *students_of(run["histories"], ("distill",))]:
+        folders = {"distilled": STAGES["distill"].placed(student), "control": STAGES["retrain"].placed(student)}
+        series = {kind: run["histories"].get(folder) for kind, folder in folders.items()}
         series = {kind: history for kind, history in series.items() if history}
         name = f"student-{slug(student)}"
         if len(series) > 1 and name not in [picture.name for picture in found]:
@@ -233,10 +235,6 @@ def _trainings(run: Mapping[str, Any]) -> list[Picture]:
             )  # fmt: skip
         )
     return found
-
-
-def _students(run: Mapping[str, Any]) -> list[str]:
-    return [folder.removesuffix("-distilled") for folder in run["histories"] if folder.endswith("-distilled")]
 
 
 def history_in_words(title: str, history: Mapping[str, Any]) -> str:

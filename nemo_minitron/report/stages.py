@@ -1,4 +1,4 @@
-"""The stages of a run on disk: their folders, names, manifests and logs; those that work and those that have ended.
+"""The stages of a run on disk: their folders, manifests and logs; those that work and those that have ended.
 
 Files are data: nothing in them is trusted to have the right kind or to be finite.
 """
@@ -11,23 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import MANIFEST, PARTIAL_KEY, Manifest
+from nemo_minitron.artifacts.stages import EVALUATIONS, stage_name
 from nemo_minitron.errors import MinitronError
 
 REPORT, PAGE = "report.json", "report.html"
 LOG, TENSORBOARD = Path("logs") / "engine.log", "tensorboard"
-EVALUATIONS = "evaluations"
 #: Bytes of a JSON file that are read; larger ones are none of ours.
 JSON_LIMIT = 256 << 20
-
-#: Folder in a flow's output -> what the flow calls the stage.
-STAGE_NAMES = {
-    "data-broad": "data (broad)",
-    "data": "data",
-    "teacher-pretrained": "pretrain teacher",
-    "teacher": "teacher correction",
-    "scores": "importance",
-}
-STUDENT_VERBS = {"pruned": "prune", "distilled": "distil", "control": "retrain (LM loss alone)"}
 
 
 def read_manifests(place: Path, missing: list[str]) -> Iterator[tuple[str, Manifest]]:
@@ -100,31 +90,6 @@ def _without_dots(name: str) -> str:
     if last.startswith(".") and last.endswith(".partial"):
         last = last[1 : -len(".partial")]
     return f"{head}/{last}" if head else last
-
-
-def stage_name(folder: str, stage: str) -> str:
-    """What a flow calls the stage whose result lies in `folder`."""
-    head, _, last = folder.rpartition("/")
-    if head == EVALUATIONS:
-        return f"evaluate {model_name(last)[0]}"
-    if folder in STAGE_NAMES:
-        return STAGE_NAMES[folder]
-    student, _, kind = folder.rpartition("-")
-    if student and kind in STUDENT_VERBS:
-        return f"{STUDENT_VERBS[kind]} {student}"
-    if stage == "scan":
-        return f"scan blocks ({folder.partition('.depth-')[2] or folder})"
-    return f"{stage} ({folder})" if folder else stage
-
-
-def model_name(folder: str) -> tuple[str, str | None, str]:
-    """Name, student and kind of the model that an evaluation's folder is named after."""
-    if folder == "teacher":
-        return "teacher", None, "teacher"
-    if folder == "teacher-corrected":
-        return "teacher corrected", None, "corrected"
-    student, _, kind = folder.rpartition("-")
-    return (f"{student} {kind}", student, kind) if student else (folder, None, "")
 
 
 def log_files(run: str | os.PathLike) -> dict[str, Path]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from nemo_minitron.artifacts.stages import COMMANDS
 from nemo_minitron.report.page import WHOLE_RUN, flat
 
 #: Of the settings of a stage, those that say where things lie.
@@ -40,9 +41,8 @@ def run_report(run: Mapping[str, Any], repeat: Repeat) -> dict[str, Any]:
     for stage in run["stages"]:
         config = stage["config"]
         own = config.get("command", config)
-        name = "prune" if stage["kind"] in ("score", "scan", "refit") else stage["kind"]
         if isinstance(own, dict):
-            commands[stage["stage"]] = repeat(name, own)
+            commands[stage["stage"]] = repeat(COMMANDS.get(stage["kind"], stage["kind"]), own)
     machine = told.get("environment")
     machine = {key: value for key, value in machine.items() if key != "versions"} if isinstance(machine, dict) else {}
     return {

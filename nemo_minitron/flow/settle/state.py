@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.flow.configs import student_architecture
+from nemo_minitron.flow.students import student_architecture
 from nemo_minitron.megatron.layout import Layout, transformer_engine_runs
 from nemo_minitron.planning.layouts import Models
 from nemo_minitron.planning.machine import USABLE, Machine, assumed_tflops, this_machine

@@ -1,0 +1,11 @@
+"""A flow's settings may be open (null) until `settle` has chosen them; what comes after takes them as numbers."""
+
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+def chosen(value: Value | None) -> Value:
+    """`value` of a configuration with nothing left open."""
+    assert value is not None, "a setting is still open: settle the flow's configuration first"
+    return value
