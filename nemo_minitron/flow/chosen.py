@@ -6,6 +6,6 @@ Value = TypeVar("Value")
 
 
 def chosen(value: Value | None) -> Value:
-    """`value` of a configuration with nothing left open."""
-    assert value is not None, "a setting is still open: settle the flow's configuration first"
+    """`value`, that is settled by now."""
+    assert value is not None, "still open: settle the flow's configuration first"
     return value

@@ -46,26 +46,28 @@ def training_fields(config: c.FlowConfig, recipe: c.RecipeConfig, data: Path, ou
     """What a stage's configuration takes from the flow's model, hardware and recipe."""
     hardware = config.hardware
     trainer = c.TrainerConfig(
-        devices=hardware.devices,
+        devices=chosen(hardware.devices),
         num_nodes=hardware.num_nodes,
         accelerator=hardware.accelerator,
         precision=hardware.precision,
-        max_steps=recipe.max_steps,
-        val_check_interval=recipe.val_check_interval,
-        limit_val_batches=recipe.limit_val_batches,
+        max_steps=chosen(recipe.max_steps),
+        val_check_interval=chosen(recipe.val_check_interval),
+        limit_val_batches=chosen(recipe.limit_val_batches),
         log_every_n_steps=recipe.log_every_n_steps,
     )
     model = c.ModelConfig(
         nemo_path=str(output),
-        tensor_model_parallel_size=hardware.tensor_model_parallel_size,
-        pipeline_model_parallel_size=hardware.pipeline_model_parallel_size,
+        tensor_model_parallel_size=chosen(hardware.tensor_model_parallel_size),
+        pipeline_model_parallel_size=chosen(hardware.pipeline_model_parallel_size),
         sequence_parallel=hardware.sequence_parallel,
-        micro_batch_size=hardware.micro_batch_size,
-        global_batch_size=recipe.global_batch_size,
+        micro_batch_size=chosen(hardware.micro_batch_size),
+        global_batch_size=chosen(recipe.global_batch_size),
         data=c.ModelDataConfig(
             data_prefix=str(data), seq_length=config.model.seq_length, num_workers=hardware.num_workers
         ),
-        optim=c.OptimConfig(lr=recipe.lr, sched=c.SchedConfig(warmup_steps=recipe.warmup_steps, min_lr=recipe.min_lr)),
+        optim=c.OptimConfig(
+            lr=recipe.lr, sched=c.SchedConfig(warmup_steps=chosen(recipe.warmup_steps), min_lr=recipe.min_lr)
+        ),
     )
     return {
         "seed": config.seed,
@@ -79,7 +81,7 @@ def training_fields(config: c.FlowConfig, recipe: c.RecipeConfig, data: Path, ou
 def prune_config(config: c.FlowConfig, run: Path, name: str) -> c.PruneConfig:
     """The pruning stage's configuration for the student `name`."""
     hardware = config.hardware
-    stages = hardware.prune_pipeline_model_parallel_size
+    stages = chosen(hardware.prune_pipeline_model_parallel_size)
     return c.PruneConfig(
         seed=config.seed,
         overwrite=config.overwrite,
@@ -89,7 +91,7 @@ def prune_config(config: c.FlowConfig, run: Path, name: str) -> c.PruneConfig:
             pipeline_model_parallel_size=stages,
             data=c.ModelDataConfig(data_prefix=str(run / "data"), seq_length=config.model.seq_length),
         ),
-        inference=c.InferenceConfig(batch_size=config.prune.batch_size),
+        inference=c.InferenceConfig(batch_size=chosen(config.prune.batch_size)),
         prune=student_targets(config, name),
         export=c.ExportConfig(save_path=str(run / f"{name}-pruned")),
     )

@@ -107,17 +107,19 @@ class Tutorial:
         from nemo_minitron.report.pictures import pictures_of
         from nemo_minitron.report.style import LIGHT
 
-        found = {picture.name: picture for picture in pictures_of(collect(self.folder))}
-        if name not in found:
-            raise ConfigError(f"no picture {name!r} yet; there are {', '.join(found) or 'none'}", "tutorial")
-        return shown(found[name].draw(theme=LIGHT), found[name].alt)
+        pictures = {picture.name: picture for picture in pictures_of(collect(self.folder))}
+        if name not in pictures:
+            raise ConfigError(f"no picture {name!r} yet; there are {', '.join(pictures) or 'none'}", "tutorial")
+        return shown(pictures[name].draw(theme=LIGHT), pictures[name].alt)
 
     def shapes(self) -> Any:
         """Teacher and students to scale, as the configuration has them; which layers go is not known yet."""
         from nemo_minitron.report.shapes import shapes
         from nemo_minitron.report.style import LIGHT
 
-        models = [(name, self.student(name), []) for name in self.config.prune.students]
+        models: list[tuple[str, Architecture, list[int]]] = [
+            (name, self.student(name), []) for name in self.config.prune.students
+        ]
         words = "; ".join(f"{name}: {model.describe()}" for name, model, _ in models)
         return shown(shapes([("teacher", self.teacher, []), *models], theme=LIGHT), words)
 
@@ -173,10 +175,6 @@ class Tutorial:
         if logs:
             print(f"what NeMo, Megatron and ModelOpt said: {', '.join(logs)}")
         return results
-
-    def manifest(self, name: str) -> Manifest:
-        """The manifest of a stage that is done, by its folder's name (``teacher``, ``depth-pruned``)."""
-        return Manifest.read(self.folder / name)
 
     def needs(self, kind: str, notebook: str, student: str | None = None) -> None:
         """Raises ConfigError unless the step of this kind is done."""

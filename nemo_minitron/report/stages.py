@@ -98,12 +98,12 @@ def log_files(run: str | os.PathLike) -> dict[str, Path]:
     folders = {"": place} | {
         str(path.relative_to(place)): path for path in [*place.glob("*"), *place.glob(f"{EVALUATIONS}/*")]
     }
-    found = {}
+    logs = {}
     for name, folder in folders.items():
         for log in (folder / LOG, folder.with_name(f"{folder.name}.logs") / LOG):
             if log.is_file():
-                found[_without_dots(name) or place.name] = log
-    return dict(sorted(found.items(), key=lambda entry: entry[1].stat().st_mtime_ns))
+                logs[_without_dots(name) or place.name] = log
+    return dict(sorted(logs.items(), key=lambda entry: entry[1].stat().st_mtime_ns))
 
 
 def log_file(stage: str | os.PathLike) -> Path | None:

@@ -101,11 +101,11 @@ def _check_batches(state: State) -> None:
     """Raises one ConfigError with every recipe whose samples cannot be shared out."""
     run = state.run()
     micro, ranks = run.layout.micro_batch_size, run.data_parallel
-    found = [
+    problems = [
         f"{name}.global_batch_size {getattr(state.config, name).global_batch_size} must be a multiple of "
         f"hardware.micro_batch_size {micro} x data parallel {ranks} = {micro * ranks}"
         for name in state.used()
         if ranks and getattr(state.config, name).global_batch_size % (micro * ranks)
     ]
-    if found:
-        raise ConfigError(found, "flow")
+    if problems:
+        raise ConfigError(problems, "flow")
