@@ -5,10 +5,14 @@ from typing import Any
 
 from nemo_minitron import config as c
 from nemo_minitron.artifacts.stages import MODELS
-from nemo_minitron.flow.chosen import chosen
-from nemo_minitron.flow.places import checkpoint_place, place
-from nemo_minitron.flow.students import student_models, student_targets
-from nemo_minitron.flow.teacher import pretrains_on_broad
+from nemo_minitron.flow.models import (
+    checkpoint_place,
+    chosen,
+    place,
+    pretrains_on_broad,
+    student_models,
+    student_targets,
+)
 
 
 def broad_data_config(config: c.FlowConfig) -> c.DataConfig:

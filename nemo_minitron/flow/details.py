@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture, human
-from nemo_minitron.flow.chosen import chosen
+from nemo_minitron.flow.models import chosen
 
 if TYPE_CHECKING:
     from nemo_minitron.flow.steps import Step

@@ -7,9 +7,9 @@ from typing import Any
 import yaml
 
 from nemo_minitron.architecture import human
+from nemo_minitron.flow.models import student_architecture
 from nemo_minitron.flow.settle import Settled
 from nemo_minitron.flow.steps import steps
-from nemo_minitron.flow.students import student_architecture
 from nemo_minitron.planning.pace import in_words
 
 

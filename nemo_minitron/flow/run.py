@@ -7,10 +7,10 @@ from pathlib import Path
 from nemo_minitron import config as c
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.flow.dry_run import describe
+from nemo_minitron.flow.models import check_teacher
 from nemo_minitron.flow.settle import Settled, settle
 from nemo_minitron.flow.steps import Step, steps_to_run
 from nemo_minitron.flow.summary import draw, show, write_summary
-from nemo_minitron.flow.teacher import check_teacher
 from nemo_minitron.packages.versions import check_training
 from nemo_minitron.planning.machine import this_machine
 from nemo_minitron.planning.pace import in_words, measured_flops

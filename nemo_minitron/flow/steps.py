@@ -20,10 +20,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import MANIFEST, Manifest
 from nemo_minitron.artifacts.stages import STAGES
 from nemo_minitron.flow import configs, details, work
-from nemo_minitron.flow.chosen import chosen
-from nemo_minitron.flow.places import place
-from nemo_minitron.flow.students import has_control, needs_scores
-from nemo_minitron.flow.teacher import pretrains_on_broad, with_own_tokenizer
+from nemo_minitron.flow.models import chosen, has_control, needs_scores, place, pretrains_on_broad, with_own_tokenizer
 from nemo_minitron.planning.pace import Work
 
 Configuration = TypeVar("Configuration", bound=c.Config)
@@ -120,9 +117,9 @@ def cut(config: c.PruneConfig) -> Manifest:
 
 def refit(config: c.PruneConfig) -> Manifest:
     """The refit alone: what it rests on is there already."""
-    from nemo_minitron.pruning.refit import refit
+    from nemo_minitron.pruning import refit as stage
 
-    return refit(config, *_measured(config))
+    return stage.refit(config, *_measured(config))
 
 
 def _measured(config: c.PruneConfig) -> tuple[Path | None, Path | None]:

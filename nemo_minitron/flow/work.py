@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.flow.chosen import chosen
-from nemo_minitron.flow.students import model_architecture, student_architecture, student_models
+from nemo_minitron.flow.models import chosen, model_architecture, student_architecture, student_models
 from nemo_minitron.planning.flops import cut_flops, forward_flops, refit_flops, scan_flops, stage_flops, training_flops
 from nemo_minitron.planning.pace import Work
 

@@ -3,7 +3,7 @@
 import os
 import shlex
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import MANIFEST, Manifest
@@ -12,11 +12,13 @@ from nemo_minitron.config.compose import compose
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.flow import summary
 from nemo_minitron.flow.dry_run import describe
-from nemo_minitron.flow.places import place
+from nemo_minitron.flow.models import check_teacher, given_checkpoint, place, student_architecture
 from nemo_minitron.flow.settle import settle
 from nemo_minitron.flow.steps import KINDS, Step, steps_to_run
-from nemo_minitron.flow.students import student_architecture
-from nemo_minitron.flow.teacher import check_teacher, given_checkpoint
+
+if TYPE_CHECKING:
+    from IPython.display import Image
+    from matplotlib.figure import Figure
 
 #: preset of the notebooks -> settings of the flow
 PRESETS = {
@@ -97,7 +99,7 @@ class Tutorial:
         """What `minitron evaluate` can ask these models: facts where the text is the embedded corpus."""
         return "[perplexity,facts]" if self.config.data.source == "embedded" else "perplexity"
 
-    def picture(self, name: str) -> Any:
+    def picture(self, name: str) -> "Image":
         """A picture of the run as far as it has come, by its name in the report; for a notebook to show.
 
         Raises:
@@ -112,7 +114,7 @@ class Tutorial:
             raise ConfigError(f"no picture {name!r} yet; there are {', '.join(pictures) or 'none'}", "tutorial")
         return shown(pictures[name].draw(theme=LIGHT), pictures[name].alt)
 
-    def shapes(self) -> Any:
+    def shapes(self) -> "Image":
         """Teacher and students to scale, as the configuration has them; which layers go is not known yet."""
         from nemo_minitron.report.shapes import shapes
         from nemo_minitron.report.style import LIGHT
@@ -190,7 +192,7 @@ class Sample(NamedTuple):
     pieces: list[str]
 
 
-def shown(figure: Any, words: str) -> Any:
+def shown(figure: "Figure", words: str) -> "Image":
     """A matplotlib figure as a picture in a notebook, with a description for who cannot see it."""
     import io
 

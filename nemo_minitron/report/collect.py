@@ -126,7 +126,7 @@ def _histories(stages: list[dict[str, Any]], manifests: Mapping[str, Manifest]) 
     return histories
 
 
-def lines_of(value: Any) -> list[dict[str, float]]:
+def lines_of(value: object) -> list[dict[str, float]]:
     """Lines of a history: a step and finite numbers in each."""
     lines = value if isinstance(value, list) else []
     clean = [{key: entry for key, entry in line.items() if number(entry) is not None} for line in lines
@@ -200,7 +200,7 @@ def _scans(place: Path, manifests: Mapping[str, Manifest], missing: list[str]) -
     return scans
 
 
-def _are_blocks(blocks: Any) -> bool:
+def _are_blocks(blocks: object) -> bool:
     return isinstance(blocks, list) and all(
         isinstance(block, dict) and all(number(block.get(key)) is not None for key in ("first", "last", "loss"))
         for block in blocks

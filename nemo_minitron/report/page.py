@@ -257,7 +257,7 @@ def comparison_page(report: Mapping[str, Any], pictures: Sequence[Mapping[str, A
                   "Losses are in nats a token. Made by minitron report from the runs' manifests.")  # fmt: skip
 
 
-def _alike(differences: Sequence[Any]) -> list[str]:
+def _alike(differences: Sequence[Mapping[str, Any]]) -> list[str]:
     return [] if differences else ["The stages that the runs share have the same settings."]
 
 

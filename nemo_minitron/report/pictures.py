@@ -1,7 +1,7 @@
 """Which pictures a run has data for, with title, caption and a description in words."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_minitron.architecture import human
 from nemo_minitron.artifacts.stages import STAGES, students_of
@@ -9,6 +9,10 @@ from nemo_minitron.report import figures, importance
 from nemo_minitron.report.facts import facts_of, in_words
 from nemo_minitron.report.shapes import shapes
 from nemo_minitron.report.style import DARK, LIGHT, Theme, short, svg
+
+if TYPE_CHECKING:
+    import numpy
+    from matplotlib.figure import Figure
 
 IMPORTANCE_NOTE = "L2 over calibration samples of the mean magnitude over the sequence (arXiv 2407.14679, section 2.2)."
 
@@ -30,7 +34,7 @@ class Picture(NamedTuple):
     title: str
     caption: str
     alt: str
-    draw: Callable[..., Any]
+    draw: "Callable[..., Figure]"
     wide: bool = False
 
 
@@ -196,7 +200,7 @@ def _widths(run: Mapping[str, Any], scores: Mapping[str, Any]) -> list[Picture]:
     return pictures
 
 
-def _curve_in_words(values: Any, what: str) -> str:
+def _curve_in_words(values: "numpy.ndarray", what: str) -> str:
     low, high, mean = values.min(), values.max(), values.mean()
     return f"importance of {values.shape[1]} {what}: from {low:.3g} to {high:.3g}, mean {mean:.3g}"
 

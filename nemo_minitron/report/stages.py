@@ -46,7 +46,7 @@ def _check(manifest: Manifest) -> None:
         raise TypeError("peak_memory_bytes is not a number")
 
 
-def number(value: Any) -> float | None:
+def number(value: object) -> float | None:
     """`value` where it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

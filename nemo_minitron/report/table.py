@@ -88,7 +88,7 @@ def add_gaps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def noise(difference: float, tokens: Any) -> float:
+def noise(difference: float, tokens: object) -> float:
     """Standard deviation of a difference of two test losses, nats a token.
 
         sqrt(SEEDS^2 + CLUSTERING * VARIANCE_OF_DIFFERENCE * difference / tokens)

@@ -22,7 +22,7 @@ def flat_rows(value: Mapping[str, Any]) -> list[list[str]]:
     return [[name, text_of(entry)] for name, entry in flat(value).items()]
 
 
-def text_of(value: Any) -> str:
+def text_of(value: object) -> str:
     """A value as a person reads it; a long one shortened, with a word of that."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]

@@ -12,10 +12,10 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.cli.main import main
 from nemo_minitron.config.command_line import repeat
 from nemo_minitron.config.compose import compose, presets
+from nemo_minitron.flow.models import student_architecture
 from nemo_minitron.flow.settle import CHOSEN, OPEN, settle
 from nemo_minitron.flow.settle.state import State
 from nemo_minitron.flow.steps import steps
-from nemo_minitron.flow.students import student_architecture
 from nemo_minitron.planning.fitting import fits
 from nemo_minitron.planning.machine import Machine, free_memory
 from nemo_minitron.planning.pace import Pace, Work, in_words

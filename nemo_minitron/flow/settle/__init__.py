@@ -15,13 +15,12 @@ from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import write_json
 from nemo_minitron.errors import ConfigError, DataError, MinitronError
+from nemo_minitron.flow.models import check_students, check_teacher, teacher_architecture
 from nemo_minitron.flow.settle.fit import settle_devices, settle_layout
 from nemo_minitron.flow.settle.state import CHOSEN, OPEN, Choice, State
 from nemo_minitron.flow.settle.students import settle_students
 from nemo_minitron.flow.settle.time import settle_calibration, settle_recipes, settle_tests
 from nemo_minitron.flow.steps import steps
-from nemo_minitron.flow.students import check_students
-from nemo_minitron.flow.teacher import check_teacher, teacher_architecture
 from nemo_minitron.flow.work import text_bytes
 from nemo_minitron.planning.machine import Machine
 from nemo_minitron.planning.pace import Pace, Work

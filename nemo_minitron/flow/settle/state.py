@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.flow.chosen import chosen
-from nemo_minitron.flow.students import student_architecture
+from nemo_minitron.flow.models import chosen, student_architecture
 from nemo_minitron.megatron.layout import Layout, transformer_engine_runs
 from nemo_minitron.planning.layouts import Models
 from nemo_minitron.planning.machine import USABLE, Machine, assumed_tflops, this_machine
@@ -34,7 +33,7 @@ class Choice(NamedTuple):
     """A setting that was open, what it became, and why."""
 
     setting: str
-    value: Any
+    value: int | str
     why: str
 
 
@@ -79,7 +78,7 @@ class State:
             value = getattr(value, name)
         return value
 
-    def choose(self, setting: str, value: Any, why: str) -> None:
+    def choose(self, setting: str, value: int | str, why: str) -> None:
         """Settles `setting`, unless it is given."""
         if self.get(setting) is None:
             group, _, name = setting.rpartition(".")

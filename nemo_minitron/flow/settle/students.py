@@ -4,8 +4,8 @@ from typing import Any
 
 from nemo_minitron.architecture import PruningGrid, human, natural_divisor
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.flow.models import student_architecture, student_problems
 from nemo_minitron.flow.settle.state import Choice, State
-from nemo_minitron.flow.students import student_architecture, student_problems
 from nemo_minitron.pruning.shares import SHARES, share_problems, sizes_of
 
 #: What a share builds on, where it is named beside it.

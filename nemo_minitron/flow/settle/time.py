@@ -3,9 +3,8 @@
 import math
 
 from nemo_minitron.architecture import human
-from nemo_minitron.flow.chosen import chosen
+from nemo_minitron.flow.models import chosen, student_models
 from nemo_minitron.flow.settle.state import State
-from nemo_minitron.flow.students import student_models
 from nemo_minitron.flow.work import text_bytes
 from nemo_minitron.planning.fitting import fits, with_batch
 from nemo_minitron.planning.flops import forward_flops, scan_flops, stage_flops, training_flops
