@@ -1,4 +1,4 @@
-"""What passes between stages: results with a manifest, importance scores, depth scans, pruning plans."""
+"""What passes between stages: results with a manifest, importance scores, depth scans, pruning plans; their names."""
 
 from nemo_minitron.artifacts.fingerprints import fingerprint, sampled_fingerprint
 from nemo_minitron.artifacts.manifest import (

@@ -1,49 +1,77 @@
-"""From a flow's configuration to those of its stages, and the checks that come before any work."""
+"""From a flow's configuration to those of its steps."""
 
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron import config as c
-from nemo_minitron.architecture import Architecture, padded_vocab_size
-from nemo_minitron.errors import CheckpointError, ConfigError
-from nemo_minitron.pruning.plan import plan_cut, target_problems
-from nemo_minitron.published import stated_fields
+from nemo_minitron.artifacts.stages import MODELS
+from nemo_minitron.flow.models import (
+    checkpoint_place,
+    chosen,
+    place,
+    pretrains_on_broad,
+    student_models,
+    student_targets,
+)
 
 
-def pretrains_on_broad(config: c.FlowConfig) -> bool:
-    return config.model.init == "random" and config.data.source == "embedded"
+def broad_data_config(config: c.FlowConfig) -> c.DataConfig:
+    """The corpus that a teacher which is made here is pretrained on."""
+    return _corpus(config, place(config, "broad"), config.data.pretrain_words, config.data.tokenizer, "broad")
 
 
-def teachers(config: c.FlowConfig, run: Path) -> list[tuple[str, Path]]:
-    """Name and folder of the teacher before and after correction."""
-    before = run / "teacher-pretrained" if config.model.init == "random" else Path(config.model.restore_from_path)
-    return [("teacher", before), ("teacher corrected", run / "teacher")]
+def data_config(config: c.FlowConfig) -> c.DataConfig:
+    """The flow's own text; its tokenizer is the broad corpus' where there is one."""
+    tokenizer = config.data.tokenizer
+    if pretrains_on_broad(config):
+        tokenizer = tokenizer or str(place(config, "broad") / "tokenizer")
+    return _corpus(config, place(config, "data"), config.data.words, tokenizer)
+
+
+def _corpus(
+    config: c.FlowConfig, output: Path, words: int, tokenizer: str | None, domain: str = c.DataConfig.domain
+) -> c.DataConfig:
+    return c.DataConfig(
+        output=str(output),
+        source=config.data.source,
+        text_key=config.data.text_key,
+        domain=domain,
+        words=words,
+        limit_documents=config.data.limit_documents,
+        tokenizer=tokenizer,
+        vocab_size=config.data.vocab_size,
+        workers=config.data.workers,
+        seed=config.seed,
+        overwrite=config.overwrite,
+    )
 
 
 def training_fields(config: c.FlowConfig, recipe: c.RecipeConfig, data: Path, output: Path) -> dict[str, Any]:
     """What a stage's configuration takes from the flow's model, hardware and recipe."""
     hardware = config.hardware
     trainer = c.TrainerConfig(
-        devices=hardware.devices,
+        devices=chosen(hardware.devices),
         num_nodes=hardware.num_nodes,
         accelerator=hardware.accelerator,
         precision=hardware.precision,
-        max_steps=recipe.max_steps,
-        val_check_interval=recipe.val_check_interval,
-        limit_val_batches=recipe.limit_val_batches,
+        max_steps=chosen(recipe.max_steps),
+        val_check_interval=chosen(recipe.val_check_interval),
+        limit_val_batches=chosen(recipe.limit_val_batches),
         log_every_n_steps=recipe.log_every_n_steps,
     )
     model = c.ModelConfig(
         nemo_path=str(output),
-        tensor_model_parallel_size=hardware.tensor_model_parallel_size,
-        pipeline_model_parallel_size=hardware.pipeline_model_parallel_size,
+        tensor_model_parallel_size=chosen(hardware.tensor_model_parallel_size),
+        pipeline_model_parallel_size=chosen(hardware.pipeline_model_parallel_size),
         sequence_parallel=hardware.sequence_parallel,
-        micro_batch_size=hardware.micro_batch_size,
-        global_batch_size=recipe.global_batch_size,
+        micro_batch_size=chosen(hardware.micro_batch_size),
+        global_batch_size=chosen(recipe.global_batch_size),
         data=c.ModelDataConfig(
             data_prefix=str(data), seq_length=config.model.seq_length, num_workers=hardware.num_workers
         ),
-        optim=c.OptimConfig(lr=recipe.lr, sched=c.SchedConfig(warmup_steps=recipe.warmup_steps, min_lr=recipe.min_lr)),
+        optim=c.OptimConfig(
+            lr=recipe.lr, sched=c.SchedConfig(warmup_steps=chosen(recipe.warmup_steps), min_lr=recipe.min_lr)
+        ),
     )
     return {
         "seed": config.seed,
@@ -54,24 +82,10 @@ def training_fields(config: c.FlowConfig, recipe: c.RecipeConfig, data: Path, ou
     }
 
 
-def student_targets(config: c.FlowConfig, name: str) -> c.PruneTargets:
-    """The targets of the student `name`, on the flow's grid."""
-    chosen = {"method": config.prune.method, "depth_by": config.prune.depth_by} | config.prune.students[name]
-    return c.PruneTargets(
-        **chosen,
-        num_samples=config.prune.num_samples,
-        num_block_samples=config.prune.num_block_samples,
-        scores_path=str(Path(config.output_dir) / "scores"),
-        hidden_size_divisor=config.prune.hidden_size_divisor,
-        ffn_hidden_size_divisor=config.prune.ffn_hidden_size_divisor,
-        num_layers_divisor=config.prune.num_layers_divisor,
-    )
-
-
 def prune_config(config: c.FlowConfig, run: Path, name: str) -> c.PruneConfig:
     """The pruning stage's configuration for the student `name`."""
     hardware = config.hardware
-    stages = hardware.prune_pipeline_model_parallel_size
+    stages = chosen(hardware.prune_pipeline_model_parallel_size)
     return c.PruneConfig(
         seed=config.seed,
         overwrite=config.overwrite,
@@ -81,79 +95,86 @@ def prune_config(config: c.FlowConfig, run: Path, name: str) -> c.PruneConfig:
             pipeline_model_parallel_size=stages,
             data=c.ModelDataConfig(data_prefix=str(run / "data"), seq_length=config.model.seq_length),
         ),
-        inference=c.InferenceConfig(batch_size=config.prune.batch_size),
+        inference=c.InferenceConfig(batch_size=chosen(config.prune.batch_size)),
         prune=student_targets(config, name),
         export=c.ExportConfig(save_path=str(run / f"{name}-pruned")),
     )
 
 
-def instruct_config(config: c.FlowConfig, run: Path, name: str) -> c.FinetuneConfig:
+def pretrain_config(config: c.FlowConfig) -> c.FinetuneConfig:
+    """The pretraining of a teacher from random weights."""
+    data = place(config, "broad" if pretrains_on_broad(config) else "data")
+    fields = training_fields(config, config.pretrain, data, place(config, "pretrain"))
+    fields["model"].init, fields["model"].architecture = "random", dict(config.model.architecture)
+    return c.FinetuneConfig(**fields)
+
+
+def correct_config(config: c.FlowConfig) -> c.FinetuneConfig:
+    """Teacher correction, on the flow's own text."""
+    fields = training_fields(config, config.finetune, place(config, "data"), place(config, "correct"))
+    fields["model"].restore_from_path = str(checkpoint_place(config, "teacher"))
+    return c.FinetuneConfig(**fields)
+
+
+def score_config(config: c.FlowConfig) -> c.PruneConfig:
+    """One calibration pass for all students."""
+    return prune_config(config, Path(config.output_dir), next(iter(config.prune.students)))
+
+
+def cut_config(config: c.FlowConfig, name: str) -> c.PruneConfig:
+    """The scan, the refit and the cut of the student `name`."""
+    return prune_config(config, Path(config.output_dir), name)
+
+
+def distill_config(config: c.FlowConfig, name: str) -> c.DistillConfig:
+    """The distillation of the pruned student `name`."""
+    return _student_training(config, name, "distill", config.distill.kd)
+
+
+def retrain_config(config: c.FlowConfig, name: str) -> c.DistillConfig:
+    """The control: the pruned student `name` retrained with the LM loss alone."""
+    return _student_training(config, name, "retrain", c.KDConfig(kd_weight=0.0, lm_weight=1.0))
+
+
+def _student_training(config: c.FlowConfig, name: str, kind: str, kd: c.KDConfig) -> c.DistillConfig:
+    fields = training_fields(config, config.distill, place(config, "data"), place(config, kind, name))
+    fields["model"].restore_from_path = str(place(config, "prune", name))
+    if kd.kd_weight:
+        fields["model"].kd_teacher_restore_from_path = str(place(config, "correct"))
+    return c.DistillConfig(**fields, kd=kd)
+
+
+def instruct_config(config: c.FlowConfig, name: str) -> c.FinetuneConfig:
     """The instruction tuning of the distilled student `name`."""
-    fields = training_fields(config, config.instruct, run / "data", run / f"{name}-instruct")
-    fields["model"].restore_from_path = str(run / f"{name}-distilled")
+    fields = training_fields(config, config.instruct, place(config, "data"), place(config, "instruct", name))
+    fields["model"].restore_from_path = str(place(config, "distill", name))
     fields["model"].data.data_prefix, fields["model"].data.instructions = None, config.instruct.data
     return c.FinetuneConfig(**fields, instruct=config.instruct.rows, peft=config.instruct.peft)
 
 
-def check_instructions(config: c.FlowConfig) -> None:
-    """Reads the instructions, before any work, where there are any."""
-    if config.instruct.data:
-        from nemo_minitron.data.instructions import read_instructions
-
-        read_instructions(config.instruct.data, config.instruct.rows, config.seed)
-
-
-def teacher_architecture(config: c.FlowConfig) -> Architecture:
-    """The teacher's sizes: those of its checkpoint where that is here, those of the preset otherwise."""
-    path = config.model.restore_from_path
-    if config.model.init == "checkpoint" and Path(path).exists():
-        from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-
-        return open_checkpoint(path, "teacher").architecture
-    if not config.model.architecture:
-        check_teacher(config)
-    fields = stated_fields(config.model.architecture, "flow")
-    if fields.get("vocab_size") is None:
-        fields["vocab_size"] = padded_vocab_size(config.data.vocab_size)
-    return Architecture.from_settings(fields, "flow")
+def loss_config(config: c.FlowConfig, student: str | None = None, *, model: str) -> c.LossConfig:
+    """The validation and test loss, on the flow's own text, of a model of the table by its kind."""
+    output = place(config, f"evaluate {model}", student)
+    fields = training_fields(config, config.distill, place(config, "data"), output)
+    fields["model"].restore_from_path = str(checkpoint_place(config, model, student))
+    fields["trainer"].max_steps = fields["trainer"].val_check_interval = 1
+    return c.LossConfig(**fields, limit_batches=chosen(config.limit_test_batches))
 
 
-def student_architecture(config: c.FlowConfig, teacher: Architecture, name: str) -> Architecture:
-    """The sizes of the student `name`; which layers go is not needed for that."""
-    targets = student_targets(config, name)
-    layers, targets.num_layers = targets.num_layers, None
-    method = targets.method or "compensated"
-    student = Architecture.from_dict(plan_cut(teacher, targets, None, method=method).student)
-    return student.with_sizes(num_layers=layers)
-
-
-def check_students(config: c.FlowConfig, teacher: Architecture) -> None:
-    """Raises one ConfigError with everything that is wrong with the students' targets."""
-    problems = []
-    for name in config.prune.students:
-        problems += [f"prune.students.{name}: {problem}" for problem in student_problems(config, teacher, name)]
-    if problems:
-        raise ConfigError(problems, "flow")
-
-
-def student_problems(config: c.FlowConfig, teacher: Architecture, name: str) -> list[str]:
-    """Everything that is wrong with the targets of the student `name`."""
-    targets = student_targets(config, name)
-    return c.all_problems(targets) or target_problems(teacher, targets)
-
-
-def check_teacher(config: c.FlowConfig) -> None:
-    """Checks, before any work, that a teacher that is to come from a checkpoint is there."""
-    if config.model.init == "checkpoint" and not Path(config.model.restore_from_path).exists():
-        place = config.model.restore_from_path
-        sources = (config.model.download or "").split(" or ")
-        where = f" Get it, {' or '.join(f'`minitron download {source} {place}`' for source in sources)}, or"
-        raise CheckpointError(
-            f"the teacher model.restore_from_path={place} does not exist.{where if config.model.download else ''} name "
-            "its place, model.restore_from_path=PATH"
-        )
-    if config.model.init == "checkpoint" and config.data.tokenizer is None:
-        from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-
-        if open_checkpoint(config.model.restore_from_path, "teacher").tokenizer is None:
-            raise ConfigError("the teacher's checkpoint has no tokenizer: give it, data.tokenizer=DIR", "flow")
+def facts_config(config: c.FlowConfig) -> c.EvaluateConfig:
+    """Which facts of the embedded corpus each model knows, the corrected teacher first."""
+    students = [(kind, name) for name in config.prune.students for kind in student_models(config)]
+    models: list[tuple[str, str | None]] = [("corrected", None), ("teacher", None), *students]
+    data = place(config, "data")
+    return c.EvaluateConfig(
+        models=[str(checkpoint_place(config, kind, student)) for kind, student in models],
+        names=[MODELS[kind].format(student=student) for kind, student in models],
+        tasks=["facts"],
+        corpus=str(data),
+        device={"auto": "auto", "gpu": "cuda", "cpu": "cpu"}[config.hardware.accelerator],
+        tokenizer=str(data / "tokenizer"),
+        limit=config.facts,
+        seed=config.seed,
+        output=str(place(config, "facts")),
+        overwrite=config.overwrite,
+    )

@@ -2,15 +2,14 @@
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nemo_minitron import config as c
-from nemo_minitron.architecture import Architecture, human
-from nemo_minitron.flow.configs import prune_config, student_architecture, student_targets
+from nemo_minitron.architecture import human
+from nemo_minitron.flow.models import student_architecture
 from nemo_minitron.flow.settle import Settled
+from nemo_minitron.flow.steps import steps
 from nemo_minitron.planning.pace import in_words
 
 
@@ -26,8 +25,8 @@ def describe(settled: Settled) -> str:
         lines += ["", "chosen, where the settings leave it open:"]
         lines += [f"  {choice.setting} = {choice.value}: {choice.why}" for choice in settled.choices]
     lines += ["", f"stages, under {config.output_dir}:"]
-    for step in stage_names(config, teacher):
-        lines.append(f"  {step}")
+    lines += [f"  {step.describe(config, teacher)}" for step in steps(config)]
+    lines.append("then the table, report.json and report.html")
     lines += ["", *times(settled)]
     lines += ["", "configuration:", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip()]
     return "\n".join(lines)
@@ -42,57 +41,6 @@ def times(settled: Settled) -> list[str]:
         f"time: {total} in all, at {pace.flops / 1e12:.3g} TFLOP/s ({pace.source}); hardware.tflops=N says better",
         *(f"  {name}: {in_words(value)}" for name, value in seconds.items()),
     ]
-
-
-def stage_names(config: c.FlowConfig, teacher: Architecture) -> list[str]:
-    """Name, length and layout of each stage, for the plan."""
-    hardware = config.hardware
-    ranks = (
-        f"{hardware.num_nodes * hardware.devices} rank(s), tensor {hardware.tensor_model_parallel_size} x "
-        f"pipeline {hardware.pipeline_model_parallel_size}, precision {hardware.precision}"
-    )
-    tokens = config.model.seq_length
-
-    def training(name: str, recipe: c.RecipeConfig) -> str:
-        total = recipe.max_steps * recipe.global_batch_size * tokens
-        return (
-            f"{name}: {recipe.max_steps} steps x {recipe.global_batch_size} x {tokens} = {human(total)} tokens, "
-            f"lr {recipe.lr:g} to {recipe.min_lr:g}, {ranks}"
-        )
-
-    names = [f"data: {config.data.source}"]
-    if config.model.init == "random":
-        names.append(training("pretrain teacher", config.pretrain))
-    names.append(training("teacher correction", config.finetune))
-    if any(student_targets(config, name).needs_scores for name in config.prune.students):
-        names.append(f"importance: {config.prune.num_samples} samples of {tokens} tokens")
-    names += _scans(config, teacher)
-    for name, targets in config.prune.students.items():
-        cut = ", ".join(f"{key}={value}" for key, value in targets.items())
-        names += [f"prune {name}: {cut}", training(f"distil {name}", config.distill)]
-        if config.distill.control:
-            names.append(f"retrain {name} with the LM loss alone, to compare: the same steps")
-    if config.instruct.data:
-        scheme = "" if config.instruct.peft.scheme == "none" else f" ({config.instruct.peft.scheme})"
-        names += [training(f"instruct {name}{scheme}", config.instruct) for name in config.prune.students]
-    if config.data.source == "embedded" and config.facts:
-        names.append(f"facts: {config.facts} questions about the text, to every model")
-    names.append("evaluate every model; table and report.json")
-    return names
-
-
-def _scans(config: c.FlowConfig, teacher: Architecture) -> list[str]:
-    """The scans of blocks that students need, and what choosing their layers costs."""
-    from nemo_minitron.pruning.importance.scan import cost
-
-    length, found = config.model.seq_length, []
-    for name in config.prune.students:
-        pruning = prune_config(config, Path(config.output_dir), name)
-        choice = f"; {cost(teacher.num_layers, pruning, length)}" if pruning.prune.chooses_by_maps else ""
-        if pruning.needs_scan:
-            samples = config.prune.num_block_samples
-            found.append(f"scan blocks for {name}: {samples} samples of {length} tokens{choice}")
-    return found
 
 
 def describe_stage(name: str, config: Any) -> str:

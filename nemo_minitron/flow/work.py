@@ -1,17 +1,20 @@
-"""The work of each stage of a flow: the plan's operations a token times its tokens; of the text, its bytes."""
+"""The work of each kind of step: the plan's operations a token times its tokens; of the text, its bytes.
+
+Every estimate takes the flow's configuration, the teacher's sizes and the step.
+"""
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.flow.configs import pretrains_on_broad, prune_config, student_architecture
+from nemo_minitron.flow.models import chosen, model_architecture, student_architecture, student_models
 from nemo_minitron.planning.flops import cut_flops, forward_flops, refit_flops, scan_flops, stage_flops, training_flops
 from nemo_minitron.planning.pace import Work
 
-#: Splits that an evaluation reads.
-SPLITS = 2
+if TYPE_CHECKING:
+    from nemo_minitron.flow.steps import Step
+
 #: Bytes of English text a word, and of WikiText-103.
 WORD_BYTES = 6
 WIKITEXT103_BYTES = 540e6
@@ -21,71 +24,73 @@ COMPRESSED = {".gz": 3.0, ".zst": 3.0, ".parquet": 3.0}
 ANSWERS, ANSWER_TOKENS = 4, 24
 
 
-def flow_work(config: c.FlowConfig, teacher: Architecture) -> dict[str, Work]:
-    """Step of the flow -> its work.
-
-    Args:
-        config: with nothing left open.
-    """
-    return dict(_steps(config, teacher))
+def text_work(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.DataConfig]") -> Work:
+    """All of the text is read, and tokenised."""
+    return Work("text", text_bytes(step.config) or 0.0)
 
 
-def _steps(config: c.FlowConfig, teacher: Architecture) -> Iterator[tuple[str, Work]]:
-    length, run = config.model.seq_length, Path(config.output_dir)
+def training_work(
+    flow: c.FlowConfig, teacher: Architecture, step: "Step[c.FinetuneConfig] | Step[c.DistillConfig]"
+) -> Work:
+    """Steps and validations; the teacher's forward pass beside them where it teaches."""
+    trainer, model = step.config.trainer, step.config.model
+    length, sizes = _length(flow), model_architecture(flow, teacher, step.student)
+    beside = forward_flops(teacher, length) if getattr(model, "kd_teacher_restore_from_path", None) else 0.0
+    validations = trainer.max_steps // min(trainer.val_check_interval, trainer.max_steps) * trainer.limit_val_batches
+    trained = length * trainer.max_steps * model.global_batch_size
+    validated = length * validations * model.global_batch_size
+    forward, training = forward_flops(sizes, length), training_flops(sizes, length)
+    return Work("train", trained * (training + beside) + validated * (forward + beside))
 
-    def trained(recipe: c.RecipeConfig, model: Architecture, above: Architecture | None = None) -> Work:
-        forward = forward_flops(model, length)
-        other = forward_flops(above, length) if above else 0.0
-        samples = recipe.max_steps * recipe.global_batch_size
-        validated = recipe.max_steps // min(recipe.val_check_interval, recipe.max_steps) * recipe.limit_val_batches
-        tokens, seen = length * samples, length * validated * recipe.global_batch_size
-        training = training_flops(model, length)
-        return Work("train", tokens * (training + other) + seen * (forward + other))
 
-    def evaluated(model: Architecture) -> Work:
-        tokens = SPLITS * config.limit_test_batches * config.distill.global_batch_size * length
-        return Work("run", tokens * forward_flops(model, length))
+def loss_work(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.LossConfig]") -> Work:
+    """A forward pass over the batches of each split."""
+    length, sizes = _length(flow), model_architecture(flow, teacher, step.student)
+    samples = len(step.config.splits) * step.config.limit_batches * step.config.model.global_batch_size
+    return Work("run", samples * length * forward_flops(sizes, length))
 
-    if pretrains_on_broad(config):
-        yield "data (broad)", Work("text", WORD_BYTES * 1.2 * config.data.pretrain_words)
-    yield "data", Work("text", text_bytes(config.data) or 0.0)
-    if config.model.init == "random":
-        yield "pretrain teacher", trained(config.pretrain, teacher)
-    yield "teacher correction", trained(config.finetune, teacher)
-    for name in ("teacher", "teacher corrected"):
-        yield f"evaluate {name}", evaluated(teacher)
-    scoring = stage_flops("prune", teacher, None, length)
-    yield "importance", Work("run", config.prune.num_samples * length * scoring)
-    questions = config.facts if config.data.source == "embedded" else 0
+
+def score_work(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.PruneConfig]") -> Work:
+    """The calibration pass, with second moments."""
+    length = _length(flow)
+    return Work("run", step.config.prune.num_samples * length * stage_flops("prune", teacher, None, length))
+
+
+def scan_work(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.PruneConfig]") -> Work:
+    """The teacher without each block of layers."""
+    length, targets = _length(flow), step.config.prune
+    dropped = teacher.num_layers - model_architecture(flow, teacher, step.student).num_layers
+    blocks = teacher.num_layers - dropped + 1 if targets.chooses_block else dropped
+    each = scan_flops(teacher, dropped, blocks, length, every_block=targets.chooses_block)
+    return Work("run", targets.num_block_samples * length * each)
+
+
+def refit_work(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.PruneConfig]") -> Work:
+    """Teacher and student, layer by layer."""
+    length, student = _length(flow), model_architecture(flow, teacher, step.student)
+    return Work("run", step.config.prune.num_block_samples * length * refit_flops(teacher, student, length))
+
+
+def cut_work(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.PruneConfig]") -> Work:
+    """Rotation and least squares."""
+    return Work("cut", cut_flops(teacher, model_architecture(flow, teacher, step.student)))
+
+
+def facts_work(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.EvaluateConfig]") -> Work:
+    """Every answer to every question, by both teachers and all models of the students."""
     asked = 2 * forward_flops(teacher, ANSWER_TOKENS)
-    for name in config.prune.students:
-        student, pruning = student_architecture(config, teacher, name), prune_config(config, run, name)
-        if pruning.needs_scan:
-            dropped = teacher.num_layers - student.num_layers
-            blocks = teacher.num_layers - dropped + 1 if pruning.prune.chooses_block else dropped
-            each = scan_flops(teacher, dropped, blocks, length, every_block=pruning.prune.chooses_block)
-            yield f"scan blocks for {name}", Work("run", config.prune.num_block_samples * length * each)
-        if pruning.refits:
-            each = refit_flops(teacher, student, length)
-            yield f"refit {name}", Work("run", config.prune.num_block_samples * length * each)
-        yield f"prune {name}", Work("cut", cut_flops(teacher, student))
-        yield f"evaluate {name} pruned", evaluated(student)
-        yield f"distil {name}", trained(config.distill, student, teacher if config.distill.kd.kd_weight else None)
-        yield f"evaluate {name} distilled", evaluated(student)
-        if config.distill.control:
-            yield f"retrain (LM loss alone) {name}", trained(config.distill, student)
-            yield f"evaluate {name} control", evaluated(student)
-        kinds = 3 if config.distill.control else 2
-        asked += kinds * forward_flops(student, ANSWER_TOKENS)
-    if config.instruct.data:
-        for name in config.prune.students:
-            yield f"instruct {name}", trained(config.instruct, student_architecture(config, teacher, name))
-    if questions:
-        yield "evaluate facts", Work("run", questions * ANSWERS * ANSWER_TOKENS * asked)
+    for name in flow.prune.students:
+        student = student_architecture(flow, teacher, name)
+        asked += len(student_models(flow)) * forward_flops(student, ANSWER_TOKENS)
+    return Work("run", flow.facts * ANSWERS * ANSWER_TOKENS * asked)
 
 
-def text_bytes(data: c.FlowDataConfig) -> float | None:
-    """Bytes of the flow's text, all splits, decompressed at a guess; None: not known."""
+def _length(flow: c.FlowConfig) -> int:
+    return chosen(flow.model.seq_length)
+
+
+def text_bytes(data: c.FlowDataConfig | c.DataConfig) -> float | None:
+    """Bytes of the text, all splits, decompressed at a guess; None: not known."""
     if data.source == "embedded":
         return WORD_BYTES * 1.2 * data.words
     if data.source == "wikitext103":
@@ -95,8 +100,8 @@ def text_bytes(data: c.FlowDataConfig) -> float | None:
         return _size(place)
     if not os.path.isdir(place):
         return None
-    found = (os.path.join(root, name) for root, _, names in os.walk(place) for name in names if name[0] != ".")
-    return sum(_size(path) for path in found if os.path.isfile(path))
+    paths = (os.path.join(root, name) for root, _, names in os.walk(place) for name in names if name[0] != ".")
+    return sum(_size(path) for path in paths if os.path.isfile(path))
 
 
 def _size(path: str) -> float:

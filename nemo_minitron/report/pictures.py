@@ -1,13 +1,18 @@
 """Which pictures a run has data for, with title, caption and a description in words."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_minitron.architecture import human
+from nemo_minitron.artifacts.stages import STAGES, students_of
 from nemo_minitron.report import figures, importance
 from nemo_minitron.report.facts import facts_of, in_words
 from nemo_minitron.report.shapes import shapes
-from nemo_minitron.report.style import DARK, LIGHT, Theme, svg
+from nemo_minitron.report.style import DARK, LIGHT, Theme, short, svg
+
+if TYPE_CHECKING:
+    import numpy
+    from matplotlib.figure import Figure
 
 IMPORTANCE_NOTE = "L2 over calibration samples of the mean magnitude over the sequence (arXiv 2407.14679, section 2.2)."
 
@@ -29,7 +34,7 @@ class Picture(NamedTuple):
     title: str
     caption: str
     alt: str
-    draw: Callable[..., Any]
+    draw: "Callable[..., Figure]"
     wide: bool = False
 
 
@@ -39,12 +44,12 @@ def pictures_of(run: Mapping[str, Any]) -> list[Picture]:
 
 
 def _results(run: Mapping[str, Any]) -> list[Picture]:
-    found = []
+    pictures = []
     if run["shapes"]:
         models = shape_models(run)
         alt = "; ".join(f"{name}: {human(model.parameters())} parameters, {model.num_layers} layers, hidden size "
                         f"{model.hidden_size}, FFN {model.ffn_hidden_size}" for name, model, _ in models)  # fmt: skip
-        found.append(
+        pictures.append(
             Picture(
                 "shapes",
                 "result",
@@ -57,7 +62,7 @@ def _results(run: Mapping[str, Any]) -> list[Picture]:
         )
     rows = run["table"]
     if len(rows) > 1:
-        found.append(
+        pictures.append(
             Picture(
                 "loss-parameters",
                 "result",
@@ -69,7 +74,7 @@ def _results(run: Mapping[str, Any]) -> list[Picture]:
             )  # fmt: skip
         )
     if any(row["kind"] == "corrected" for row in rows) and any(row["student"] for row in rows):
-        found.append(
+        pictures.append(
             Picture(
                 "kept",
                 "result",
@@ -82,7 +87,7 @@ def _results(run: Mapping[str, Any]) -> list[Picture]:
         )
     facts = facts_of(run["facts"] or {})
     if facts:
-        found.append(
+        pictures.append(
             Picture(
                 "facts",
                 "result",
@@ -94,7 +99,7 @@ def _results(run: Mapping[str, Any]) -> list[Picture]:
                 wide=True,
             )  # fmt: skip
         )
-    return found
+    return pictures
 
 
 def _losses_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -114,14 +119,14 @@ def shape_models(run: Mapping[str, Any]) -> list[tuple[str, Any, list[int]]]:
 
 
 def _importance(run: Mapping[str, Any]) -> list[Picture]:
-    found = []
+    pictures = []
     scores = run["importance"]
     if scores is not None:
         dropped = {name: entry["drop_layers"] for name, entry in run["shapes"].items() if entry["drop_layers"]}
         influence = scores["block_influence"]
         least = min(range(len(influence)), key=influence.__getitem__) + 1
         gone = "; ".join(f"{name} drops {importance.layer_text(layers)}" for name, layers in dropped.items())
-        found.append(
+        pictures.append(
             Picture(
                 "block-influence",
                 "importance",
@@ -135,7 +140,7 @@ def _importance(run: Mapping[str, Any]) -> list[Picture]:
     for number, scan in enumerate(run["scans"]):
         if len(scan["blocks"]) > 1:
             best = min(scan["blocks"], key=lambda block: block["loss"])
-            found.append(
+            pictures.append(
                 Picture(
                     f"block-losses-{number + 1}" if number else "block-losses",
                     "importance",
@@ -147,7 +152,7 @@ def _importance(run: Mapping[str, Any]) -> list[Picture]:
                     lambda theme, scan=scan: importance.block_losses(scan, theme=theme),
                 )  # fmt: skip
             )
-    return found + (_widths(run, scores) if scores is not None else [])
+    return pictures + (_widths(run, scores) if scores is not None else [])
 
 
 def _widths(run: Mapping[str, Any], scores: Mapping[str, Any]) -> list[Picture]:
@@ -161,7 +166,7 @@ def _widths(run: Mapping[str, Any], scores: Mapping[str, Any]) -> list[Picture]:
     rotated = any(cut["compensation"].get("hidden") for cut in run["cuts"].values())
     note = " The compensated cut keeps as many directions, rotated, not these channels." if rotated else ""
     hidden, ffn = kept("hidden_size"), kept("ffn_hidden_size")
-    found = [
+    pictures = [
         Picture("hidden-curve", "importance", "Hidden channels by importance",
                 f"{IMPORTANCE_NOTE} Summed over all norms.{note}", _curve_in_words(total, "hidden channels"),
                 lambda theme: importance.sorted_curves(total, "hidden channels", hidden, of_layers=False, theme=theme)),
@@ -180,7 +185,7 @@ def _widths(run: Mapping[str, Any], scores: Mapping[str, Any]) -> list[Picture]:
                                                   theme=theme)),
     ]  # fmt: skip
     if "heads" in scores:
-        found.append(
+        pictures.append(
             Picture(
                 "heads-map",
                 "importance",
@@ -192,29 +197,30 @@ def _widths(run: Mapping[str, Any], scores: Mapping[str, Any]) -> list[Picture]:
                 ),
             )  # fmt: skip
         )
-    return found
+    return pictures
 
 
-def _curve_in_words(values: Any, what: str) -> str:
+def _curve_in_words(values: "numpy.ndarray", what: str) -> str:
     low, high, mean = values.min(), values.max(), values.mean()
     return f"importance of {values.shape[1]} {what}: from {low:.3g} to {high:.3g}, mean {mean:.3g}"
 
 
 def _trainings(run: Mapping[str, Any]) -> list[Picture]:
-    found = []
-    for student in [*run["shapes"], *_students(run)]:
-        series = {kind: run["histories"].get(f"{student}-{kind}") for kind in ("distilled", "control")}
+    pictures: list[Picture] = []
+    for student in [*run["shapes"], *students_of(run["histories"], ("distill",))]:
+        folders = {"distilled": STAGES["distill"].placed(student), "control": STAGES["retrain"].placed(student)}
+        series = {kind: run["histories"].get(folder) for kind, folder in folders.items()}
         series = {kind: history for kind, history in series.items() if history}
         name = f"student-{slug(student)}"
-        if len(series) > 1 and name not in [picture.name for picture in found]:
-            found.append(
+        if len(series) > 1 and name not in [picture.name for picture in pictures]:
+            pictures.append(
                 Picture(
                     name,
                     "training",
                     f"{student}: distilled and retrained",
                     "Both start from the same pruned weights and see the same batches; one has the teacher's logits, "
                     "the other the text alone.",
-                    "; ".join(history_in_words(figures.short(kind), history) for kind, history in series.items()),
+                    "; ".join(history_in_words(short(kind), history) for kind, history in series.items()),
                     lambda theme, series=series, student=student: figures.student_losses(
                         series, f"{student}: distilled and retrained", theme=theme
                     ),
@@ -222,7 +228,7 @@ def _trainings(run: Mapping[str, Any]) -> list[Picture]:
             )
     for folder, history in run["histories"].items():
         title = history["stage"]
-        found.append(
+        pictures.append(
             Picture(
                 f"losses-{slug(folder) or 'stage'}",
                 "training",
@@ -232,11 +238,7 @@ def _trainings(run: Mapping[str, Any]) -> list[Picture]:
                 lambda theme, history=history, title=title: figures.losses(history, title, theme=theme),
             )  # fmt: skip
         )
-    return found
-
-
-def _students(run: Mapping[str, Any]) -> list[str]:
-    return [folder.removesuffix("-distilled") for folder in run["histories"] if folder.endswith("-distilled")]
+    return pictures
 
 
 def history_in_words(title: str, history: Mapping[str, Any]) -> str:
@@ -279,11 +281,11 @@ def comparison_pictures(runs: Mapping[str, Mapping[str, Any]]) -> list[Picture]:
     Args:
         runs: a name of its own for each run -> the run.
     """
-    found = []
+    pictures = []
     tables = {name: run["table"] for name, run in runs.items() if run["table"]}
     if tables:
         words = ". ".join(f"{name}: {_losses_in_words(rows)}" for name, rows in tables.items())
-        found.append(
+        pictures.append(
             Picture(
                 "loss-parameters",
                 "result",
@@ -298,7 +300,7 @@ def comparison_pictures(runs: Mapping[str, Mapping[str, Any]]) -> list[Picture]:
         series = {name: run["histories"][folder] for name, run in runs.items() if folder in run["histories"]}
         if len(series) > 1:
             title = next(iter(series.values()))["stage"]
-            found.append(
+            pictures.append(
                 Picture(
                     f"losses-{slug(folder) or 'stage'}",
                     "training",
@@ -308,7 +310,7 @@ def comparison_pictures(runs: Mapping[str, Mapping[str, Any]]) -> list[Picture]:
                     lambda theme, series=series, title=title: figures.student_losses(series, title, theme=theme),
                 )  # fmt: skip
             )
-    return found
+    return pictures
 
 
 def slug(name: str) -> str:
@@ -322,7 +324,7 @@ def drawn(
     pictures: Sequence[Picture], missing: list[str], themes: Sequence[Theme] = (LIGHT, DARK)
 ) -> list[dict[str, Any]]:
     """The pictures as SVG in each theme; one whose data cannot be drawn is said in `missing` and left out."""
-    found = []
+    shown = []
     for picture in pictures:
         try:
             images = {theme.name: svg(picture.draw(theme=theme)) for theme in themes}
@@ -330,5 +332,5 @@ def drawn(
             missing.append(f"the picture {picture.title!r} cannot be drawn: {type(error).__name__}: {error}")
             continue
         words = {name: getattr(picture, name) for name in ("name", "section", "title", "caption", "alt", "wide")}
-        found.append({**words, "svg": images})
-    return found
+        shown.append({**words, "svg": images})
+    return shown

@@ -1,15 +1,18 @@
 """Teacher and students drawn to scale."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture, human
 from nemo_minitron.report.figures import unit_of
 from nemo_minitron.report.style import NARROW, Theme, new_figure, picture, short
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 @picture
-def shapes(models: Sequence[tuple[str, Architecture, Sequence[int]]], *, theme: Theme) -> Any:
+def shapes(models: Sequence[tuple[str, Architecture, Sequence[int]]], *, theme: Theme) -> "Figure":
     """Models to scale: a box is as wide as the hidden size, and its area is its share of the parameters.
 
     The height of a box is therefore its parameters over the hidden size. Each student's layers stand where the
@@ -83,7 +86,7 @@ def _shape_label(name: str, model: Architecture, teacher: Architecture) -> str:
     )
 
 
-def _shape_legend(made: Any, theme: Theme) -> None:
+def _shape_legend(made: "Figure", theme: Theme) -> None:
     from matplotlib.patches import Patch
 
     made.legend(

@@ -1,4 +1,4 @@
-"""The stages of a run on disk: their folders, names, manifests and logs; those that work and those that have ended.
+"""The stages of a run on disk: their folders, manifests and logs; those that work and those that have ended.
 
 Files are data: nothing in them is trusted to have the right kind or to be finite.
 """
@@ -11,23 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import MANIFEST, PARTIAL_KEY, Manifest
+from nemo_minitron.artifacts.stages import EVALUATIONS, stage_name
 from nemo_minitron.errors import MinitronError
 
 REPORT, PAGE = "report.json", "report.html"
 LOG, TENSORBOARD = Path("logs") / "engine.log", "tensorboard"
-EVALUATIONS = "evaluations"
 #: Bytes of a JSON file that are read; larger ones are none of ours.
 JSON_LIMIT = 256 << 20
-
-#: Folder in a flow's output -> what the flow calls the stage.
-STAGE_NAMES = {
-    "data-broad": "data (broad)",
-    "data": "data",
-    "teacher-pretrained": "pretrain teacher",
-    "teacher": "teacher correction",
-    "scores": "importance",
-}
-STUDENT_VERBS = {"pruned": "prune", "distilled": "distil", "control": "retrain (LM loss alone)"}
 
 
 def read_manifests(place: Path, missing: list[str]) -> Iterator[tuple[str, Manifest]]:
@@ -56,7 +46,7 @@ def _check(manifest: Manifest) -> None:
         raise TypeError("peak_memory_bytes is not a number")
 
 
-def number(value: Any) -> float | None:
+def number(value: object) -> float | None:
     """`value` where it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -102,43 +92,18 @@ def _without_dots(name: str) -> str:
     return f"{head}/{last}" if head else last
 
 
-def stage_name(folder: str, stage: str) -> str:
-    """What a flow calls the stage whose result lies in `folder`."""
-    head, _, last = folder.rpartition("/")
-    if head == EVALUATIONS:
-        return f"evaluate {model_name(last)[0]}"
-    if folder in STAGE_NAMES:
-        return STAGE_NAMES[folder]
-    student, _, kind = folder.rpartition("-")
-    if student and kind in STUDENT_VERBS:
-        return f"{STUDENT_VERBS[kind]} {student}"
-    if stage == "scan":
-        return f"scan blocks ({folder.partition('.depth-')[2] or folder})"
-    return f"{stage} ({folder})" if folder else stage
-
-
-def model_name(folder: str) -> tuple[str, str | None, str]:
-    """Name, student and kind of the model that an evaluation's folder is named after."""
-    if folder == "teacher":
-        return "teacher", None, "teacher"
-    if folder == "teacher-corrected":
-        return "teacher corrected", None, "corrected"
-    student, _, kind = folder.rpartition("-")
-    return (f"{student} {kind}", student, kind) if student else (folder, None, "")
-
-
 def log_files(run: str | os.PathLike) -> dict[str, Path]:
     """Where NeMo's, Megatron's and ModelOpt's messages went: stage -> log file, of finished and of running stages."""
     place = Path(run)
     folders = {"": place} | {
         str(path.relative_to(place)): path for path in [*place.glob("*"), *place.glob(f"{EVALUATIONS}/*")]
     }
-    found = {}
+    logs = {}
     for name, folder in folders.items():
         for log in (folder / LOG, folder.with_name(f"{folder.name}.logs") / LOG):
             if log.is_file():
-                found[_without_dots(name) or place.name] = log
-    return dict(sorted(found.items(), key=lambda entry: entry[1].stat().st_mtime_ns))
+                logs[_without_dots(name) or place.name] = log
+    return dict(sorted(logs.items(), key=lambda entry: entry[1].stat().st_mtime_ns))
 
 
 def log_file(stage: str | os.PathLike) -> Path | None:

@@ -9,7 +9,13 @@ import functools
 import io
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
+
+if TYPE_CHECKING:
+    import numpy
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 #: Inches. Narrow pictures stay readable on a phone; wide ones scroll there.
 NARROW, WIDE = 4.8, 7.6
@@ -44,7 +50,7 @@ class Mark(NamedTuple):
 
     colour: str
     marker: str
-    dash: Any
+    dash: str | tuple[int, tuple[int, ...]]
 
 
 MARKS = {
@@ -106,58 +112,73 @@ def settings(theme: Theme) -> dict[str, Any]:
     }
 
 
-def picture(draw: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a function that draws take `theme`, and draw with its settings whatever matplotlib is set to otherwise."""
+Arguments = ParamSpec("Arguments")
+#: Attribute of a figure that says which theme it was drawn in.
+THEME = "minitron_theme"
+
+
+def picture(draw: "Callable[Arguments, Figure]") -> "Callable[Arguments, Figure]":
+    """Draws with the settings of the keyword `theme`, LIGHT by default, whatever matplotlib is set to otherwise."""
 
     @functools.wraps(draw)
-    def drawn(*arguments: Any, theme: Theme = LIGHT, **named: Any) -> Any:
+    def drawn(*arguments: Arguments.args, **named: Arguments.kwargs) -> "Figure":
         import matplotlib.style
 
+        theme = named.setdefault("theme", LIGHT)
+        assert isinstance(theme, Theme)
         with matplotlib.style.context(["default", settings(theme)]):
-            made = draw(*arguments, theme=theme, **named)
-        made.minitron_theme = theme
+            made = draw(*arguments, **named)
+        vars(made)[THEME] = theme
         return made
 
     return drawn
 
 
-def new_figure(width: float, height: float, **layout: Any) -> tuple[Any, Any]:
-    """An empty figure and its axes, without pyplot; `layout` as in Figure.subplots."""
+def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    """An empty figure and its axes, without pyplot."""
+    made, grid = new_panels(width, height)
+    return made, grid[0, 0]
+
+
+def new_panels(
+    width: float, height: float, rows: int = 1, columns: int = 1, *, sharex: bool = False, sharey: bool = False
+) -> "tuple[Figure, numpy.ndarray]":
+    """An empty figure and its axes [rows, columns], without pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height))
     FigureCanvasAgg(made)
-    return made, made.subplots(**layout)
+    return made, made.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False)
 
 
-def svg(made: Any) -> str:
+def svg(made: "Figure") -> str:
     """A figure as SVG: the same text for the same data."""
     return _saved(made, "svg", {"Date": None, "Creator": None, "Format": None, "Type": None}).decode("utf-8")
 
 
-def png(made: Any, dpi: int = 150) -> bytes:
+def png(made: "Figure", dpi: int = 150) -> bytes:
     """A figure as PNG: the same bytes for the same data."""
     return _saved(made, "png", {"Software": None}, dpi=dpi)
 
 
-def _saved(made: Any, kind: str, metadata: dict[str, Any], **options: Any) -> bytes:
+def _saved(made: "Figure", kind: str, metadata: dict[str, Any], **options: Any) -> bytes:
     import matplotlib.style
 
     file = io.BytesIO()
-    with matplotlib.style.context(["default", settings(made.minitron_theme)]), warnings.catch_warnings():
+    with matplotlib.style.context(["default", settings(vars(made)[THEME])]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         made.savefig(file, format=kind, metadata=metadata, **options)
     return file.getvalue()
 
 
-def short(name: Any, limit: int = MAX_NAME) -> str:
+def short(name: object, limit: int = MAX_NAME) -> str:
     """A name on one line that fits a picture."""
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in str(name)).split())
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def log_axis(axis: Any, ratio: float) -> None:
+def log_axis(axis: "Axis", ratio: float) -> None:
     """Ticks of a logarithmic axis as plain numbers; `ratio`: of the largest value to the least."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -166,7 +187,7 @@ def log_axis(axis: Any, ratio: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def shades(count: int, theme: Theme) -> list[Any]:
+def shades(count: int, theme: Theme) -> list[tuple[float, float, float, float]]:
     """Colours for `count` ordered things (layers), from far off the paper to near it."""
     from matplotlib import colormaps
 

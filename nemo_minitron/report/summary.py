@@ -6,24 +6,27 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nemo_minitron.report.page import WHOLE_RUN, flat
+from nemo_minitron.artifacts.stages import COMMANDS
+from nemo_minitron.report.text import flat
 
 #: Of the settings of a stage, those that say where things lie.
 PLACES = ("output", "path", "prefix", "exp_dir", "name", "folder", "save_path", "dir", "tokenizer")
+#: What the command of a whole flow is called.
+WHOLE_RUN = "the whole run"
 Repeat = Callable[[str, Mapping[str, Any]], str | None]
 
 
 def environment() -> dict[str, Any]:
     """The machine that a run is on: system, processors, memory, and GPUs where torch uses them."""
-    found: dict[str, Any] = {"system": platform.platform(), "processors": os.cpu_count() or 0}
+    machine: dict[str, Any] = {"system": platform.platform(), "processors": os.cpu_count() or 0}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         gigabytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        found["memory"] = f"{gigabytes:.0f} GiB"
+        machine["memory"] = f"{gigabytes:.0f} GiB"
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        found["gpus"] = names
-    return found
+        machine["gpus"] = names
+    return machine
 
 
 def run_report(run: Mapping[str, Any], repeat: Repeat) -> dict[str, Any]:
@@ -33,16 +36,15 @@ def run_report(run: Mapping[str, Any], repeat: Repeat) -> dict[str, Any]:
         repeat: the command that makes a stage's result again, from the stage's kind and configuration.
     """
     told = run["report"]
-    versions = next((stage["versions"] for stage in reversed(run["stages"])), {})
+    versions: dict[str, str] = next((stage["versions"] for stage in reversed(run["stages"])), {})
     commands = {}
     if isinstance(told.get("config"), dict):
         commands[WHOLE_RUN] = repeat("flow", told["config"])
     for stage in run["stages"]:
         config = stage["config"]
         own = config.get("command", config)
-        name = "prune" if stage["kind"] in ("score", "scan", "refit") else stage["kind"]
         if isinstance(own, dict):
-            commands[stage["stage"]] = repeat(name, own)
+            commands[stage["stage"]] = repeat(COMMANDS.get(stage["kind"], stage["kind"]), own)
     machine = told.get("environment")
     machine = {key: value for key, value in machine.items() if key != "versions"} if isinstance(machine, dict) else {}
     return {
@@ -69,7 +71,7 @@ def comparison_report(reports: Sequence[Mapping[str, Any]], missing: Sequence[st
 def differences(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Settings that are not the same in all runs, of the stages that all have; places left out."""
     by_folder = [{stage["folder"]: stage for stage in report["stages"]} for report in reports]
-    found = []
+    different = []
     for folder, stage in by_folder[0].items():
         if not all(folder in stages for stages in by_folder):
             continue
@@ -78,5 +80,5 @@ def differences(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             values = [each.get(name) for each in settings]
             if name.rpartition(".")[2].endswith(PLACES) or all(value == values[0] for value in values):
                 continue
-            found.append({"stage": stage["stage"], "setting": name, "values": values})
-    return found
+            different.append({"stage": stage["stage"], "setting": name, "values": values})
+    return different

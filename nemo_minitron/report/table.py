@@ -1,7 +1,7 @@
 """The table that ends a flow: what each model costs and what it kept. JSON first, text from it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_minitron.architecture import human
@@ -88,7 +88,7 @@ def add_gaps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def noise(difference: float, tokens: Any) -> float:
+def noise(difference: float, tokens: object) -> float:
     """Standard deviation of a difference of two test losses, nats a token.
 
         sqrt(SEEDS^2 + CLUSTERING * VARIANCE_OF_DIFFERENCE * difference / tokens)
@@ -145,18 +145,18 @@ def render_stages(stages: list[dict[str, Any]]) -> str:
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     """One sentence a student: whether distilling beat retraining with the LM loss alone."""
-    found = []
+    sentences = []
     for name in dict.fromkeys(entry["student"] for entry in rows if entry["student"]):
         by_kind = {entry["kind"]: entry for entry in rows if entry["student"] == name}
         if {"distilled", "control"} <= set(by_kind):
             difference = by_kind["control"]["test"]["loss"] - by_kind["distilled"]["test"]["loss"]
             word = "beats" if difference > 0 else "does not beat"
-            found.append(
+            sentences.append(
                 f"{name}: distillation {word} retraining with the LM loss alone by {abs(difference):.4f} nats a token"
                 if difference
                 else f"{name}: distillation and retraining with the LM loss alone end level"
             )
-    return found
+    return sentences
 
 
 def share(value: float | None, error: float | None = None) -> str:
@@ -166,7 +166,7 @@ def share(value: float | None, error: float | None = None) -> str:
     return f"{value:.1%}" if error is None else f"{value:.1%} ± {100 * error:.1f}"
 
 
-def aligned(lines: list[tuple[str, ...]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Lines of cells as text: a heading, a rule, the first column to the left and the others to the right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rendered = []

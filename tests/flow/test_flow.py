@@ -11,9 +11,10 @@ import pytest
 
 from hf import read_weights
 from nemo_minitron.artifacts import Manifest
+from nemo_minitron.artifacts.stages import stage_name
 from nemo_minitron.cli.main import main
 from nemo_minitron.config.compose import compose
-from nemo_minitron.report.stages import log_files, stage_name
+from nemo_minitron.report.stages import log_files
 
 SMALL = [
     "data.words=20000", "data.pretrain_words=20000", "data.vocab_size=400", "data.workers=1",
@@ -81,6 +82,17 @@ def test_the_report_holds_every_model_and_stage(run):
     assert all(stage["seconds"] > 0 and stage["peak_memory_bytes"] > 1e6 for stage in report["stages"])
     assert {name for name in STAGES if not (run / name / "manifest.json").is_file()} == set()
     assert len(report["verdicts"]) == 2
+
+
+def test_the_dry_run_lists_what_ran(run, capsys):
+    """Each step by its name, in its order; and how long each takes."""
+    assert main(["flow", f"output_dir={run}", *SMALL, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    ran = [stage["stage"] for stage in json.loads((run / "report.json").read_text())["stages"]]
+    stages, _, rest = shown.partition(f"stages, under {run}:\n")[2].partition("\nthen the table")
+    times = rest.partition("\ntime: ")[2].partition("\n\n")[0].splitlines()[1:]
+    assert [line.strip().split(": ")[0] for line in stages.splitlines()] == ran
+    assert [line.strip().split(": ")[0] for line in times] == ran
 
 
 def test_every_model_is_asked_what_the_text_states(run):

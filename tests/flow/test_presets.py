@@ -12,8 +12,8 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.formats.huggingface.families import read_config
 from nemo_minitron.config.compose import compose, conf_dir
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.flow.configs import student_architecture, teacher_architecture
 from nemo_minitron.flow.dry_run import describe
+from nemo_minitron.flow.models import student_architecture, teacher_architecture
 from nemo_minitron.flow.settle import settle
 from nemo_minitron.planning.command import work_out
 from nemo_minitron.published import KNOWN, stated_fields

@@ -12,10 +12,10 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.cli.main import main
 from nemo_minitron.config.command_line import repeat
 from nemo_minitron.config.compose import compose, presets
-from nemo_minitron.flow import run as flow
-from nemo_minitron.flow.configs import student_architecture
+from nemo_minitron.flow.models import student_architecture
 from nemo_minitron.flow.settle import CHOSEN, OPEN, settle
 from nemo_minitron.flow.settle.state import State
+from nemo_minitron.flow.steps import steps
 from nemo_minitron.planning.fitting import fits
 from nemo_minitron.planning.machine import Machine, free_memory
 from nemo_minitron.planning.pace import Pace, Work, in_words
@@ -75,10 +75,10 @@ def test_any_checkpoint_is_settled_and_nothing_is_left_open(checkpoints, text, n
 
 def test_every_step_of_a_flow_has_its_work(checkpoints, text, tmp_path):
     settled = settle(asked(checkpoints["llama2"], text, f"output_dir={tmp_path}", "distill.control=true"), LAPTOP)
-    assert [step.name for step in flow.plan_steps(settled.config, settled.teacher)] == list(settled.work)
+    assert [step.name for step in steps(settled.config)] == list(settled.work)
     tiny = settle(compose("flow", [f"output_dir={tmp_path}"]))
     assert tiny.choices == [] and tiny.config == compose("flow", [f"output_dir={tmp_path}"])
-    assert [step.name for step in flow.plan_steps(tiny.config, tiny.teacher)] == list(tiny.work)
+    assert [step.name for step in steps(tiny.config)] == list(tiny.work)
     assert all(work.amount > 0 for work in [*tiny.work.values(), *settled.work.values()])
 
 

@@ -15,12 +15,13 @@ from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import write_json
 from nemo_minitron.errors import ConfigError, DataError, MinitronError
-from nemo_minitron.flow.configs import check_students, check_teacher, teacher_architecture
+from nemo_minitron.flow.models import check_students, check_teacher, teacher_architecture
 from nemo_minitron.flow.settle.fit import settle_devices, settle_layout
 from nemo_minitron.flow.settle.state import CHOSEN, OPEN, Choice, State
 from nemo_minitron.flow.settle.students import settle_students
 from nemo_minitron.flow.settle.time import settle_calibration, settle_recipes, settle_tests
-from nemo_minitron.flow.work import flow_work, text_bytes
+from nemo_minitron.flow.steps import steps
+from nemo_minitron.flow.work import text_bytes
 from nemo_minitron.planning.machine import Machine
 from nemo_minitron.planning.pace import Pace, Work
 
@@ -85,7 +86,7 @@ def settle(config: c.FlowConfig, machine: Machine | None = None) -> Settled:
         settle_tests(state)
         settle_calibration(state)
     _check_batches(state)
-    work = flow_work(state.config, state.teacher)
+    work = {step.name: step.work(state.config, state.teacher) for step in steps(state.config)}
     return Settled(state.config, state.teacher, state.choices, Pace(*state.rate(), config.data.workers), work)
 
 
@@ -99,11 +100,11 @@ def _check_batches(state: State) -> None:
     """Raises one ConfigError with every recipe whose samples cannot be shared out."""
     run = state.run()
     micro, ranks = run.layout.micro_batch_size, run.data_parallel
-    found = [
+    problems = [
         f"{name}.global_batch_size {getattr(state.config, name).global_batch_size} must be a multiple of "
         f"hardware.micro_batch_size {micro} x data parallel {ranks} = {micro * ranks}"
         for name in state.used()
         if ranks and getattr(state.config, name).global_batch_size % (micro * ranks)
     ]
-    if found:
-        raise ConfigError(found, "flow")
+    if problems:
+        raise ConfigError(problems, "flow")

@@ -23,12 +23,12 @@ def settle_layout(state: State) -> None:
     tried = [given] if given else list(lengths(state.longest()))
     for length in tried:
         run = with_batch(run, seq_length=length)
-        found, scoring = _layout(state, models, run, limit)
-        if scoring:
+        candidate, scoring = _layout(state, models, run, limit)
+        if candidate is not None and scoring:
             break
     else:
-        raise EngineError(_nothing_fits(state, models, run, found, whose))
-    run = found.run
+        raise EngineError(_nothing_fits(state, models, run, candidate, whose))
+    run = candidate.run
     why = "as few ranks as hold a replica"
     state.choose("hardware.tensor_model_parallel_size", run.layout.tensor_parallel, why)
     state.choose("hardware.pipeline_model_parallel_size", run.layout.pipeline_parallel, why)
@@ -52,30 +52,30 @@ def _layout(state: State, models: Models, run: Run, limit: float | None) -> tupl
         "tensor_parallel": hardware.tensor_model_parallel_size,
         "pipeline_parallel": hardware.pipeline_model_parallel_size,
     }
-    found = best_layout(models, run, limit, {name: size for name, size in fixed.items() if size is not None})
-    if found is None or found.problem is not None:
-        return found, 0
+    candidate = best_layout(models, run, limit, {name: size for name, size in fixed.items() if size is not None})
+    if candidate is None or candidate.problem is not None:
+        return candidate, 0
     given, ranks = hardware.prune_pipeline_model_parallel_size, run.layout.world_size
     for scoring in [given] if given else range(1, min(ranks, state.teacher.num_layers) + 1):
-        if fits(models, found.run, ("prune",), limit, (scoring, 1)):
-            return found, scoring
-    return found, 0
+        if fits(models, candidate.run, ("prune",), limit, (scoring, 1)):
+            return candidate, scoring
+    return candidate, 0
 
 
-def _nothing_fits(state: State, models: Models, run: Run, found: Candidate | None, whose: str) -> str:
+def _nothing_fits(state: State, models: Models, run: Run, candidate: Candidate | None, whose: str) -> str:
     """Why no sequence is short enough."""
     hardware = state.config.hardware
     ranks = f"{hardware.num_nodes} x {hardware.devices} rank(s)"
-    if found is None or not found.possible:
+    if candidate is None or not candidate.possible:
         layout = run.layout
-        what = found.problem if found else (
+        what = candidate.problem if candidate else (
             f"{ranks} cannot be divided into tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel}"
         )  # fmt: skip
         return f"{what}; leave hardware.*_model_parallel_size open (null), or give sizes that divide the teacher"
-    if found.problem:
-        why = found.problem
+    if candidate.problem:
+        why = candidate.problem
     else:
-        stage, total = peak(models, found.run, ("prune",))
+        stage, total = peak(models, candidate.run, ("prune",))
         why = f"{stage} needs {total / 1e9:.1f} GB"
     return (
         f"nothing fits {whose}: {why}, with sequences of {run.seq_length} and micro batch "

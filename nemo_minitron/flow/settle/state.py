@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.flow.configs import student_architecture
+from nemo_minitron.flow.models import chosen, student_architecture
 from nemo_minitron.megatron.layout import Layout, transformer_engine_runs
 from nemo_minitron.planning.layouts import Models
 from nemo_minitron.planning.machine import USABLE, Machine, assumed_tflops, this_machine
@@ -33,7 +33,7 @@ class Choice(NamedTuple):
     """A setting that was open, what it became, and why."""
 
     setting: str
-    value: Any
+    value: int | str
     why: str
 
 
@@ -48,8 +48,9 @@ class State:
     """
 
     def __init__(self, config: c.FlowConfig, machine: Machine | None):
-        self.config, self.choices = copy.deepcopy(config), []
-        self.teacher: Architecture | None = None
+        self.config = copy.deepcopy(config)
+        self.choices: list[Choice] = []
+        self._teacher: Architecture | None = None
         self._machine = machine
         self.kept = {} if config.overwrite else read_kept(Path(config.output_dir) / CHOSEN)
         for setting in OPEN:
@@ -58,18 +59,26 @@ class State:
         self.insists = None not in (self.config.model.seq_length, self.config.hardware.micro_batch_size)
 
     @property
+    def teacher(self) -> Architecture:
+        return chosen(self._teacher)
+
+    @teacher.setter
+    def teacher(self, sizes: Architecture) -> None:
+        self._teacher = sizes
+
+    @property
     def machine(self) -> Machine:
         if self._machine is None:
             self._machine = this_machine(self.config.hardware.accelerator)
         return self._machine
 
     def get(self, setting: str) -> Any:
-        value = self.config
+        value: Any = self.config
         for name in setting.split("."):
             value = getattr(value, name)
         return value
 
-    def choose(self, setting: str, value: Any, why: str) -> None:
+    def choose(self, setting: str, value: int | str, why: str) -> None:
         """Settles `setting`, unless it is given."""
         if self.get(setting) is None:
             group, _, name = setting.rpartition(".")
@@ -107,7 +116,7 @@ class State:
             return None, "memory that is not known (hardware.memory_gb)"
         if self.cuda():
             return memory, f"{memory / 1e9:.1f} GB, {USABLE:.0%} of a GPU's"
-        memory /= hardware.devices
+        memory /= chosen(hardware.devices)
         return memory, f"{memory / 1e9:.1f} GB a process, {USABLE:.0%} of what is free here"
 
     def run(self) -> Run:

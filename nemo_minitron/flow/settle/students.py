@@ -4,7 +4,7 @@ from typing import Any
 
 from nemo_minitron.architecture import PruningGrid, human, natural_divisor
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.flow.configs import student_architecture, student_problems
+from nemo_minitron.flow.models import student_architecture, student_problems
 from nemo_minitron.flow.settle.state import Choice, State
 from nemo_minitron.pruning.shares import SHARES, share_problems, sizes_of
 
@@ -14,18 +14,18 @@ NAMED = ("num_layers", "drop_layers", "num_attention_heads")
 
 def settle_students(state: State) -> None:
     """Every share becomes the nearest shape on the grid; raises ConfigError with what is wrong with any of them."""
-    students, found = state.config.prune.students, []
+    students, problems = state.config.prune.students, []
     for name, targets in students.items():
         asked = {share: targets[share] for share in SHARES if targets.get(share) is not None}
-        problems = share_problems(targets)
+        wrong = share_problems(targets)
         students[name] = {key: value for key, value in targets.items() if key not in SHARES}
-        if asked and not problems and any(targets.get(size) is not None for size in NAMED):
-            problems = student_problems(state.config, state.teacher, name)
-        found += [f"prune.students.{name}: {problem}" for problem in problems]
-        if asked and not problems:
+        if asked and not wrong and any(targets.get(size) is not None for size in NAMED):
+            wrong = student_problems(state.config, state.teacher, name)
+        problems += [f"prune.students.{name}: {problem}" for problem in wrong]
+        if asked and not wrong:
             _take_shares(state, name, asked)
-    if found:
-        raise ConfigError(found, "flow")
+    if problems:
+        raise ConfigError(problems, "flow")
 
 
 def _take_shares(state: State, name: str, asked: dict[str, Any]) -> None:
@@ -37,8 +37,8 @@ def _take_shares(state: State, name: str, asked: dict[str, Any]) -> None:
             _say_divisor(state, size, given)
     grid = PruningGrid(**widths, num_layers=prune.num_layers_divisor)
     named = prune.students[name]
-    found = sizes_of({"method": prune.method} | named | asked, teacher, grid)
-    sizes = {size: value for size, value in found.items() if size not in named and size != "method"}
+    all_sizes = sizes_of({"method": prune.method} | named | asked, teacher, grid)
+    sizes = {size: value for size, value in all_sizes.items() if size not in named and size != "method"}
     prune.students[name] = named | sizes
     student = student_architecture(state.config, teacher, name)
     state.choices.append(

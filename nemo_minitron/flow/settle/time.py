@@ -3,6 +3,7 @@
 import math
 
 from nemo_minitron.architecture import human
+from nemo_minitron.flow.models import chosen, student_models
 from nemo_minitron.flow.settle.state import State
 from nemo_minitron.flow.work import text_bytes
 from nemo_minitron.planning.fitting import fits, with_batch
@@ -27,7 +28,7 @@ SCORING_BATCH = 16
 
 def settle_recipes(state: State) -> None:
     """Batches, steps and validations: each training sees as many tokens."""
-    length, each = state.config.model.seq_length, state.run().data_parallel
+    length, each = chosen(state.config.model.seq_length), state.run().data_parallel
     each *= state.config.hardware.micro_batch_size or 1
     tokens, bound = _tokens(state)
     batch = each * _power_of_two(tokens / (AIMED_STEPS * length * each), LEAST_BATCH / each, MOST_BATCH / each)
@@ -49,7 +50,7 @@ def settle_recipes(state: State) -> None:
 
 def _tokens(state: State) -> tuple[float, str]:
     """Tokens of each training whose steps are open, and what bounds them."""
-    length, each = state.config.model.seq_length, _trainings(state)
+    length, each = chosen(state.config.model.seq_length), _trainings(state)
     left = state.operations(TRAINING)
     for name, flops in each.items():
         recipe = getattr(state.config, name)
@@ -67,13 +68,13 @@ def _tokens(state: State) -> tuple[float, str]:
 
 def _trainings(state: State) -> dict[str, float]:
     """Recipe -> operations of a token in all its trainings together."""
-    config, length = state.config, state.config.model.seq_length
+    config, length = state.config, chosen(state.config.model.seq_length)
     teacher = forward_flops(state.teacher, length)
     each = [training_flops(student, length) for student in state.shapes()]
     with_teacher = teacher if config.distill.kd.kd_weight else 0.0
-    found = {"pretrain": 3 * teacher, "finetune": 3 * teacher, "instruct": sum(each)}
-    found["distill"] = sum(each) * (2 if config.distill.control else 1) + with_teacher * len(each)
-    return {name: found[name] for name in state.used()}
+    operations = {"pretrain": 3 * teacher, "finetune": 3 * teacher, "instruct": sum(each)}
+    operations["distill"] = sum(each) * (len(student_models(config)) - 1) + with_teacher * len(each)
+    return {name: operations[name] for name in state.used()}
 
 
 def _settle_micro_batch(state: State) -> None:
@@ -96,19 +97,19 @@ def _settle_micro_batch(state: State) -> None:
 
 def settle_tests(state: State) -> None:
     """Batches of an evaluation: every model, two splits."""
-    length = state.config.model.seq_length
-    models = [state.teacher] * 2 + state.shapes() * (3 if state.config.distill.control else 2)
+    length = chosen(state.config.model.seq_length)
+    models = [state.teacher] * 2 + state.shapes() * len(student_models(state.config))
     each = 2 * sum(forward_flops(model, length) for model in models)
     tokens = min(max(state.operations(TESTING) / each, TESTED[0]), TESTED[1])
-    batches = max(1, int(tokens / (state.config.distill.global_batch_size * length)))
+    batches = max(1, int(tokens / (chosen(state.config.distill.global_batch_size) * length)))
     why = f"{TESTING:.0%} of {state.config.minutes:g} minutes for {len(models)} evaluations, 2^14 to 2^18 tokens each"
     state.choose("limit_test_batches", batches, why)
 
 
 def settle_calibration(state: State) -> None:
     """Samples of scoring and of the scan of blocks, and how many go at once."""
-    (limit, whose), length, run = state.limit(), state.config.model.seq_length, state.run()
-    scoring, size = state.config.hardware.prune_pipeline_model_parallel_size, 1
+    (limit, whose), length, run = state.limit(), chosen(state.config.model.seq_length), state.run()
+    scoring, size = chosen(state.config.hardware.prune_pipeline_model_parallel_size), 1
     while size < SCORING_BATCH and (state.cuda() or 2 * size * length <= CPU_TOKENS):
         if not fits(state.models(), run, ("prune",), limit, (scoring, 2 * size)):
             break
@@ -127,7 +128,7 @@ def settle_calibration(state: State) -> None:
                    every_block=every)
         for dropped in layers if dropped
     )  # fmt: skip
-    ranks = 4 * state.config.hardware.devices * state.config.hardware.num_nodes
+    ranks = 4 * chosen(state.config.hardware.devices) * state.config.hardware.num_nodes
     least = -(-SCANNED[0] // length)
     samples = int(state.operations(SCORING / 3) / (each * length)) if each else least
     samples = min(max(samples, least), max(SCANNED[1], least))

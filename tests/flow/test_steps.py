@@ -1,0 +1,86 @@
+"""A flow's steps as data: what they are called, what they read of each other, and what runs them."""
+
+import dataclasses
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.artifacts.stages import COMMANDS, MODELS, STAGES, TRAININGS, model_name, stage_name
+from nemo_minitron.config.compose import SCHEMAS, compose
+from nemo_minitron.flow.models import MADE_BY
+from nemo_minitron.flow.settle import settle
+from nemo_minitron.flow.steps import KINDS, steps
+
+#: With everything that a flow may have.
+WHOLE = ["instruct.data=rows.jsonl", "prune.students.third.num_layers=4"]
+
+
+def planned(*settings: str):
+    return steps(settle(compose("flow", ["output_dir=run", *WHOLE, *settings])).config)
+
+
+def test_every_kind_has_a_name_and_a_function_in_the_order_of_the_flow():
+    assert list(KINDS) == list(STAGES)
+    for kind in KINDS.values():
+        for function in filter(None, (kind.function, kind.output)):
+            assert callable(pkgutil.resolve_name(function)), function
+    assert list(MODELS) == list(MADE_BY) and {f"evaluate {model}" for model in MODELS} < set(KINDS)
+    assert set(COMMANDS.values()) <= set(SCHEMAS) and set(TRAININGS) < set(COMMANDS)
+
+
+def test_a_flow_with_everything_has_every_kind_and_no_two_steps_share_name_or_folder():
+    everything = planned()
+    assert {step.kind for step in everything} == set(KINDS)
+    assert len({step.name for step in everything}) == len({step.output for step in everything}) == len(everything)
+    students = [step.student for step in everything if step.kind == "prune"]
+    assert students == ["depth", "width", "third"]
+    alone = {step.kind for step in planned("distill.control=false", "facts=0", "instruct.data=null")}
+    assert set(KINDS) - alone == {"retrain", "evaluate control", "instruct", "facts"}
+
+
+def test_a_folder_names_its_stage():
+    for step in planned():
+        folder = step.output.relative_to("run").as_posix()
+        if STAGES[step.kind].folder:
+            assert folder == STAGES[step.kind].placed(step.student) and stage_name(folder, "?") == step.name
+    assert stage_name("a-b-pruned", "prune") == "prune a-b" and stage_name("evaluations/a-b", "") == "evaluate a b"
+    assert stage_name("mine", "distill") == "distill (mine)" and stage_name("", "prune") == "prune"
+    assert stage_name("scores.depth-block-loss-2", "scan") == "scan blocks (block-loss-2)"
+    assert model_name("a-b-control") == ("a-b control", "a-b", "control")
+    assert model_name("teacher-corrected") == ("teacher corrected", None, "corrected")
+
+
+@pytest.mark.parametrize("settings", [[], ["distill.control=false"], ["data.source=prose"]])
+def test_a_step_reads_what_steps_before_it_made_and_writes_its_folder(settings):
+    made: list[Path] = []
+    for step in planned(*settings):
+        writes = Path(step.config.output)
+        if step.kind not in ("score", "scan", "refit"):  # theirs is the configuration of the cut that they are for
+            assert writes == step.output
+        for path in paths(dataclasses.asdict(step.config)):
+            assert any(path.is_relative_to(folder) for folder in (*made, step.output, writes)), (step.name, path)
+        made.append(step.output)
+
+
+def paths(value) -> list[Path]:
+    """Paths below the run's folder that a configuration names, its experiment's folder aside."""
+    if isinstance(value, dict):
+        return [path for name, entry in value.items() if name != "exp_dir" for path in paths(entry)]
+    if isinstance(value, list):
+        return [path for entry in value for path in paths(entry)]
+    return [Path(value)] if isinstance(value, str) and value.startswith("run/") else []
+
+
+def test_the_control_differs_from_the_distillation_by_its_losses_alone():
+    by_kind = {step.kind: step.config for step in planned() if step.student == "width"}
+    distilled, control = by_kind["distill"], by_kind["retrain"]
+    assert control.kd.kd_weight == 0.0 and control.model.kd_teacher_restore_from_path is None
+    assert distilled.model.kd_teacher_restore_from_path == "run/teacher"
+    same = dataclasses.replace(control, kd=distilled.kd, exp_manager=distilled.exp_manager)
+    same.model = dataclasses.replace(
+        control.model,
+        nemo_path=distilled.model.nemo_path,
+        kd_teacher_restore_from_path=distilled.model.kd_teacher_restore_from_path,
+    )
+    assert same == distilled
