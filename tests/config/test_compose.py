@@ -6,9 +6,10 @@ import shlex
 import pytest
 
 from nemo_minitron.architecture import parse_layers
-from nemo_minitron.config import compose as composer
-from nemo_minitron.config import output_format
-from nemo_minitron.config.compose import compose, presets, read
+from nemo_minitron.config import compat, output_format
+from nemo_minitron.config.commands import COMMANDS
+from nemo_minitron.config.compose import check, compose, conf_dir, presets, read
+from nemo_minitron.config.reflect import leaf_types, setting_docs
 from nemo_minitron.errors import ConfigError
 
 REQUIRED = {
@@ -77,18 +78,16 @@ def problems(command, *overrides, **kwargs):
     return caught.value.problems
 
 
-@pytest.mark.parametrize("command", composer.SCHEMAS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_composes_and_validates(command):
-    assert type(compose(command, REQUIRED[command])) is composer.SCHEMAS[command]
+    assert type(compose(command, REQUIRED[command])) is COMMANDS[command].schema
 
 
 def test_every_file_of_conf_is_a_command_or_a_preset():
     offered = {f"{group}/{name}" for group, names in presets("flow").items() for name in names}
-    files = {
-        path.relative_to(composer.conf_dir()).with_suffix("").as_posix() for path in composer.conf_dir().rglob("*.yaml")
-    }
-    assert files == offered | set(composer.SCHEMAS)
-    assert composer.check() > len(composer.SCHEMAS)
+    files = {path.relative_to(conf_dir()).with_suffix("").as_posix() for path in conf_dir().rglob("*.yaml")}
+    assert files == offered | set(COMMANDS)
+    assert check() > len(COMMANDS)
 
 
 @pytest.mark.parametrize("model, hardware", itertools.product(presets("flow")["model"], presets("flow")["hardware"]))
@@ -245,9 +244,9 @@ def test_commands_of_the_nemo_tutorial_pass_unchanged(command, line):
         assert "exp_manager.checkpoint_callback_params.save_top_k" in notes[0]
 
 
-@pytest.mark.parametrize("name", " ".join(composer.NEMO_UNUSED.values()).split())
+@pytest.mark.parametrize("name", " ".join(compat.UNUSED.values()).split())
 def test_unused_settings_of_nemo_are_no_fields_here(name):
-    fields = [composer.leaf_types(composer.SCHEMAS[command]) for command in composer.NEMO_COMMANDS]
+    fields = [leaf_types(command.schema) for command in COMMANDS.values() if command.nemo_names]
     assert any(name not in known for known in fields)
 
 
@@ -261,10 +260,10 @@ def test_unused_settings_are_told_once_and_a_field_wins():
     assert problems("flow", "inference.greedy=true") == ["inference.greedy is not a setting, see --help"]
 
 
-@pytest.mark.parametrize("command", composer.SCHEMAS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_setting_is_documented(command):
-    docs = composer.setting_docs(composer.SCHEMAS[command])
-    assert docs.keys() == composer.leaf_types(composer.SCHEMAS[command]).keys()
+    docs = setting_docs(COMMANDS[command].schema)
+    assert docs.keys() == leaf_types(COMMANDS[command].schema).keys()
     assert all(docs.values()), [name for name, text in docs.items() if not text]
 
 
