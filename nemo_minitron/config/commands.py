@@ -5,6 +5,7 @@ docs/commands.rst read it. A new command is an entry here, its schema, its funct
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from nemo_minitron import config as c
@@ -50,6 +51,7 @@ class Command:
         extras: extras of this package that bring what it needs beyond the core dependencies.
         launched: whether `--launch` takes it to torchrun's ranks or to Slurm, and `--dry-run` shows what would be done;
             its files and overrides may hold hardware.* and slurm.* (LaunchConfig) too.
+        hardware: what its settings take of a hardware preset: setting -> setting of the hardware.
         nemo_names: whether it takes the overrides of NeMo 24.07's scripts (nemo_minitron.config.compat).
         afterwards: command to run next, with `{output}` for where the result lies.
     """
@@ -61,6 +63,7 @@ class Command:
     options: tuple[Option, ...] = ()
     extras: tuple[str, ...] = (ENGINE,)
     launched: bool = False
+    hardware: Mapping[str, str] = dataclasses.field(default_factory=dict)
     nemo_names: bool = False
     afterwards: str = ""
 
@@ -86,6 +89,7 @@ COMMANDS = {
         function="nemo_minitron.training.finetune:finetune",
         summary="correct the teacher on the data, or train a model",
         launched=True,
+        hardware=c.TRAINING,
         nemo_names=True,
     ),
     "prune": Command(
@@ -93,6 +97,7 @@ COMMANDS = {
         function="nemo_minitron.flow.run:prune",
         summary="cut layers (depth) or sizes (width) out of a model",
         launched=True,
+        hardware=c.SCORING,
         nemo_names=True,
     ),
     "distill": Command(
@@ -100,6 +105,7 @@ COMMANDS = {
         function="nemo_minitron.distillation.command:distill",
         summary="train a pruned student on its teacher's logits",
         launched=True,
+        hardware=c.TRAINING,
         nemo_names=True,
     ),
     "flow": Command(

@@ -10,7 +10,7 @@ import functools
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,10 @@ def _merged(
     for key, text in settings:
         if key.partition(".")[0] in outside:
             beside.override(key, text)
-    merge.set_all(_with_hardware(composed, beside.given))
+    # The hardware's values, then those of files, then those of overrides: each wins over what is before it.
+    tree = _with_hardware(composed, beside.given)
+    merge.set_all(_taken(tree, COMMANDS[command].hardware))
+    merge.set_all(_asked(tree, composed))
     for key, text in settings:
         if key.partition(".")[0] not in outside:
             merge.override(key, text)
@@ -136,27 +139,43 @@ def _beside(command: str) -> list[str]:
     return [name for name in typing.get_type_hints(LaunchConfig) if COMMANDS[command].launched and name not in own]
 
 
-def _with_hardware(composed: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """`composed` with what its values take from the hardware preset, `${oc.select:hardware.NAME,OTHERWISE}`, put in."""
+def _with_hardware(files: dict[str, Any], hardware: dict[str, Any]) -> Any:
+    """The tree of what files say, with the settings of the hardware that are given in it: interpolations may ask for
+    them, `${oc.select:hardware.NAME,OTHERWISE}`. What the hardware leaves open (null) is not there."""
     from omegaconf import OmegaConf
 
-    tree = OmegaConf.create({**composed, "hardware": {}})
-    for key, value in given.items():
-        if value is not None:  # hardware=auto leaves it open
+    tree = OmegaConf.create({**files, "hardware": {}})
+    for key, value in hardware.items():
+        if value is not None:
             OmegaConf.update(tree, key, value)
+    return tree
 
-    def resolved(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        resolved_values: dict[str, Any] = {}
-        for name, value in values.items():
-            key = f"{prefix}{name}"
-            if isinstance(value, dict):
-                value = resolved(value, f"{key}.")
-            elif isinstance(value, str) and "${oc.select:hardware." in value:
-                value = OmegaConf.select(tree, key)
-            resolved_values[name] = value
-        return resolved_values
 
-    return resolved(composed)
+def _taken(tree: Any, takes: Mapping[str, str]) -> dict[str, Any]:
+    """Setting -> value of what a stage takes of the hardware in `tree`, as far as that gives it.
+
+    Args:
+        takes: setting of the stage -> setting of the hardware.
+    """
+    from omegaconf import OmegaConf
+
+    values = {setting: OmegaConf.select(tree, f"hardware.{name}") for setting, name in takes.items()}
+    return {setting: value for setting, value in values.items() if value is not None}
+
+
+def _asked(tree: Any, values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`values` of a file, and where they ask for the hardware's, these."""
+    from omegaconf import OmegaConf
+
+    answered: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            value = _asked(tree, value, f"{key}.")
+        elif isinstance(value, str) and "${oc.select:hardware." in value:
+            value = OmegaConf.select(tree, key)
+        answered[name] = value
+    return answered
 
 
 def conf_dir() -> Path:

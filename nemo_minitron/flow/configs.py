@@ -24,10 +24,7 @@ def training_fields(config: c.FlowConfig, recipe: c.RecipeConfig, data: Path, ou
     """What a stage's configuration takes from the flow's model, hardware and recipe."""
     hardware = config.hardware
     trainer = c.TrainerConfig(
-        devices=hardware.devices,
-        num_nodes=hardware.num_nodes,
-        accelerator=hardware.accelerator,
-        precision=hardware.precision,
+        **hardware.trainer(),
         max_steps=recipe.max_steps,
         val_check_interval=recipe.val_check_interval,
         limit_val_batches=recipe.limit_val_batches,
@@ -35,14 +32,9 @@ def training_fields(config: c.FlowConfig, recipe: c.RecipeConfig, data: Path, ou
     )
     model = c.ModelConfig(
         nemo_path=str(output),
-        tensor_model_parallel_size=hardware.tensor_model_parallel_size,
-        pipeline_model_parallel_size=hardware.pipeline_model_parallel_size,
-        sequence_parallel=hardware.sequence_parallel,
-        micro_batch_size=hardware.micro_batch_size,
+        **hardware.model(),
         global_batch_size=recipe.global_batch_size,
-        data=c.ModelDataConfig(
-            data_prefix=str(data), seq_length=config.model.seq_length, num_workers=hardware.num_workers
-        ),
+        data=c.ModelDataConfig(data_prefix=str(data), seq_length=config.model.seq_length, **hardware.loader()),
         optim=c.OptimConfig(lr=recipe.lr, sched=c.SchedConfig(warmup_steps=recipe.warmup_steps, min_lr=recipe.min_lr)),
     )
     return {
@@ -70,15 +62,13 @@ def student_targets(config: c.FlowConfig, name: str) -> c.PruneTargets:
 
 def prune_config(config: c.FlowConfig, run: Path, name: str) -> c.PruneConfig:
     """The pruning stage's configuration for the student `name`."""
-    hardware = config.hardware
-    stages = hardware.prune_pipeline_model_parallel_size
     return c.PruneConfig(
         seed=config.seed,
         overwrite=config.overwrite,
-        trainer=c.TrainerConfig(devices=stages, accelerator=hardware.accelerator, precision=hardware.precision),
+        trainer=c.TrainerConfig(**config.hardware.trainer(c.SCORING)),
         model=c.PruneModelConfig(
             restore_from_path=str(run / "teacher"),
-            pipeline_model_parallel_size=stages,
+            **config.hardware.model(c.SCORING),
             data=c.ModelDataConfig(data_prefix=str(run / "data"), seq_length=config.model.seq_length),
         ),
         inference=c.InferenceConfig(batch_size=config.prune.batch_size),

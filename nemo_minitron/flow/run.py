@@ -311,7 +311,7 @@ def facts_steps(config: c.FlowConfig, run: Path) -> list[Step]:
         names=[name for name, _ in models],
         tasks=["facts"],
         corpus=str(run / "data"),
-        device={"auto": "auto", "gpu": "cuda", "cpu": "cpu"}[config.hardware.accelerator],
+        device=config.hardware.device,
         tokenizer=str(run / "data" / "tokenizer"),
         limit=config.facts,
         seed=config.seed,

@@ -6,10 +6,10 @@ import shlex
 import pytest
 
 from nemo_minitron.architecture import parse_layers
-from nemo_minitron.config import compat, output_format
+from nemo_minitron.config import HardwareConfig, compat, output_format
 from nemo_minitron.config.commands import COMMANDS
 from nemo_minitron.config.compose import check, compose, conf_dir, presets, read
-from nemo_minitron.config.reflect import leaf_types, setting_docs
+from nemo_minitron.config.reflect import leaf_types, leaf_values, setting_docs
 from nemo_minitron.errors import ConfigError
 
 REQUIRED = {
@@ -130,6 +130,54 @@ def test_a_checkpoint_without_a_preset_is_a_flow_of_its_own(tmp_path):
 def test_hardware_that_is_left_open_gives_stages_their_defaults():
     config = compose("finetune", [*REQUIRED["finetune"], "hardware=auto"])
     assert (config.trainer.devices, config.model.micro_batch_size) == (1, 4)
+
+
+STAGES = [name for name, command in COMMANDS.items() if command.hardware]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_stage_takes_of_the_hardware_are_settings_of_both(stage):
+    takes = COMMANDS[stage].hardware
+    assert takes.keys() <= leaf_types(COMMANDS[stage].schema).keys()
+    assert {*takes.values()} <= leaf_types(HardwareConfig).keys()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("preset", presets("flow")["hardware"])
+def test_a_stage_takes_the_same_of_a_preset_alone_and_in_a_flow(stage, preset):
+    if preset == "auto":  # open: the flow chooses
+        return
+    alone, flow = compose(stage, [*REQUIRED[stage], f"hardware={preset}"]), compose("flow", [f"hardware={preset}"])
+    takes, values = COMMANDS[stage].hardware, leaf_values(alone)
+    in_flow = {f"trainer.{name}": value for name, value in flow.hardware.trainer(takes).items()}
+    in_flow |= {f"model.{name}": value for name, value in flow.hardware.model(takes).items()}
+    in_flow |= {f"model.data.{name}": value for name, value in flow.hardware.loader().items() if stage != "prune"}
+    assert in_flow == {setting: values[setting] for setting in takes}
+
+
+@pytest.mark.parametrize("builds_on", ["distill", None])
+def test_overrides_win_over_files_and_files_over_hardware(tmp_path, builds_on):
+    file = tmp_path / "mine.yaml"
+    defaults = "defaults:\n  - distill\n  - _self_\n" if builds_on else ""
+    file.write_text(
+        f"{defaults}trainer: {{devices: 2, num_nodes: 2}}\nhardware: {{precision: bf16, micro_batch_size: null}}\n"
+    )
+    overrides = ["hardware.num_nodes=3", "hardware.devices=4", "trainer.num_nodes=5", "hardware.accelerator=cpu"]
+    config = read("distill", [*REQUIRED["distill"], *overrides], config_name=str(file))
+    trainer = config.trainer
+    assert (trainer.devices, trainer.num_nodes, trainer.precision, trainer.accelerator) == (2, 5, "bf16", "cpu")
+    assert config.model.micro_batch_size == (4 if builds_on else 1)
+
+
+def test_a_file_may_ask_for_the_hardware_by_name(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "defaults:\n  - hardware: null\n  - _self_\ntrainer:\n  devices: ${oc.select:hardware.devices,3}\n"
+        "  max_steps: ${oc.select:hardware.micro_batch_size,5}\n"
+    )
+    for chosen, expected in (([], (3, 5)), (["hardware=8x80gb"], (8, 4)), (["hardware=auto"], (3, 5))):
+        trainer = read("distill", [*REQUIRED["distill"], *chosen], config_name=str(file)).trainer
+        assert (trainer.devices, trainer.max_steps) == expected
 
 
 def test_fields_that_no_file_mentions_can_be_set():
