@@ -54,6 +54,7 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m nemo_minitron.config.compose
+	$(BIN)/python -m nemo_minitron.cli.reference --check docs/commands.rst
 	$(BIN)/python notebooks/check.py
 	$(BIN)/python -m pip check
 

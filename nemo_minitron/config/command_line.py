@@ -7,7 +7,9 @@ import shlex
 from collections.abc import Mapping, Set
 from typing import Any
 
-from nemo_minitron.config.compose import AUTO, SCHEMAS, leaf_types, presets, read
+from nemo_minitron.config.commands import COMMANDS
+from nemo_minitron.config.compose import AUTO, presets, read
+from nemo_minitron.config.reflect import leaf_types
 from nemo_minitron.errors import ConfigError
 
 #: A word that Hydra's grammar takes as text in lists and mappings without quotes.
@@ -23,7 +25,7 @@ def repeat(command: str, config: Mapping[str, Any]) -> str | None:
     Every setting that a preset or a default does not give already is an override. What comes out is composed again and
     compared, so that a command that is shown is right.
     """
-    if command not in SCHEMAS:
+    if command not in COMMANDS:
         return None
     wanted = _settings(command, config)
     if not _has_all_fields(command, wanted):
@@ -40,20 +42,20 @@ def repeat(command: str, config: Mapping[str, Any]) -> str | None:
 
 def _choices(command: str, config: Mapping[str, Any]) -> list[str]:
     """The presets whose names the configuration carries (`model.name`, `hardware.name`)."""
-    found = []
+    choices = []
     for group, names in presets(command).items():
         part = config.get(group)
         name = part.get("name") if isinstance(part, Mapping) else None
         if name in names:
-            found.append(f"{group}={name}")
+            choices.append(f"{group}={name}")
         elif AUTO in names and isinstance(part, Mapping) and part.get("init") == "checkpoint":
-            found.append(f"{group}={AUTO}")  # called like its checkpoint
-    return found
+            choices.append(f"{group}={AUTO}")  # called like its checkpoint
+    return choices
 
 
 def _has_all_fields(command: str, wanted: Mapping[str, Any]) -> bool:
     """Whether every field of the command's configuration is there: otherwise another version wrote it."""
-    fields = [name for name in leaf_types(SCHEMAS[command]) if name.partition(".")[0] not in LEFT_OUT]
+    fields = [name for name in leaf_types(COMMANDS[command].schema) if name.partition(".")[0] not in LEFT_OUT]
     return all(name in wanted or any(key.startswith(f"{name}.") for key in wanted) for name in fields)
 
 
@@ -63,20 +65,20 @@ def _values(command: str, overrides: list[str]) -> dict[str, Any]:
 
 def _settings(command: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted name -> value of all that says what the result is."""
-    whole = {name for name, annotation in leaf_types(SCHEMAS[command]).items() if annotation is Any}
+    whole = {name for name, annotation in leaf_types(COMMANDS[command].schema).items() if annotation is Any}
     return _flat({name: value for name, value in config.items() if name not in LEFT_OUT}, whole)
 
 
 def _flat(value: Mapping[str, Any], whole: Set[str], prefix: str = "") -> dict[str, Any]:
     """Dotted name -> value, mappings taken apart but for the fields that take `anything`."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, entry in value.items():
         key = f"{prefix}{name}"
         if isinstance(entry, Mapping) and entry and key not in whole:
-            found |= _flat(entry, whole, f"{key}.")
+            flat |= _flat(entry, whole, f"{key}.")
         else:
-            found[key] = json.loads(json.dumps(entry))
-    return found
+            flat[key] = json.loads(json.dumps(entry))
+    return flat
 
 
 def _overrides(flat: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:

@@ -50,10 +50,7 @@ def training_fields(config: c.FlowConfig, recipe: c.RecipeConfig, data: Path, ou
     """What a stage's configuration takes from the flow's model, hardware and recipe."""
     hardware = config.hardware
     trainer = c.TrainerConfig(
-        devices=chosen(hardware.devices),
-        num_nodes=hardware.num_nodes,
-        accelerator=hardware.accelerator,
-        precision=hardware.precision,
+        **hardware.trainer(),
         max_steps=chosen(recipe.max_steps),
         val_check_interval=chosen(recipe.val_check_interval),
         limit_val_batches=chosen(recipe.limit_val_batches),
@@ -61,14 +58,9 @@ def training_fields(config: c.FlowConfig, recipe: c.RecipeConfig, data: Path, ou
     )
     model = c.ModelConfig(
         nemo_path=str(output),
-        tensor_model_parallel_size=chosen(hardware.tensor_model_parallel_size),
-        pipeline_model_parallel_size=chosen(hardware.pipeline_model_parallel_size),
-        sequence_parallel=hardware.sequence_parallel,
-        micro_batch_size=chosen(hardware.micro_batch_size),
+        **hardware.model(),
         global_batch_size=chosen(recipe.global_batch_size),
-        data=c.ModelDataConfig(
-            data_prefix=str(data), seq_length=config.model.seq_length, num_workers=hardware.num_workers
-        ),
+        data=c.ModelDataConfig(data_prefix=str(data), seq_length=config.model.seq_length, **hardware.loader()),
         optim=c.OptimConfig(
             lr=recipe.lr, sched=c.SchedConfig(warmup_steps=chosen(recipe.warmup_steps), min_lr=recipe.min_lr)
         ),
@@ -84,15 +76,13 @@ def training_fields(config: c.FlowConfig, recipe: c.RecipeConfig, data: Path, ou
 
 def prune_config(config: c.FlowConfig, run: Path, name: str) -> c.PruneConfig:
     """The pruning stage's configuration for the student `name`."""
-    hardware = config.hardware
-    stages = chosen(hardware.prune_pipeline_model_parallel_size)
     return c.PruneConfig(
         seed=config.seed,
         overwrite=config.overwrite,
-        trainer=c.TrainerConfig(devices=stages, accelerator=hardware.accelerator, precision=hardware.precision),
+        trainer=c.TrainerConfig(**config.hardware.trainer(c.SCORING)),
         model=c.PruneModelConfig(
             restore_from_path=str(run / "teacher"),
-            pipeline_model_parallel_size=stages,
+            **config.hardware.model(c.SCORING),
             data=c.ModelDataConfig(data_prefix=str(run / "data"), seq_length=config.model.seq_length),
         ),
         inference=c.InferenceConfig(batch_size=chosen(config.prune.batch_size)),
@@ -171,7 +161,7 @@ def facts_config(config: c.FlowConfig) -> c.EvaluateConfig:
         names=[MODELS[kind].format(student=student) for kind, student in models],
         tasks=["facts"],
         corpus=str(data),
-        device={"auto": "auto", "gpu": "cuda", "cpu": "cpu"}[config.hardware.accelerator],
+        device=config.hardware.device,
         tokenizer=str(data / "tokenizer"),
         limit=config.facts,
         seed=config.seed,

@@ -10,7 +10,8 @@ import typer
 from nemo_run.cli import entrypoint
 from nemo_run.cli.api import Entrypoint
 
-from nemo_minitron.cli.main import COMMANDS, run
+from nemo_minitron.cli.main import run
+from nemo_minitron.config.commands import COMMANDS
 
 
 class MinitronEntrypoint(Entrypoint):

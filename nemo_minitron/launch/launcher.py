@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config import Config, SlurmConfig, validated
+from nemo_minitron.config import Config, Ranks, SlurmConfig, validated
 from nemo_minitron.errors import ConfigError, EngineError
 from nemo_minitron.packages.versions import check_installed, known_keywords
 
@@ -72,7 +72,7 @@ def check(name: str, config: Config, slurm: SlurmConfig, launcher: str) -> None:
         ModuleNotFoundError: NeMo-Run is not installed.
     """
     source = f"minitron {name} --launch {launcher}"
-    nodes, devices = ranks(config)
+    nodes, devices, _ = ranks(config)
     check_installed("nemo_run")
     if devices is None:
         raise ConfigError(
@@ -108,10 +108,10 @@ def check(name: str, config: Config, slurm: SlurmConfig, launcher: str) -> None:
         validated(slurm, f"{source}: slurm")
 
 
-def ranks(config: Config) -> tuple[int, int]:
-    """Nodes, and ranks a node."""
-    layout = getattr(config, "trainer", None) or config.hardware
-    return layout.num_nodes, layout.devices
+def ranks(config: Config) -> Ranks:
+    """The processes that a command is configured to run as."""
+    hardware = getattr(config, "trainer", None) or config.hardware
+    return hardware.launch()
 
 
 def job_folder(config: Config, slurm: SlurmConfig) -> Path:
@@ -125,7 +125,7 @@ def torchrun_command(name: str, config: Config, arguments: Sequence[str]) -> tup
     with _quiet():
         from nemo_run import LocalExecutor
 
-        nodes, devices = ranks(config)
+        nodes, devices, _ = ranks(config)
         executor = LocalExecutor(nodes=nodes, ntasks_per_node=devices, launcher=_torchrun(name, arguments))
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // devices))
         executor.env_vars = {"LOGLEVEL": os.environ.get("LOGLEVEL", "WARNING"), "OMP_NUM_THREADS": threads}
@@ -139,10 +139,9 @@ def slurm_executor(name: str, config: Config, slurm: SlurmConfig, arguments: Seq
     from nemo_run import LocalTunnel, Packager, SlurmExecutor
     from nemo_run.core.execution.slurm import SlurmJobDetails
 
-    nodes, devices = ranks(config)
+    nodes, devices, accelerator = ranks(config)
     by_torchrun = name != "flow"
-    accelerator = getattr(config, "trainer", None) or config.hardware
-    gpus = (0 if accelerator.accelerator == "cpu" else devices) if slurm.gpus_per_node is None else slurm.gpus_per_node
+    gpus = (0 if accelerator == "cpu" else devices) if slurm.gpus_per_node is None else slurm.gpus_per_node
     further = {key.replace("-", "_"): value for key, value in slurm.sbatch.items()}
     further = {"requeue": True, **further}
     executor = SlurmExecutor(

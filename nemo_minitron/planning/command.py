@@ -53,7 +53,7 @@ def work_out(config: PlanConfig) -> dict[str, Any]:
         problems = layout_problems(models, run, training)
         if problems:
             raise EngineError(f"{SOURCE}: " + "; ".join(problems))
-    limit = _limit(config)
+    limit = config.hardware.rank_bytes
     asked, run = run, what_fits(config, models, run, limit)
     stages = {stage: _stage(config, models, run, stage, limit) for stage in config.stages}
     listed = []
@@ -115,7 +115,7 @@ def what_fits(config: PlanConfig, models: Models, run: Run, limit: float | None)
     The micro batch shrinks before the sequence; what is given (micro_batch_size, seq_length) stays. Where nothing
     fits, `run` stays as it is.
     """
-    scoring = (config.hardware.prune_pipeline_model_parallel_size or 1, config.score_batch_size)
+    scoring = (config.hardware.scoring_ranks, config.score_batch_size)
     tried = [run.seq_length] if config.seq_length else lengths(run.seq_length)
     sizes = [config.micro_batch] if config.micro_batch_size else list(halves(run.layout.micro_batch_size))
     shrunk = (with_batch(run, seq_length=length, micro_batch=size) for length in tried for size in sizes)
@@ -124,7 +124,7 @@ def what_fits(config: PlanConfig, models: Models, run: Run, limit: float | None)
 
 def _asked(config: PlanConfig, models: Models, run: Run) -> dict[str, Any]:
     """What a plan would have been about, had it fitted."""
-    scoring = (config.hardware.prune_pipeline_model_parallel_size or 1, config.score_batch_size)
+    scoring = (config.hardware.scoring_ranks, config.score_batch_size)
     stage, total = peak(models, run, config.stages, scoring)
     return {
         "seq_length": run.seq_length,
@@ -170,15 +170,7 @@ def resolve_run(config: PlanConfig, models: Models) -> Run:
     hardware = config.hardware
     cuda = hardware.accelerator == "gpu"
     layout = Layout(
-        cuda=cuda,
-        bf16=hardware.precision.startswith("bf16") or (hardware.precision == "auto" and cuda),
-        devices=hardware.devices,
-        num_nodes=hardware.num_nodes,
-        tensor_parallel=hardware.tensor_model_parallel_size or 1,
-        pipeline_parallel=hardware.pipeline_model_parallel_size or 1,
-        sequence_parallel=hardware.sequence_parallel and (hardware.tensor_model_parallel_size or 1) > 1,
-        micro_batch_size=config.micro_batch,
-        global_batch_size=config.global_batch_size,
+        **hardware.layout(cuda), micro_batch_size=config.micro_batch, global_batch_size=config.global_batch_size
     )
     if layout.sequence_parallel and not (cuda and config.transformer_engine):
         raise EngineError(
@@ -194,18 +186,13 @@ def resolve_run(config: PlanConfig, models: Models) -> Run:
         transformer_engine=config.transformer_engine,
         fused_loss=config.kd_form == "fused" or (config.kd_form == "auto" and not layout.sequence_parallel),
         statistics=config.statistics,
-        device_bytes=_limit(config),
+        device_bytes=hardware.rank_bytes,
     )
-
-
-def _limit(config: PlanConfig) -> float | None:
-    """Bytes that a rank holds."""
-    return None if config.hardware.memory_gb is None else config.hardware.memory_gb * 1e9
 
 
 def _stage(config: PlanConfig, models: Models, run: Run, stage: str, limit: float | None) -> dict[str, Any]:
     if stage == "prune":
-        run = scoring_run(run, config.hardware.prune_pipeline_model_parallel_size or 1, config.score_batch_size)
+        run = scoring_run(run, config.hardware.scoring_ranks, config.score_batch_size)
         problems = layout_problems(models, run, ("prune",))
         if problems:
             raise EngineError(f"{SOURCE}: " + "; ".join(problems))

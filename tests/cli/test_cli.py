@@ -13,9 +13,12 @@ import pytest
 from nemo_minitron import __version__
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.cli import main as cli
+from nemo_minitron.cli import reference
 from nemo_minitron.config import FlowConfig
-from nemo_minitron.config.compose import SCHEMAS, leaf_values, read, setting_docs
-from nemo_minitron.errors import CheckpointError
+from nemo_minitron.config.commands import COMMANDS
+from nemo_minitron.config.compose import presets, read, read_launch
+from nemo_minitron.config.reflect import leaf_values, setting_docs
+from nemo_minitron.errors import CheckpointError, ConfigError
 from nemo_minitron.packages.extras import NAME
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +60,7 @@ def stage(monkeypatch):
 def test_overview_names_every_command(arguments, capsys):
     assert cli.main(arguments) == 0
     listed = capsys.readouterr().out
-    assert all(f"\n  {name} " in listed for name in cli.COMMANDS)
+    assert all(f"\n  {name} " in listed for name in COMMANDS)
 
 
 def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
@@ -74,15 +77,15 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"minitron {__version__}\n"
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_every_command(name, capsys):
     assert cli.main([name, "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: minitron {name} ")
     settings = leaf_values(read(name))
-    docs = setting_docs(SCHEMAS[name])
+    docs = setting_docs(COMMANDS[name].schema)
     assert settings and all(f"\n  {key}=" in text and f"\n      {docs[key]}\n" in f"{text}\n" for key in settings)
-    shown = [place for _, place in cli.COMMANDS[name].positionals] + [o.flag for o in cli.COMMANDS[name].options]
+    shown = [place for _, place in COMMANDS[name].positionals] + [o.flag for o in COMMANDS[name].options]
     assert all(word in text for word in shown)
 
 
@@ -94,11 +97,11 @@ def test_help_shows_presets_and_the_settings_as_chosen(capsys):
     assert "data.limit_documents=null" in text
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_its_function_without_loading_the_engine(name):
-    if find_spec(cli.COMMANDS[name].function.partition(":")[0]) is None:
-        pytest.skip(f"{cli.COMMANDS[name].function} is not there yet")
-    code = f"import sys; from nemo_minitron.cli import main as cli; f = cli._function({cli.COMMANDS[name].function!r})"
+    if find_spec(COMMANDS[name].function.partition(":")[0]) is None:
+        pytest.skip(f"{COMMANDS[name].function} is not there yet")
+    code = f"import sys; from nemo_minitron.cli import main as cli; f = cli._function({COMMANDS[name].function!r})"
     done = python("-c", f"{code}; assert callable(f); sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr
 
@@ -259,7 +262,14 @@ def test_other_ranks_tell_only_errors_of_their_own(stage, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("rank 3: internal error")
 
 
-@pytest.mark.parametrize("name", ["finetune", "prune", "distill"])
+NEMO = [name for name, command in COMMANDS.items() if command.nemo_names]
+
+
+def test_every_command_with_nemos_names_has_its_script():
+    assert {path.stem for path in (ROOT / "scripts").glob("*.py")} == {f"megatron_{name}" for name in NEMO}
+
+
+@pytest.mark.parametrize("name", NEMO)
 def test_scripts_are_the_same_commands(name):
     done = python(f"scripts/megatron_{name}.py", "trainer.devices=abc")
     assert (done.returncode, done.stderr) == (2, f"minitron {name}: trainer.devices = 'abc' is not a whole number\n")
@@ -277,9 +287,29 @@ def test_nemo_run_offers_the_commands():
 
 
 def test_what_can_be_launched_is_what_may_hold_settings_of_launching():
-    from nemo_minitron.config.compose import LAUNCHED
+    for name, command in COMMANDS.items():
+        if command.launched:
+            assert read_launch(name, ["slurm.partition=batch"]).slurm.partition == "batch"
+        else:
+            with pytest.raises(ConfigError, match="slurm.partition is not a setting"):
+                read_launch(name, ["slurm.partition=batch"])
 
-    assert {name for name, command in cli.COMMANDS.items() if command.launched} == set(LAUNCHED)
+
+def test_the_documentation_is_what_the_table_of_commands_gives(tmp_path, capsys):
+    """And names every command, option, preset's group and setting."""
+    file = ROOT / "docs" / "commands.rst"
+    assert reference.main(["--check", str(file)]) == 0
+    text = file.read_text(encoding="utf-8")
+    for name, command in COMMANDS.items():
+        section = text.split(f"\n{name}\n{'-' * len(name)}\n")[1].split("\n---")[0]
+        flags = [f"``{option.shown}``" for option in command.flags]
+        names = [f"``{setting}``: " for setting in leaf_values(read(name))]
+        assert all(word in section for word in [*flags, *names, *(f"``{group}=``" for group in presets(name))])
+    (tmp_path / "commands.rst").write_text(text.replace("Softmax", "softmax"), encoding="utf-8")
+    assert reference.main(["--check", str(tmp_path / "commands.rst")]) == 1
+    assert "is not what the table of commands gives" in capsys.readouterr().err
+    assert reference.main([str(tmp_path / "commands.rst")]) == 0
+    assert (tmp_path / "commands.rst").read_text(encoding="utf-8") == text
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import shlex
 import pytest
 
 from nemo_minitron.architecture import parse_layers
-from nemo_minitron.config import compose as composer
-from nemo_minitron.config import output_format
-from nemo_minitron.config.compose import compose, presets, read
+from nemo_minitron.config import HardwareConfig, compat, output_format
+from nemo_minitron.config.commands import COMMANDS
+from nemo_minitron.config.compose import check, compose, conf_dir, presets, read
+from nemo_minitron.config.reflect import leaf_types, leaf_values, setting_docs
 from nemo_minitron.errors import ConfigError
 
 REQUIRED = {
@@ -77,18 +78,16 @@ def problems(command, *overrides, **kwargs):
     return caught.value.problems
 
 
-@pytest.mark.parametrize("command", composer.SCHEMAS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_composes_and_validates(command):
-    assert type(compose(command, REQUIRED[command])) is composer.SCHEMAS[command]
+    assert type(compose(command, REQUIRED[command])) is COMMANDS[command].schema
 
 
 def test_every_file_of_conf_is_a_command_or_a_preset():
     offered = {f"{group}/{name}" for group, names in presets("flow").items() for name in names}
-    files = {
-        path.relative_to(composer.conf_dir()).with_suffix("").as_posix() for path in composer.conf_dir().rglob("*.yaml")
-    }
-    assert files == offered | set(composer.SCHEMAS)
-    assert composer.check() > len(composer.SCHEMAS)
+    files = {path.relative_to(conf_dir()).with_suffix("").as_posix() for path in conf_dir().rglob("*.yaml")}
+    assert files == offered | set(COMMANDS)
+    assert check() > len(COMMANDS)
 
 
 @pytest.mark.parametrize("model, hardware", itertools.product(presets("flow")["model"], presets("flow")["hardware"]))
@@ -131,6 +130,54 @@ def test_a_checkpoint_without_a_preset_is_a_flow_of_its_own(tmp_path):
 def test_hardware_that_is_left_open_gives_stages_their_defaults():
     config = compose("finetune", [*REQUIRED["finetune"], "hardware=auto"])
     assert (config.trainer.devices, config.model.micro_batch_size) == (1, 4)
+
+
+STAGES = [name for name, command in COMMANDS.items() if command.hardware]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_stage_takes_of_the_hardware_are_settings_of_both(stage):
+    takes = COMMANDS[stage].hardware
+    assert takes.keys() <= leaf_types(COMMANDS[stage].schema).keys()
+    assert {*takes.values()} <= leaf_types(HardwareConfig).keys()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("preset", presets("flow")["hardware"])
+def test_a_stage_takes_the_same_of_a_preset_alone_and_in_a_flow(stage, preset):
+    if preset == "auto":  # open: the flow chooses
+        return
+    alone, flow = compose(stage, [*REQUIRED[stage], f"hardware={preset}"]), compose("flow", [f"hardware={preset}"])
+    takes, values = COMMANDS[stage].hardware, leaf_values(alone)
+    in_flow = {f"trainer.{name}": value for name, value in flow.hardware.trainer(takes).items()}
+    in_flow |= {f"model.{name}": value for name, value in flow.hardware.model(takes).items()}
+    in_flow |= {f"model.data.{name}": value for name, value in flow.hardware.loader().items() if stage != "prune"}
+    assert in_flow == {setting: values[setting] for setting in takes}
+
+
+@pytest.mark.parametrize("builds_on", ["distill", None])
+def test_overrides_win_over_files_and_files_over_hardware(tmp_path, builds_on):
+    file = tmp_path / "mine.yaml"
+    defaults = "defaults:\n  - distill\n  - _self_\n" if builds_on else ""
+    file.write_text(
+        f"{defaults}trainer: {{devices: 2, num_nodes: 2}}\nhardware: {{precision: bf16, micro_batch_size: null}}\n"
+    )
+    overrides = ["hardware.num_nodes=3", "hardware.devices=4", "trainer.num_nodes=5", "hardware.accelerator=cpu"]
+    config = read("distill", [*REQUIRED["distill"], *overrides], config_name=str(file))
+    trainer = config.trainer
+    assert (trainer.devices, trainer.num_nodes, trainer.precision, trainer.accelerator) == (2, 5, "bf16", "cpu")
+    assert config.model.micro_batch_size == (4 if builds_on else 1)
+
+
+def test_a_file_may_ask_for_the_hardware_by_name(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "defaults:\n  - hardware: null\n  - _self_\ntrainer:\n  devices: ${oc.select:hardware.devices,3}\n"
+        "  max_steps: ${oc.select:hardware.micro_batch_size,5}\n"
+    )
+    for chosen, expected in (([], (3, 5)), (["hardware=8x80gb"], (8, 4)), (["hardware=auto"], (3, 5))):
+        trainer = read("distill", [*REQUIRED["distill"], *chosen], config_name=str(file)).trainer
+        assert (trainer.devices, trainer.max_steps) == expected
 
 
 def test_fields_that_no_file_mentions_can_be_set():
@@ -245,9 +292,9 @@ def test_commands_of_the_nemo_tutorial_pass_unchanged(command, line):
         assert "exp_manager.checkpoint_callback_params.save_top_k" in notes[0]
 
 
-@pytest.mark.parametrize("name", " ".join(composer.NEMO_UNUSED.values()).split())
+@pytest.mark.parametrize("name", " ".join(compat.UNUSED.values()).split())
 def test_unused_settings_of_nemo_are_no_fields_here(name):
-    fields = [composer.leaf_types(composer.SCHEMAS[command]) for command in composer.NEMO_COMMANDS]
+    fields = [leaf_types(command.schema) for command in COMMANDS.values() if command.nemo_names]
     assert any(name not in known for known in fields)
 
 
@@ -261,10 +308,10 @@ def test_unused_settings_are_told_once_and_a_field_wins():
     assert problems("flow", "inference.greedy=true") == ["inference.greedy is not a setting, see --help"]
 
 
-@pytest.mark.parametrize("command", composer.SCHEMAS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_setting_is_documented(command):
-    docs = composer.setting_docs(composer.SCHEMAS[command])
-    assert docs.keys() == composer.leaf_types(composer.SCHEMAS[command]).keys()
+    docs = setting_docs(COMMANDS[command].schema)
+    assert docs.keys() == leaf_types(COMMANDS[command].schema).keys()
     assert all(docs.values()), [name for name, text in docs.items() if not text]
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.artifacts.stages import COMMANDS, MODELS, STAGES, TRAININGS, model_name, stage_name
-from nemo_minitron.config.compose import SCHEMAS, compose
+from nemo_minitron.config.commands import COMMANDS
+from nemo_minitron.config.compose import compose
 from nemo_minitron.flow.models import MADE_BY
 from nemo_minitron.flow.settle import settle
 from nemo_minitron.flow.steps import KINDS, steps

@@ -5,8 +5,9 @@ from dataclasses import field
 from typing import Any
 
 from nemo_minitron.config.schemas.base import Config, above_zero, at_least, one_of, text_key_problems
+from nemo_minitron.config.schemas.distillation import KDConfig
+from nemo_minitron.config.schemas.hardware import HardwareConfig
 from nemo_minitron.config.schemas.instructions import InstructConfig, PeftConfig
-from nemo_minitron.config.schemas.training import KDConfig
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -65,52 +66,6 @@ class FlowDataConfig(Config):
         if self.source == "???":
             found.append("source is missing: name the text to teach on, data.source=PATH")
         return found + text_key_problems(self.text_key)
-
-
-@dataclasses.dataclass(kw_only=True)
-class HardwareConfig(Config):
-    """Ranks and their layout (conf/hardware/)."""
-
-    name: str = "cpu"
-    """What the report calls it."""
-    accelerator: str = "auto"
-    """`auto`, `gpu` or `cpu`."""
-    devices: int | None = 1
-    """Ranks a node; null: every GPU of this machine, or one process on its CPU."""
-    num_nodes: int = 1
-    """Nodes."""
-    precision: str = "auto"
-    """`bf16`, `bf16-mixed` or `32`; auto: bf16 on a GPU, 32 on a CPU."""
-    tensor_model_parallel_size: int | None = 1
-    """Ranks that share each matrix while training; null: as few as hold it."""
-    pipeline_model_parallel_size: int | None = 1
-    """Ranks that share the layers while training; null: as few as hold them."""
-    prune_pipeline_model_parallel_size: int | None = 1
-    """Ranks that share the layers while scoring (ModelOpt takes no tensor parallel); null: as few as hold them."""
-    sequence_parallel: bool = False
-    """Split norms' activations over tensor-parallel ranks."""
-    micro_batch_size: int | None = 8
-    """Samples a rank works on at once; null: as many as fit."""
-    num_workers: int = 0
-    """Processes of the data loader."""
-    memory_gb: float | None = None
-    """What a rank can hold, in GB of 10^9 bytes, for `minitron plan` and for what a flow chooses; none: 75% of what is
-    free here. A card sold with 80 GB has about 85 of them: the rest is room for what is not in the plan, contexts,
-    communication and fragments."""
-    tflops: float | None = None
-    """TFLOP/s that a rank achieves, for what a flow chooses and for its estimates of time; none: assumed."""
-
-    def problems(self) -> list[str]:
-        found = at_least(
-            1,
-            devices=self.devices,
-            num_nodes=self.num_nodes,
-            tensor_model_parallel_size=self.tensor_model_parallel_size,
-            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
-            prune_pipeline_model_parallel_size=self.prune_pipeline_model_parallel_size,
-            micro_batch_size=self.micro_batch_size,
-        )
-        return found + above_zero(memory_gb=self.memory_gb, tflops=self.tflops)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -5,7 +5,7 @@ from dataclasses import field
 from typing import Any
 
 from nemo_minitron.config.schemas.base import Config, at_least
-from nemo_minitron.config.schemas.flow import HardwareConfig
+from nemo_minitron.config.schemas.hardware import HardwareConfig
 
 
 @dataclasses.dataclass(kw_only=True)

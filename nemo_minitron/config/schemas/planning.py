@@ -5,7 +5,7 @@ from dataclasses import field
 from typing import Any
 
 from nemo_minitron.config.schemas.base import Config, at_least, one_of
-from nemo_minitron.config.schemas.flow import HardwareConfig
+from nemo_minitron.config.schemas.hardware import HardwareConfig
 
 #: Samples a rank works on at once where the hardware leaves it open, before they are cut to what fits.
 FREE_MICRO_BATCH = 8

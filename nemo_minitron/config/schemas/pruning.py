@@ -5,7 +5,8 @@ from dataclasses import field
 from typing import Any
 
 from nemo_minitron.config.schemas.base import Config, at_least, format_problems, one_of, output_format
-from nemo_minitron.config.schemas.training import ModelDataConfig, TrainerConfig
+from nemo_minitron.config.schemas.hardware import TrainerConfig
+from nemo_minitron.config.schemas.training import ModelDataConfig
 
 METHODS = ("minitron", "compensated")
 CHOICES = ("saliency", "importance")

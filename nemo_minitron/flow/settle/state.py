@@ -107,8 +107,8 @@ class State:
         hardware = self.config.hardware
         if self.insists:
             return None, "as it is given"
-        if hardware.memory_gb is not None:
-            return hardware.memory_gb * 1e9, f"{hardware.memory_gb:g} GB a rank (hardware.memory_gb)"
+        if hardware.rank_bytes is not None:
+            return hardware.rank_bytes, f"{hardware.memory_gb:g} GB a rank (hardware.memory_gb)"
         if self.cuda() and not self.machine.gpus:
             return None, "memory that is not known (hardware.memory_gb)"
         memory = self.machine.rank_bytes
@@ -122,20 +122,8 @@ class State:
     def run(self) -> Run:
         """The run as far as it is settled, with micro batch 1 where that is open."""
         hardware, cuda = self.config.hardware, self.cuda()
-        micro = hardware.micro_batch_size or 1
-        tensor, pipeline = hardware.tensor_model_parallel_size or 1, hardware.pipeline_model_parallel_size or 1
-        devices = hardware.devices or 1
-        layout = Layout(
-            cuda=cuda,
-            bf16=hardware.precision.startswith("bf16") or (hardware.precision == "auto" and cuda),
-            devices=devices,
-            num_nodes=hardware.num_nodes,
-            tensor_parallel=tensor,
-            pipeline_parallel=pipeline,
-            sequence_parallel=hardware.sequence_parallel and tensor > 1,
-            micro_batch_size=micro,
-            global_batch_size=micro * devices * hardware.num_nodes,
-        )
+        micro, ranks = hardware.micro_batch_size or 1, (hardware.devices or 1) * hardware.num_nodes
+        layout = Layout(**hardware.layout(cuda), micro_batch_size=micro, global_batch_size=micro * ranks)
         engine = transformer_engine_runs(cuda) if self.machine.gpus or not cuda else True
         form = self.config.distill.kd.form
         return Run(
@@ -143,7 +131,7 @@ class State:
             seq_length=self.config.model.seq_length or self.longest(),
             transformer_engine=engine,
             fused_loss=form == "fused" or (form == "auto" and not layout.sequence_parallel),
-            threads=max(1, self.machine.cores // devices),
+            threads=max(1, self.machine.cores // layout.devices),
             device_bytes=self.limit()[0],
         )
 

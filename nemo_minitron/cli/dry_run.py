@@ -1,0 +1,52 @@
+"""What would be done, in words: what `--dry-run` prints of a single stage."""
+
+import dataclasses
+import os
+from typing import Any
+
+import yaml
+
+from nemo_minitron.architecture import human
+
+
+def describe_stage(name: str, config: Any) -> str:
+    """What a single stage would read, run and write, in words; opens nothing and touches nothing."""
+    lines = ["reads"]
+    for role, path in _inputs(config):
+        there = "" if not isinstance(path, str) or os.path.exists(path) else "  (not there)"
+        lines.append(f"  {role}: {path}{there}")
+    state = "there already" if os.path.lexists(config.output) else "new"
+    lines += ["writes", f"  {config.output}: {config.target_format}, {state}"]
+    trainer, model = config.trainer, config.model
+    sizes = {
+        kind: getattr(model, f"{kind}_model_parallel_size", getattr(model, f"{kind}_parallel_size", 1))
+        for kind in ("tensor", "pipeline", "context")
+    }
+    world = trainer.num_nodes * trainer.devices
+    layout = " x ".join(f"{kind} {size}" for kind, size in sizes.items())
+    lines += [
+        "runs",
+        f"  {world} rank(s) = {trainer.num_nodes} node(s) x {trainer.devices}, {layout}, precision {trainer.precision}",
+    ]
+    if name in ("finetune", "distill"):
+        length = model.data.seq_length or model.encoder_seq_length
+        tokens = (
+            f"{length} = {human(trainer.max_steps * model.global_batch_size * length)}" if length else "the model's"
+        )
+        lines.append(f"  {trainer.max_steps} steps x {model.global_batch_size} samples x {tokens} tokens")
+    return "\n".join(
+        [*lines, "", "configuration:", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip()]
+    )
+
+
+def _inputs(config: Any) -> list[tuple[str, Any]]:
+    """Role and path of what a stage's configuration names."""
+    model = config.model
+    named = [
+        ("checkpoint", model.restore_from_path),
+        ("teacher", getattr(model, "kd_teacher_restore_from_path", None)),
+        ("tokenizer", getattr(model, "tokenizer", None)),
+        ("data", model.data.data_prefix),
+        ("scores", getattr(getattr(config, "prune", None), "scores_path", None)),
+    ]
+    return [(role, path) for role, path in named if path]

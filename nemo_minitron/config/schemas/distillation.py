@@ -1,0 +1,115 @@
+"""Settings of `minitron distill`: those of every training, and the losses."""
+
+import dataclasses
+from dataclasses import field
+from typing import Any
+
+from nemo_minitron.config.schemas.base import Config, at_least, one_of
+from nemo_minitron.config.schemas.training import StageConfig
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "soft_cross_entropy")
+
+
+@dataclasses.dataclass(kw_only=True)
+class HiddenLossConfig(Config):
+    """Losses between hidden states of student and teacher, beside the one on logits."""
+
+    weight: float = 0.0
+    """Weight of their mean over all pairs; 0: none. The papers gained by them only where depth is cut a lot."""
+    loss: str = "cosine"
+    """`cosine`, 1 - cos(P h_student, h_teacher), or `mse`. P is trained along where the widths differ."""
+    pairs: Any = "outer"
+    """`outer`: the embeddings and the last block. `auto`: each of the student's layers with the one it was in the
+    teacher, or evenly spread where that is not known. Or pairs, [[0,0],[8,16]]: the student's layer and the teacher's,
+    from 1; 0 for the embeddings."""
+    scale: str = "fixed"
+    """`fixed`, or `dynamic`: times L_kd / L_hidden of the micro batch, which lifts them to the size of L_kd."""
+
+    def problems(self) -> list[str]:
+        found = at_least(0, weight=self.weight)
+        found += one_of("loss", self.loss, ("cosine", "mse")) + one_of("scale", self.scale, ("fixed", "dynamic"))
+        listed = isinstance(self.pairs, list) and all(
+            isinstance(pair, list) and len(pair) == 2 and all(type(layer) is int for layer in pair)
+            for pair in self.pairs
+        )
+        if self.pairs not in ("outer", "auto") and not (listed and self.pairs):
+            found.append(f"pairs = {self.pairs!r} must be outer, auto, or a list of [student's layer, teacher's layer]")
+        return found
+
+
+@dataclasses.dataclass(kw_only=True)
+class KDConfig(Config):
+    """The distillation loss."""
+
+    loss: str = "forward_kl"
+    """`forward_kl`, `reverse_kl`, `jensen_shannon` or `soft_cross_entropy`, of the teacher's and the student's
+    distributions of the next token. The papers found forward KL best."""
+    beta: float = 0.5
+    """With jensen_shannon: the teacher's share of the mixture, 0 to 1."""
+    top_k: int | None = None
+    """Only the teacher's so many likeliest tokens, renormalised (forward_kl); none: all. The papers gained nothing."""
+    temperature: float = 1.0
+    """Softmax temperature of both; the papers found 1 best."""
+    times_t_squared: bool = False
+    """Multiply by the temperature squared, so that gradients keep their size when it changes."""
+    kd_weight: float = 1.0
+    """Weight of the distillation loss; 0 trains on the LM loss alone, without a teacher (the control)."""
+    lm_weight: float = 0.0
+    """Weight of the language-model loss; the papers found the KL alone best."""
+    form: str = "auto"
+    """`fused`: with the output layer, so that logits of a whole sequence never exist. `chunked`: on the logits. auto:
+    fused wherever it can be (not with top_k, nor with sequence parallel)."""
+    hidden: HiddenLossConfig = field(default_factory=HiddenLossConfig)
+
+    def problems(self) -> list[str]:
+        found = [] if self.temperature > 0 else [f"temperature = {self.temperature} must be above 0"]
+        found += one_of("loss", self.loss, DIVERGENCES) + one_of("form", self.form, ("auto", "fused", "chunked"))
+        found += at_least(1, top_k=self.top_k)
+        if not 0 <= self.beta <= 1:
+            found.append(f"beta = {self.beta} must be from 0 to 1")
+        if self.top_k is not None and (self.loss != "forward_kl" or self.form == "fused"):
+            found.append("top_k goes with loss=forward_kl, and not with form=fused")
+        found += at_least(0, kd_weight=self.kd_weight, lm_weight=self.lm_weight)
+        if self.hidden.weight and not self.kd_weight:
+            found.append("hidden.weight needs the teacher: kd_weight must be above 0")
+        if not self.kd_weight and not self.lm_weight:
+            found.append("kd_weight and lm_weight are both 0: there is no loss to train on")
+        return found
+
+
+@dataclasses.dataclass(kw_only=True)
+class DistillConfig(StageConfig):
+    """Knowledge distillation of a pruned student."""
+
+    kd: KDConfig = field(default_factory=KDConfig)
+
+    @property
+    def metric(self) -> str:
+        """The validation loss by which the best step is chosen."""
+        return self.monitor or ("kd_loss" if self.kd.kd_weight else "lm_loss")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.kd.kd_weight and not self.model.kd_teacher_restore_from_path:
+            found.append("model.kd_teacher_restore_from_path is missing: name the teacher's checkpoint")
+        if self.kd.form == "fused" and self.model.sequence_parallel:
+            found.append("kd.form = fused takes no model.sequence_parallel: give kd.form=chunked")
+        if self.kd.hidden.weight:
+            found += self._hidden_problems()
+        if self.model.init == "random":
+            found.append("model.init = random: distill starts from a pruned checkpoint, model.restore_from_path")
+        return found
+
+    def _hidden_problems(self) -> list[str]:
+        found = []
+        if self.model.pipeline_model_parallel_size > 1:
+            found.append(
+                "kd.hidden.weight needs model.pipeline_model_parallel_size=1: ModelOpt compares only what lies on the "
+                "last pipeline stage of both models"
+            )
+        if self.model.sequence_parallel:
+            found.append(
+                "kd.hidden.weight takes no model.sequence_parallel: a rank then has hidden states of other tokens than "
+                "its loss mask"
+            )
+        return found
