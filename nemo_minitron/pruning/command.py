@@ -7,8 +7,7 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import DepthScan, ImportanceScores, Manifest, PruningPlan
-from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from nemo_minitron.checkpoints.formats.write import place_in, write_checkpoint
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint, place_in, write_checkpoint
 from nemo_minitron.checkpoints.tensors import Lazy
 from nemo_minitron.config import PruneConfig, PruneTargets
 from nemo_minitron.conversion.convert import check_room, progress

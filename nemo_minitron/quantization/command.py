@@ -10,7 +10,7 @@ from typing import Any
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.formats.huggingface.families import write_config
-from nemo_minitron.checkpoints.formats.huggingface.transformers_model import check_describable
+from nemo_minitron.checkpoints.transformers_model import check_describable
 from nemo_minitron.config import QuantizeConfig
 from nemo_minitron.conversion.convert import check_room
 from nemo_minitron.errors import ConfigError

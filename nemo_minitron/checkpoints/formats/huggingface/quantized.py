@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.formats.base import Quantization
 from nemo_minitron.checkpoints.tensors import BLOCK, Lazy, Runs
 from nemo_minitron.errors import CheckpointError
 
@@ -34,29 +35,6 @@ WEIGHT, SCALE, PRE_SCALE = ".weight", ".weight_scale", ".pre_quant_scale"
 #: Of activations: not part of the weights.
 ACTIVATIONS = (".input_scale", ".k_scale", ".v_scale", ".output_scale")
 PLAIN = ("bfloat16", "float16", "float32")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantization:
-    """How the weights of a directory are quantised.
-
-    Attributes:
-        algorithm: ModelOpt's name.
-        group_size: columns that share a scale, where the format has groups.
-        kv_cache: format of the KV cache that the server is to use, or None.
-        producer: who made it (``modelopt 0.43.0``).
-    """
-
-    algorithm: str
-    group_size: int | None = None
-    kv_cache: str | None = None
-    producer: str = "modelopt"
-
-    def describe(self) -> str:
-        """One line for people."""
-        groups = f", groups of {self.group_size}" if self.group_size else ""
-        cache = f", KV cache {self.kv_cache}" if self.kv_cache else ""
-        return f"{self.algorithm}{groups}{cache}, by {self.producer}"
 
 
 def recognise(config: Mapping[str, Any], beside: Mapping[str, Any] | None, source: Any) -> Quantization | None:
