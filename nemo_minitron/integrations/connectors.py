@@ -167,7 +167,7 @@ def _local(source: Path) -> Path:
     """The checkpoint on disk: itself, or the hub's in its cache."""
     if source.exists() or source.is_absolute():
         return source
-    from nemo_minitron.conversion.download import cached
+    from nemo_minitron.conversion.sources.hub import cached
 
     return cached(str(source))
 

@@ -10,7 +10,7 @@ from nemo_minitron.artifacts import DepthScan, ImportanceScores, Manifest, Pruni
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint, place_in, write_checkpoint
 from nemo_minitron.checkpoints.tensors import Lazy
 from nemo_minitron.config import PruneConfig, PruneTargets
-from nemo_minitron.conversion.convert import check_room, progress
+from nemo_minitron.conversion.writing import check_room, progress
 from nemo_minitron.errors import CheckpointError, MinitronError
 from nemo_minitron.jobs.job import Job
 from nemo_minitron.pruning.choice import choose_by_saliency

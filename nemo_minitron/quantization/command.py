@@ -12,7 +12,7 @@ from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.formats.huggingface.families import write_config
 from nemo_minitron.checkpoints.transformers_model import check_describable
 from nemo_minitron.config import QuantizeConfig
-from nemo_minitron.conversion.convert import check_room
+from nemo_minitron.conversion.writing import check_room
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.jobs.job import Job
 from nemo_minitron.packages.extras import require

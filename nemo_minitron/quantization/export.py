@@ -17,7 +17,7 @@ from nemo_minitron.checkpoints.generation import FILE as GENERATION
 from nemo_minitron.checkpoints.tensors import Cast
 from nemo_minitron.checkpoints.transformers_model import load_model, quiet_loading
 from nemo_minitron.config import QuantizeConfig
-from nemo_minitron.conversion.convert import progress
+from nemo_minitron.conversion.writing import progress
 from nemo_minitron.errors import EngineError
 from nemo_minitron.jobs.progress import Progress
 from nemo_minitron.quantization.formats import DECODERS, MODELOPT

@@ -292,7 +292,7 @@ def test_a_full_disk_leaves_no_half_result(tmp_path):
 
 
 def test_a_result_that_does_not_fit_is_refused_before_the_first_write(tmp_path):
-    from nemo_minitron.conversion.convert import check_room
+    from nemo_minitron.conversion.writing import check_room
 
     with pytest.raises(MinitronError, match=r"needs 1000000.0 GB, the disk has .* GB left"):
         check_room(tmp_path / "a.nemo", 10**15)
