@@ -5,15 +5,12 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from nemo_minitron.checkpoints.file_bytes import Bytes
 from nemo_minitron.checkpoints.precision import ITEM_SIZES
 from nemo_minitron.checkpoints.tensors import BLOCK, Lazy, in_blocks
 from nemo_minitron.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 #: Checksums are worked out beside reading and writing: zlib lets other threads run meanwhile.
 checksums = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checksum")
@@ -70,7 +67,7 @@ class Chunked(Lazy):
     def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         columns = self.shape[1:]
         if any(chunk.shape[1:] != columns for chunk in self.chunks):
-            yield from in_blocks(memoryview(self._assembled()), len(buffer))
+            yield from in_blocks(self._assembled(), len(buffer))
             return
         for chunk in self.chunks:
             yield from self._chunk_blocks(chunk, buffer, check or len(self.chunks) > 1)
@@ -121,12 +118,12 @@ class Chunked(Lazy):
         if pending is not None and pending.result() != checksum:
             raise self._damaged(data)
 
-    def _assembled(self) -> "np.ndarray":
+    def _assembled(self) -> memoryview:
         """The whole tensor as bytes [rows * row_bytes], chunk by chunk: for tensors whose rows are cut."""
         import numpy as np
 
         size = ITEM_SIZES[self.dtype]
-        rows = np.empty((self.shape[0], self.row_bytes), dtype=np.uint8)
+        rows: Any = np.empty((self.shape[0], self.row_bytes), dtype=np.uint8)
         for chunk in self.chunks:
             part = bytearray(math.prod(chunk.shape) * size)
             done = 0
@@ -136,7 +133,7 @@ class Chunked(Lazy):
             top, left = chunk.start[0], chunk.start[1] * size
             box = np.frombuffer(part, dtype=np.uint8).reshape(chunk.shape[0], -1)
             rows[top : top + box.shape[0], left : left + box.shape[1]] = box
-        return rows.reshape(-1)
+        return memoryview(rows.reshape(-1))
 
 
 def _tiles(shape: tuple[int, ...], chunks: list[Chunk]) -> bool:

@@ -149,9 +149,9 @@ def checked(tensors: Mapping[str, Lazy], architecture: Architecture, source: Any
     Raises:
         CheckpointError: a tensor is missing, is left over, or has another shape; they are named.
     """
-    found = layers_in(tensors)
-    if found != architecture.num_layers:
-        raise CheckpointError(f"{source} has {found} layers, the configuration says {architecture.num_layers}")
+    layers = layers_in(tensors)
+    if layers != architecture.num_layers:
+        raise CheckpointError(f"{source} has {layers} layers, the configuration says {architecture.num_layers}")
     expected = canonical_shapes(architecture)
     problems = []
     missing, left_over = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
@@ -166,8 +166,9 @@ def checked(tensors: Mapping[str, Lazy], architecture: Architecture, source: Any
     if wrong:
         problems.append(f"of another shape: {_some(wrong)}")
     if problems:
-        found = "; ".join(problems)
-        raise CheckpointError(f"{source} does not hold the weights that its configuration describes; {found}")
+        raise CheckpointError(
+            f"{source} does not hold the weights that its configuration describes; {'; '.join(problems)}"
+        )
     return {name: tensors[name] for name in expected}
 
 

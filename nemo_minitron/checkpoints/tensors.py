@@ -15,6 +15,9 @@ from nemo_minitron.checkpoints.precision import ITEM_SIZES, cast
 from nemo_minitron.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import torch
+
+if TYPE_CHECKING:
     pass
 
 BLOCK = 8 << 20
@@ -28,8 +31,15 @@ class Lazy(abc.ABC):
         dtype: its dtype by torch's name (``bfloat16``).
     """
 
-    shape: tuple[int, ...]
-    dtype: str
+    if TYPE_CHECKING:  # read-only for readers; a subclass has fields or properties
+
+        @property
+        def shape(self) -> tuple[int, ...]:
+            raise NotImplementedError
+
+        @property
+        def dtype(self) -> str:
+            raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
@@ -61,13 +71,13 @@ class Lazy(abc.ABC):
             out[done : done + len(block)] = block
             done += len(block)
 
-    def read(self) -> Any:
-        """The tensor, read into memory (torch.Tensor)."""
+    def read(self) -> "torch.Tensor":
+        """The tensor, read into memory."""
         import torch
 
         tensor = torch.empty(self.shape, dtype=getattr(torch, self.dtype))
         if tensor.numel():
-            self.read_into(memoryview(tensor.view(torch.uint8).numpy().reshape(-1)))
+            self.read_into(bytes_of(tensor))
         return tensor
 
 
@@ -144,6 +154,14 @@ class Joined(Lazy):
             yield from part.blocks(buffer)
 
 
+def bytes_of(tensor: "torch.Tensor") -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which they share."""
+    import torch
+
+    data: Any = tensor.view(torch.uint8).numpy().reshape(-1)
+    return memoryview(data)
+
+
 def in_blocks(data: memoryview, size: int) -> Iterator[memoryview]:
     """The data in pieces of `size` bytes, the last one shorter."""
     for start in range(0, len(data), size):
@@ -199,15 +217,14 @@ class Computed(Lazy):
 
     shape: tuple[int, ...]
     dtype: str
-    function: Callable[[], Any]
+    function: "Callable[[], torch.Tensor]"
 
     def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
-        import torch
 
         tensor = self.function().contiguous()
         if tuple(tensor.shape) != self.shape or str(tensor.dtype) != f"torch.{self.dtype}":
             raise CheckpointError(f"a tensor {tuple(tensor.shape)} of {tensor.dtype} came where {self} was announced")
-        yield from in_blocks(memoryview(tensor.view(torch.uint8).numpy().reshape(-1)), len(buffer))
+        yield from in_blocks(bytes_of(tensor), len(buffer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,17 +237,18 @@ class ByRows(Lazy):
 
     shape: tuple[int, ...]
     dtype: str
-    prepare: Callable[[], tuple[Any, Callable[[Any], Any]]]
+    prepare: "Callable[[], tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]"
 
     def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         import torch
 
         source, function = self.prepare()
-        for rows in source.split(max(1, BLOCK // max(self.row_bytes, 1))):
+        step = max(1, BLOCK // max(self.row_bytes, 1))
+        for rows in torch.split(source, step):
             made = function(rows).to(getattr(torch, self.dtype)).contiguous()
             if made.shape[1:] != self.shape[1:] or len(source) != self.shape[0]:
                 raise CheckpointError(f"rows {tuple(made.shape)} of {len(source)} came where {self} was announced")
-            yield from in_blocks(memoryview(made.view(torch.uint8).numpy().reshape(-1)), len(buffer))
+            yield from in_blocks(bytes_of(made), len(buffer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +279,6 @@ class Watched(Lazy):
         self.tell(len(out))
 
 
-def in_memory(tensor: Any) -> Computed:
+def in_memory(tensor: "torch.Tensor") -> Computed:
     """A torch tensor as a Lazy."""
     return Computed(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), lambda: tensor)

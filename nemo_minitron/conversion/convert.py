@@ -50,7 +50,7 @@ def convert(config: ConvertConfig) -> Manifest:
         stage="convert",
         output=Path(config.output),
         config=settings,
-        inputs={"source": source.path} | ({"tokenizer": config.tokenizer} if config.tokenizer else {}),
+        inputs={"source": source.path, **({"tokenizer": config.tokenizer} if config.tokenizer else {})},
         seed=config.seed,
         overwrite=config.overwrite,
         ignore=("overwrite", "source", "output", "to", "verify", "tokenizer"),
@@ -122,7 +122,7 @@ def check_result(
     result = open_checkpoint(place, "result")
     checked = {"verified": how, **verify.compare_tensors(expected, result, config.seed)}
     if how == "logits":
-        cast = config.dtype and DTYPES[config.dtype] != source.dtype
-        tolerance = ROUNDED[DTYPES[config.dtype]] if cast else verify.TOLERANCE
+        dtype = DTYPES[config.dtype] if config.dtype else source.dtype
+        tolerance = verify.TOLERANCE if dtype == source.dtype else ROUNDED[dtype]
         checked |= verify.compare_logits(source, result, config.seed, tolerance)
     return checked

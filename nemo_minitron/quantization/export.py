@@ -42,7 +42,8 @@ def chatter_to(log: Path) -> Iterator[None]:
     """Sends what ModelOpt and transformers print and warn of in the body to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
-        handlers, root = [logging.StreamHandler(file)], logging.getLogger()
+        handlers: list[logging.Handler] = [logging.StreamHandler(file)]
+        root = logging.getLogger()
         saved, root.handlers = root.handlers, handlers
         logging.captureWarnings(True)
         try:

@@ -19,6 +19,8 @@ OTHER_TORCH_NAMES = ("strided", "contiguous_format", "preserve_format")
 class StandIn:
     """Takes the place of an instance: keeps its state as attributes, or as `state`, and does nothing."""
 
+    arguments: tuple[Any, ...]
+
     def __new__(cls, *args: Any, **kwargs: Any) -> "StandIn":
         instance = super().__new__(cls)
         instance.arguments = args

@@ -88,7 +88,7 @@ def _listing(repo: str, revision: str) -> Listing:
             f"and has {', '.join(sorted(sizes)[:SHOWN]) or 'no files'}. Pickled weights (*.bin) are not fetched; "
             "take a revision or a model that has safetensors"
         )
-    return Listing(info.sha, {name: sizes[name] for name in wanted})
+    return Listing(info.sha or revision, {name: sizes[name] for name in wanted})
 
 
 def _resumed(job: Job, listing: Listing) -> Path:
@@ -126,7 +126,8 @@ def _explained(error: Exception, repo: str, revision: str, afterwards: str = "")
     from huggingface_hub.constants import ENDPOINT
 
     causes = list(_causes(error))
-    statuses = [cause.response.status_code for cause in causes if getattr(cause, "response", None) is not None]
+    responses = [getattr(cause, "response", None) for cause in causes]
+    statuses = [response.status_code for response in responses if response is not None]
     what = _told(causes, f"{ENDPOINT}/{repo}", repo, revision)
     if what is None and statuses:
         what = _refused(statuses[0], f"{ENDPOINT}/{repo}")

@@ -82,10 +82,10 @@ def read_config(config: dict[str, Any], source: Any) -> Architecture:
         "share_embeddings_and_output_weights": bool(values.get("tie_word_embeddings", False)),
         "init_method_std": _number({"initializer_range": 0.02, **values}, "initializer_range", source),
         "add_bias_linear": _biases(values, source),
-        "sliding_window": _window(name, values, source),
+        "sliding_window": _window(family, values, source),
         **_rope(family, config, source),
     }
-    if fields["rotary_percent"] != 1.0 and name != "nemotron":
+    if fields["rotary_percent"] != 1.0 and not family.partial_rotary:
         raise CheckpointError(f"{source}: partial_rotary_factor is known of Nemotron only")
     return untrusted.architecture(name, fields, source)
 
@@ -116,9 +116,9 @@ def _biases(values: dict[str, Any], source: Any) -> bool:
     return attention
 
 
-def _window(family: str, values: dict[str, Any], source: Any) -> int | None:
+def _window(family: Family, values: dict[str, Any], source: Any) -> int | None:
     """Mistral has the window in every layer; Qwen 2 in those that layer_types names, or from max_window_layers on."""
-    if family == "mistral":
+    if family.window:
         return values.get("sliding_window")
     if not values.get("use_sliding_window") or values.get("sliding_window") is None:
         return None
@@ -187,10 +187,7 @@ def write_config(
     Raises:
         CheckpointError: transformers has no class for the model.
     """
-    a, family = architecture, FAMILIES.get(architecture.family)
-    problems = _not_expressible(a, family)
-    if problems:
-        raise CheckpointError(f"{a.describe()} cannot be written for Hugging Face: {'; '.join(problems)}")
+    a, family = architecture, _expressible(architecture)
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -210,19 +207,17 @@ def write_config(
         "use_cache": True,
         "torch_dtype": dtype,
         "dtype": dtype,
-        **_rope_keys(a),
+        **_rope_keys(a, family),
         **_written_special_tokens(generation, a.vocab_size - a.vocab_padding),
     }
-    if a.family in ("llama", "nemotron"):
+    if family.biases:
         config |= {"attention_bias": a.add_bias_linear, "mlp_bias": a.add_bias_linear}
-    if a.family == "mistral":
+    if family.window:
         config["sliding_window"] = a.sliding_window
-    if a.family == "qwen2":
-        config["use_sliding_window"] = False
-    return config
+    return config | family.written
 
 
-def _rope_keys(a: Architecture) -> dict[str, Any]:
+def _rope_keys(a: Architecture, family: Family) -> dict[str, Any]:
     """Rotary fields as transformers 4 reads them (the first ones) and as transformers 5 does (rope_parameters)."""
     scaling = None
     if a.rope_scaling is not None:
@@ -233,7 +228,7 @@ def _rope_keys(a: Architecture) -> dict[str, Any]:
             "high_freq_factor": a.rope_scaling.high_freq_factor,
             "original_max_position_embeddings": a.rope_scaling.original_length,
         }
-    share = {"partial_rotary_factor": a.rotary_percent} if a.family == "nemotron" else {}
+    share = {"partial_rotary_factor": a.rotary_percent} if family.partial_rotary else {}
     parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": a.rotary_base, **share}
     return {"rope_theta": a.rotary_base, "rope_scaling": scaling, **share, "rope_parameters": parameters}
 
@@ -246,23 +241,33 @@ def _written_special_tokens(generation: Mapping[str, Any], tokens: int) -> dict[
     return found | {"pad_token_id": pad if type(pad) is int and -tokens <= pad < tokens else None}
 
 
-def _not_expressible(a: Architecture, family: Family | None) -> list[str]:
-    """What transformers' class of the family does not have."""
+def _expressible(a: Architecture) -> Family:
+    """The family of a model; raises CheckpointError where transformers has no class that computes what it does."""
+    family = FAMILIES.get(a.family)
     if family is None:
-        return [f"family {a.family} has no class there; known are {', '.join(FAMILIES)}"]
-    found = [
+        problems = [f"family {a.family} has no class there; known are {', '.join(FAMILIES)}"]
+    else:
+        problems = _not_expressible(a, family)
+    if family is None or problems:
+        raise CheckpointError(f"{a.describe()} cannot be written for Hugging Face: {'; '.join(problems)}")
+    return family
+
+
+def _not_expressible(a: Architecture, family: Family) -> list[str]:
+    """What transformers' class of the family does not have."""
+    problems = [
         f"{name} is {getattr(a, name)}, {family.architecture} has {value}"
         for name, value in {"add_qkv_bias": False, **family.fixed}.items()
         if getattr(a, name) != value
     ]
-    if a.add_bias_linear and a.family not in ("llama", "nemotron"):
-        found.append(f"{family.architecture} has no biases in its linear layers")
-    if a.rotary_percent != 1.0 and a.family != "nemotron":
-        found.append(f"{family.architecture} has no partial rotary embedding")
-    if a.rope_scaling is not None and a.family == "nemotron":
-        found.append(f"{family.architecture} has no rope scaling")
-    if a.sliding_window is not None and a.family != "mistral":
-        found.append(f"{family.architecture} has no sliding window here")
+    if a.add_bias_linear and not family.biases:
+        problems.append(f"{family.architecture} has no biases in its linear layers")
+    if a.rotary_percent != 1.0 and not family.partial_rotary:
+        problems.append(f"{family.architecture} has no partial rotary embedding")
+    if a.rope_scaling is not None and not family.rope_scaling:
+        problems.append(f"{family.architecture} has no rope scaling")
+    if a.sliding_window is not None and not family.window:
+        problems.append(f"{family.architecture} has no sliding window here")
     if a.activation not in ACTIVATIONS.values():
-        found.append(f"activation {a.activation} is not known there")
-    return found
+        problems.append(f"activation {a.activation} is not known there")
+    return problems

@@ -36,6 +36,11 @@ class Family:
         norm_eps: the key of the norm's epsilon.
         defaults: what transformers takes where config.json says nothing (by config.json's names).
         fixed: fields of Architecture that hold for the whole family.
+        written: what its config.json says beside what all families' do.
+        biases: whether linear layers may have biases (`attention_bias`, `mlp_bias`).
+        partial_rotary: whether a share of each head may be rotated.
+        rope_scaling: whether the rotary frequencies may be scaled as in Llama 3.1.
+        window: whether all layers may have a sliding window.
     """
 
     model_type: str
@@ -44,6 +49,11 @@ class Family:
     norm_eps: str
     defaults: dict[str, Any]
     fixed: dict[str, Any]
+    written: dict[str, Any] = dataclasses.field(default_factory=dict)
+    biases: bool = False
+    partial_rotary: bool = False
+    rope_scaling: bool = True
+    window: bool = False
 
 
 GATED = {"normalization": "RMSNorm", "gated_linear_unit": True}
@@ -55,6 +65,7 @@ FAMILIES: dict[str, Family] = {
         norm_eps="rms_norm_eps",
         defaults={"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
         fixed=GATED,
+        biases=True,
     ),
     "mistral": Family(
         model_type="mistral",
@@ -66,6 +77,7 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 131072,
         },
         fixed=GATED,
+        window=True,
     ),
     "nemotron": Family(
         model_type="nemotron",
@@ -77,6 +89,9 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 4096,
         },
         fixed={"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True, "gated_linear_unit": False},
+        biases=True,
+        partial_rotary=True,
+        rope_scaling=False,
     ),
     "qwen2": Family(
         model_type="qwen2",
@@ -88,6 +103,7 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": 4096, "max_window_layers": 28,
         },
         fixed={**GATED, "add_qkv_bias": True},
+        written={"use_sliding_window": False},
     ),
 }  # fmt: skip
 

@@ -61,12 +61,13 @@ def hf_names(a: Architecture) -> dict[str, tuple[tuple[str, ...], tuple[int, ...
     """Canonical name -> (Hugging Face names, canonical shape), in the order of a forward pass."""
     family = FAMILIES[a.family]
     before, after = outer_shapes(a)
-    found = {name: ((OUTER[name],), shape) for name, shape in before.items()}
+    names: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
+    names |= {name: ((OUTER[name],), shape) for name, shape in before.items()}
     for number in range(a.num_layers):
         for name, shape in layer_shapes(a).items():
             theirs = tuple(f"{HF_LAYERS}{number}.{part}" for part in layer_names(family, name))
-            found[f"{LAYERS}{number}.{name}"] = (theirs, shape)
-    return found | {name: ((OUTER[name],), shape) for name, shape in after.items()}
+            names[f"{LAYERS}{number}.{name}"] = (theirs, shape)
+    return names | {name: ((OUTER[name],), shape) for name, shape in after.items()}
 
 
 def _part_rows(name: str, parts: int, shape: tuple[int, ...], a: Architecture) -> list[int]:

@@ -117,7 +117,8 @@ def _family(fields: dict[str, Any], config: dict[str, Any]) -> str:
         return "gpt"
     if fields["add_qkv_bias"]:
         return "qwen2"
-    tokenizer = config.get("tokenizer") if isinstance(config.get("tokenizer"), dict) else {}
+    stated = config.get("tokenizer")
+    tokenizer = stated if isinstance(stated, dict) else {}
     named = f"{tokenizer.get('type', '')} {config.get('name', '')}".lower()
     return "mistral" if "mistral" in named or fields["sliding_window"] else "llama"
 

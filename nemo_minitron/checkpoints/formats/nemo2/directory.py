@@ -103,4 +103,4 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> TokenizerRef:
     if tokenizer.files:
         tokenizer.copy_to(folder / TOKENIZER_FOLDER)
         return TokenizerRef(kind=HUGGINGFACE, name=TOKENIZER_FOLDER)
-    return TokenizerRef(kind=HUGGINGFACE, name=tokenizer.name)
+    return TokenizerRef(kind=HUGGINGFACE, name=tokenizer.hub_name())
