@@ -53,8 +53,9 @@ def make(folder: Path, gigabytes: float) -> None:
     """Writes the Hugging Face checkpoint that everything starts from: random bits of finite bf16 values."""
     import torch
 
-    from nemo_minitron.checkpoints import names as canonical
-    from nemo_minitron.checkpoints.formats.write import write_checkpoint
+    from nemo_minitron.checkpoints.checkpoint import write_checkpoint
+    from nemo_minitron.checkpoints.formats.base import WriteOptions
+    from nemo_minitron.checkpoints.names import canonical_shapes
     from nemo_minitron.checkpoints.tensors import Computed
 
     shape = architecture(gigabytes)
@@ -65,9 +66,9 @@ def make(folder: Path, gigabytes: float) -> None:
 
     tensors = {
         name: Computed(size, "bfloat16", lambda size=size: random(size))
-        for name, size in canonical.shapes(shape).items()
+        for name, size in canonical_shapes(shape).items()
     }
-    write_checkpoint(folder, "hf", shape, tensors, None, {}, shard_bytes=1_000_000_000)
+    write_checkpoint(folder, "hf", shape, tensors, None, {}, WriteOptions(shard_bytes=1_000_000_000))
 
 
 def convert(source: str, output: str, settings: str) -> None:

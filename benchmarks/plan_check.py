@@ -125,8 +125,9 @@ def write_checkpoint(
     import torch
 
     from nemo_minitron.architecture import Architecture
-    from nemo_minitron.checkpoints import names as canonical
-    from nemo_minitron.checkpoints.formats.write import write_checkpoint as write
+    from nemo_minitron.checkpoints.checkpoint import write_checkpoint as write
+    from nemo_minitron.checkpoints.formats.base import WriteOptions
+    from nemo_minitron.checkpoints.names import canonical_shapes
     from nemo_minitron.checkpoints.tensors import Computed
 
     shape, generator = Architecture(**sizes), torch.Generator(device).manual_seed(0)
@@ -135,9 +136,9 @@ def write_checkpoint(
         return (torch.randn(size, generator=generator, device=device) * std).to(getattr(torch, dtype)).cpu()
 
     tensors = {
-        name: Computed(size, dtype, lambda size=size: draw(size)) for name, size in canonical.shapes(shape).items()
+        name: Computed(size, dtype, lambda size=size: draw(size)) for name, size in canonical_shapes(shape).items()
     }
-    write(folder, "hf", shape, tensors, None, {}, shard_bytes=1_000_000_000)
+    write(folder, "hf", shape, tensors, None, {}, WriteOptions(shard_bytes=1_000_000_000))
 
 
 def make_inputs(case: str, folder: str) -> None:

@@ -227,8 +227,8 @@ def prepare_data(folder: str, gigabytes: str) -> None:
     """A teacher with weights that can be run, and text to score it on."""
     import torch
 
-    from nemo_minitron.checkpoints import names as canonical
-    from nemo_minitron.checkpoints.formats.write import write_checkpoint
+    from nemo_minitron.checkpoints.checkpoint import write_checkpoint
+    from nemo_minitron.checkpoints.names import canonical_shapes
     from nemo_minitron.checkpoints.tensors import Computed
     from nemo_minitron.config import DataConfig
     from nemo_minitron.data.command import prepare as prepare_text
@@ -242,7 +242,7 @@ def prepare_data(folder: str, gigabytes: str) -> None:
 
     tensors = {
         name: Computed(shape, "bfloat16", lambda shape=shape: weights(shape))
-        for name, shape in canonical.shapes(a).items()
+        for name, shape in canonical_shapes(a).items()
     }
     write_checkpoint(Path(folder) / "hf", "hf", a, tensors, None, {})
 

@@ -148,7 +148,7 @@ def load(folder: Path) -> Any:
     import torch
 
     from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-    from nemo_minitron.checkpoints.formats.huggingface.transformers_model import load_model
+    from nemo_minitron.checkpoints.transformers_model import load_model
 
     checkpoint = open_checkpoint(folder)
     return load_model(checkpoint, getattr(torch, checkpoint.dtype))

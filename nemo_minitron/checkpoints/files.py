@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nemo_minitron.artifacts.archive import ERRORS, open_archive
-from nemo_minitron.checkpoints.tensors import Bytes, whole
+from nemo_minitron.checkpoints.file_bytes import Bytes, whole
 from nemo_minitron.errors import CheckpointError
 
 GZIP = b"\x1f\x8b"

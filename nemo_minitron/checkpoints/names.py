@@ -22,7 +22,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints.tensors import Chunked, Joined, Lazy
+from nemo_minitron.checkpoints.chunked import Chunked
+from nemo_minitron.checkpoints.tensors import Joined, Lazy
 from nemo_minitron.errors import CheckpointError
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -79,7 +80,7 @@ def outer_shapes(architecture: Architecture) -> tuple[dict[str, tuple[int, ...]]
     return {EMBEDDING: (a.vocab_size, a.hidden_size)}, after
 
 
-def shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+def canonical_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of every weight, in the order of a forward pass."""
     before, after = outer_shapes(architecture)
     layer = layer_shapes(architecture)
@@ -89,7 +90,7 @@ def shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return before | layers | after
 
 
-def canonical(tensors: Mapping[str, Chunked], source: Any) -> dict[str, Lazy]:
+def by_canonical_name(tensors: Mapping[str, Chunked], source: Any) -> dict[str, Lazy]:
     """Tensors under Megatron's keys, of any style, by their canonical names.
 
     Takes stacked layers (`decoder.layers.mlp...` [l, ...]), layers by number, fc1 in two halves (`_w`, `_v`), and any
@@ -142,16 +143,16 @@ def layers_in(names: Iterable[str]) -> int:
     return max(numbers, default=-1) + 1
 
 
-def check(tensors: Mapping[str, Lazy], architecture: Architecture, source: Any) -> dict[str, Lazy]:
+def checked(tensors: Mapping[str, Lazy], architecture: Architecture, source: Any) -> dict[str, Lazy]:
     """The tensors in the order of a forward pass, once they are just those of the architecture.
 
     Raises:
         CheckpointError: a tensor is missing, is left over, or has another shape; they are named.
     """
-    found = layers_in(tensors)
-    if found != architecture.num_layers:
-        raise CheckpointError(f"{source} has {found} layers, the configuration says {architecture.num_layers}")
-    expected = shapes(architecture)
+    layers = layers_in(tensors)
+    if layers != architecture.num_layers:
+        raise CheckpointError(f"{source} has {layers} layers, the configuration says {architecture.num_layers}")
+    expected = canonical_shapes(architecture)
     problems = []
     missing, left_over = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     for title, names in (("missing", missing), ("left over", left_over)):
@@ -165,8 +166,9 @@ def check(tensors: Mapping[str, Lazy], architecture: Architecture, source: Any) 
     if wrong:
         problems.append(f"of another shape: {_some(wrong)}")
     if problems:
-        found = "; ".join(problems)
-        raise CheckpointError(f"{source} does not hold the weights that its configuration describes; {found}")
+        raise CheckpointError(
+            f"{source} does not hold the weights that its configuration describes; {'; '.join(problems)}"
+        )
     return {name: tensors[name] for name in expected}
 
 

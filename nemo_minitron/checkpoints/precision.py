@@ -1,15 +1,29 @@
-"""Precisions of floating-point numbers by NumPy, so that changing one needs no torch.
+"""Dtypes by torch's names, and precisions of floating-point numbers by NumPy, so that changing one needs no torch.
 
 bfloat16 is the upper half of a float32. Results equal torch's bit for bit, NaN apart, which stays NaN.
 """
 
 from typing import Any
 
+from nemo_minitron.errors import CheckpointError
+
+#: Dtypes of torch by name -> bytes an element.
+ITEM_SIZES = {
+    "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8,
+    "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
+}  # fmt: skip
 #: Floating-point dtypes that NumPy counts with, by torch's names; bfloat16 by way of float32.
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 #: float32 without its sign: infinity, above which all is NaN.
 INFINITY = 0x7F800000
 QUIET_NAN = 0x7FC0
+
+
+def item_size(dtype: str, source: Any) -> int:
+    """Bytes of an element; raises CheckpointError for a dtype that no weight has."""
+    if dtype not in ITEM_SIZES:
+        raise CheckpointError(f"{source} holds {dtype}; known are {', '.join(ITEM_SIZES)}")
+    return ITEM_SIZES[dtype]
 
 
 def numbers(data: memoryview, dtype: str) -> Any:

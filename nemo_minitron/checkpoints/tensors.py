@@ -5,106 +5,22 @@ are only ever moved: reading a tensor in one format and writing it in another le
 """
 
 import abc
-import concurrent.futures
 import dataclasses
 import math
-import os
-import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.checkpoints.precision import cast
-from nemo_minitron.checkpoints.storage.pickles import ITEM_SIZES
+from nemo_minitron.checkpoints.file_bytes import Bytes
+from nemo_minitron.checkpoints.precision import ITEM_SIZES, cast
 from nemo_minitron.errors import CheckpointError
 
+if TYPE_CHECKING:
+    import torch
+
+if TYPE_CHECKING:
+    pass
+
 BLOCK = 8 << 20
-#: Checksums are worked out beside reading and writing: zlib lets other threads run meanwhile.
-checksums = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checksum")
-
-
-@dataclasses.dataclass(frozen=True)
-class Bytes:
-    """A run of bytes inside a file."""
-
-    path: Path
-    offset: int
-    length: int
-
-    def part(self, start: int, length: int) -> "Bytes":
-        """`length` bytes from `start` on; raises CheckpointError where they reach outside."""
-        if start < 0 or length < 0 or start + length > self.length:
-            raise CheckpointError(
-                f"{self.path}: {length} bytes at {start} reach outside a piece of {self.length} bytes; "
-                "the file is damaged"
-            )
-        return Bytes(self.path, self.offset + start, length)
-
-    def read(self) -> bytes:
-        """All of it: for what is small."""
-        return b"".join(map(bytes, self.blocks(memoryview(bytearray(self.length)))))
-
-    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
-        """The bytes in order, a buffer at a time; the buffer is used again for the next block."""
-        try:
-            file = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
-        try:
-            done = 0
-            while done < self.length:
-                view = buffer[: min(len(buffer), self.length - done)]
-                _fill(file, view, self.offset + done, self.path)
-                done += len(view)
-                yield view
-        finally:
-            os.close(file)
-
-
-@dataclasses.dataclass(frozen=True)
-class InMemory(Bytes):
-    """Bytes that were made of those of a file.
-
-    Attributes:
-        data: the bytes; `path` is where they come from.
-    """
-
-    data: bytes = b""
-
-    def read(self) -> bytes:
-        return self.data
-
-    def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
-        yield memoryview(self.data)
-
-
-def _fill(file: int, view: memoryview, offset: int, path: Path) -> None:
-    filled = 0
-    while filled < len(view):
-        try:
-            count = os.preadv(file, [view[filled:]], offset + filled)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-        if count == 0:
-            raise CheckpointError(
-                f"{path} is truncated: it ends at byte {offset + filled}, {offset + len(view)} are needed; copy again"
-            )
-        filled += count
-
-
-def whole(path: Path) -> Bytes:
-    """A file as a run of bytes; raises CheckpointError where it is none."""
-    try:
-        return Bytes(path, 0, os.stat(path).st_size)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def item_size(dtype: str, source: Any) -> int:
-    """Bytes of an element; raises CheckpointError for a dtype that no weight has."""
-    if dtype not in ITEM_SIZES:
-        raise CheckpointError(f"{source} holds {dtype}; known are {', '.join(ITEM_SIZES)}")
-    return ITEM_SIZES[dtype]
 
 
 class Lazy(abc.ABC):
@@ -115,8 +31,15 @@ class Lazy(abc.ABC):
         dtype: its dtype by torch's name (``bfloat16``).
     """
 
-    shape: tuple[int, ...]
-    dtype: str
+    if TYPE_CHECKING:  # read-only for readers; a subclass has fields or properties
+
+        @property
+        def shape(self) -> tuple[int, ...]:
+            raise NotImplementedError
+
+        @property
+        def dtype(self) -> str:
+            raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
@@ -148,13 +71,13 @@ class Lazy(abc.ABC):
             out[done : done + len(block)] = block
             done += len(block)
 
-    def read(self) -> Any:
-        """The tensor, read into memory (torch.Tensor)."""
+    def read(self) -> "torch.Tensor":
+        """The tensor, read into memory."""
         import torch
 
         tensor = torch.empty(self.shape, dtype=getattr(torch, self.dtype))
         if tensor.numel():
-            self.read_into(memoryview(tensor.view(torch.uint8).numpy().reshape(-1)))
+            self.read_into(bytes_of(tensor))
         return tensor
 
 
@@ -231,153 +154,16 @@ class Joined(Lazy):
             yield from part.blocks(buffer)
 
 
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """A box of a tensor, row-major in one piece.
+def bytes_of(tensor: "torch.Tensor") -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which they share."""
+    import torch
 
-    Attributes:
-        start: index of its first element.
-        shape: its shape.
-        locate: returns its bytes and their CRC-32, where that is known.
-    """
-
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
-    locate: Callable[[], tuple[Bytes, int | None]]
+    data: Any = tensor.view(torch.uint8).numpy().reshape(-1)
+    return memoryview(data)
 
 
-@dataclasses.dataclass(frozen=True)
-class Chunked(Lazy):
-    """A tensor in boxes, as distributed checkpoints keep it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    chunks: tuple[Chunk, ...]
-    name: str = "a tensor"
-
-    def layer(self, index: int) -> Lazy:
-        """One layer of a stacked tensor [l, ...]."""
-        found = []
-        for chunk in self.chunks:
-            inside = index - chunk.start[0]
-            if 0 <= inside < chunk.shape[0]:
-                locate = chunk.locate if chunk.shape[0] == 1 else self._slice(chunk, inside)
-                found.append(Chunk(chunk.start[1:], chunk.shape[1:], locate))
-        return Chunked(self.shape[1:], self.dtype, tuple(found), f"{self.name}[{index}]").checked()
-
-    def _slice(self, chunk: Chunk, inside: int) -> Callable[[], tuple[Bytes, int | None]]:
-        length = math.prod(chunk.shape[1:]) * ITEM_SIZES[self.dtype]
-        return lambda: (chunk.locate()[0].part(inside * length, length), None)
-
-    def checked(self) -> "Chunked":
-        """Itself with the chunks in order; raises CheckpointError unless they tile the tensor exactly."""
-        chunks = sorted(self.chunks, key=lambda chunk: chunk.start)
-        if len(self.shape) not in (1, 2) or not _tiles(self.shape, chunks):
-            raise CheckpointError(
-                f"{self.name}: its {len(chunks)} pieces do not make up a tensor of shape {self.shape}; "
-                "the checkpoint is damaged or was not copied whole"
-            )
-        return dataclasses.replace(self, chunks=tuple(chunks))
-
-    def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
-        columns = self.shape[1:]
-        if any(chunk.shape[1:] != columns for chunk in self.chunks):
-            yield from _in_blocks(memoryview(self._assembled()), len(buffer))
-            return
-        for chunk in self.chunks:
-            yield from self._chunk_blocks(chunk, buffer, check or len(self.chunks) > 1)
-
-    def check(self, checksum: int) -> None:
-        if len(self.chunks) == 1:
-            data, expected = self.chunks[0].locate()
-            if expected is not None and checksum != expected:
-                raise self._damaged(data)
-
-    def _damaged(self, data: Bytes) -> CheckpointError:
-        return CheckpointError(f"{data.path}: {self.name} fails its checksum; the file is damaged, copy it again")
-
-    def _chunk_blocks(self, chunk: Chunk, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
-        data, checksum = chunk.locate()
-        checksum = checksum if check else None
-        expected = math.prod(chunk.shape) * ITEM_SIZES[self.dtype]
-        if data.length != expected:
-            raise CheckpointError(f"{data.path}: {self.name} has {data.length} bytes where {expected} are needed")
-        found = 0
-        for block in data.blocks(buffer):
-            pending = checksums.submit(zlib.crc32, block, found) if checksum is not None else None
-            yield block
-            found = pending.result() if pending is not None else 0
-        if checksum is not None and found != checksum:
-            raise self._damaged(data)
-
-    def read_into(self, out: memoryview) -> None:
-        if any(chunk.shape[1:] != self.shape[1:] for chunk in self.chunks):
-            super().read_into(out)
-            return
-        done = 0
-        for chunk in self.chunks:  # straight into place
-            size = math.prod(chunk.shape) * ITEM_SIZES[self.dtype]
-            self._read_chunk(chunk, out[done : done + size])
-            done += size
-
-    def _read_chunk(self, chunk: Chunk, out: memoryview) -> None:
-        data, checksum = chunk.locate()
-        if data.length != len(out):
-            raise CheckpointError(f"{data.path}: {self.name} has {data.length} bytes where {len(out)} are needed")
-        found, pending = 0, None
-        for start in range(0, len(out), BLOCK):
-            block = out[start : start + BLOCK]
-            for _ in data.part(start, len(block)).blocks(block):
-                found = pending.result() if pending is not None else 0
-                pending = checksums.submit(zlib.crc32, block, found) if checksum is not None else None
-        if pending is not None and pending.result() != checksum:
-            raise self._damaged(data)
-
-    def _assembled(self) -> Any:
-        """The whole tensor as bytes [rows * row_bytes], chunk by chunk: for tensors whose rows are cut."""
-        import numpy as np
-
-        size = ITEM_SIZES[self.dtype]
-        rows = np.empty((self.shape[0], self.row_bytes), dtype=np.uint8)
-        for chunk in self.chunks:
-            part = bytearray(math.prod(chunk.shape) * size)
-            done = 0
-            for block in self._chunk_blocks(chunk, memoryview(bytearray(BLOCK))):
-                part[done : done + len(block)] = block
-                done += len(block)
-            top, left = chunk.start[0], chunk.start[1] * size
-            box = np.frombuffer(part, dtype=np.uint8).reshape(chunk.shape[0], -1)
-            rows[top : top + box.shape[0], left : left + box.shape[1]] = box
-        return rows.reshape(-1)
-
-
-def _tiles(shape: tuple[int, ...], chunks: list[Chunk]) -> bool:
-    """Whether boxes, sorted by their start, cover `shape` exactly once."""
-    rank = len(shape)
-    for chunk in chunks:
-        if len(chunk.start) != rank or len(chunk.shape) != rank:
-            return False
-        if any(a < 0 or b < 1 or a + b > c for a, b, c in zip(chunk.start, chunk.shape, shape)):
-            return False
-    strips: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for chunk in chunks:
-        columns = (chunk.start[1], chunk.shape[1]) if rank == 2 else (0, 1)
-        strips.setdefault((chunk.start[0], chunk.shape[0]), []).append(columns)
-    return _covers(list(strips), shape[0]) and all(
-        _covers(strip, shape[1] if rank == 2 else 1) for strip in strips.values()
-    )
-
-
-def _covers(intervals: list[tuple[int, int]], length: int) -> bool:
-    position = 0
-    for start, size in sorted(intervals):
-        if start != position:
-            return False
-        position += size
-    return position == length
-
-
-def _in_blocks(data: memoryview, size: int) -> Iterator[memoryview]:
+def in_blocks(data: memoryview, size: int) -> Iterator[memoryview]:
+    """The data in pieces of `size` bytes, the last one shorter."""
     for start in range(0, len(data), size):
         yield data[start : start + size]
 
@@ -431,15 +217,14 @@ class Computed(Lazy):
 
     shape: tuple[int, ...]
     dtype: str
-    function: Callable[[], Any]
+    function: "Callable[[], torch.Tensor]"
 
     def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
-        import torch
 
         tensor = self.function().contiguous()
         if tuple(tensor.shape) != self.shape or str(tensor.dtype) != f"torch.{self.dtype}":
             raise CheckpointError(f"a tensor {tuple(tensor.shape)} of {tensor.dtype} came where {self} was announced")
-        yield from _in_blocks(memoryview(tensor.view(torch.uint8).numpy().reshape(-1)), len(buffer))
+        yield from in_blocks(bytes_of(tensor), len(buffer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -452,17 +237,18 @@ class ByRows(Lazy):
 
     shape: tuple[int, ...]
     dtype: str
-    prepare: Callable[[], tuple[Any, Callable[[Any], Any]]]
+    prepare: "Callable[[], tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]"
 
     def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         import torch
 
         source, function = self.prepare()
-        for rows in source.split(max(1, BLOCK // max(self.row_bytes, 1))):
+        step = max(1, BLOCK // max(self.row_bytes, 1))
+        for rows in torch.split(source, step):
             made = function(rows).to(getattr(torch, self.dtype)).contiguous()
             if made.shape[1:] != self.shape[1:] or len(source) != self.shape[0]:
                 raise CheckpointError(f"rows {tuple(made.shape)} of {len(source)} came where {self} was announced")
-            yield from _in_blocks(memoryview(made.view(torch.uint8).numpy().reshape(-1)), len(buffer))
+            yield from in_blocks(bytes_of(made), len(buffer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -493,6 +279,6 @@ class Watched(Lazy):
         self.tell(len(out))
 
 
-def in_memory(tensor: Any) -> Computed:
+def in_memory(tensor: "torch.Tensor") -> Computed:
     """A torch tensor as a Lazy."""
     return Computed(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), lambda: tensor)

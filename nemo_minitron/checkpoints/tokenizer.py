@@ -12,9 +12,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints import sentencepiece as sentencepiece_file
+from nemo_minitron.checkpoints.file_bytes import Bytes, InMemory
 from nemo_minitron.checkpoints.files import Files, folder_files
-from nemo_minitron.checkpoints.storage import sentencepiece as sentencepiece_file
-from nemo_minitron.checkpoints.tensors import Bytes, InMemory
 from nemo_minitron.errors import CheckpointError
 
 HUGGINGFACE, SENTENCEPIECE = "huggingface", "sentencepiece"
@@ -56,6 +56,11 @@ class Tokenizer:
     kind: str = HUGGINGFACE
     name: str | None = None
     files: Mapping[str, Bytes] = dataclasses.field(default_factory=dict)
+
+    def hub_name(self) -> str:
+        """The name of a tokenizer that is nothing but a name."""
+        assert self.name is not None
+        return self.name
 
     def describe(self) -> str:
         """One line for people."""
@@ -126,22 +131,22 @@ class Tokenizer:
         Where there is a tokenizer.json, it alone counts, as in transformers.
         """
         definition = self._json(DEFINITION)
-        found: dict[Any, Any]
+        ids: dict[Any, Any]
         if DEFINITION in self.files:
-            found = _ids_of_model(definition.get("model"))
+            ids = dict(_ids_of_model(definition.get("model")))
             added = definition.get("added_tokens")
             tokens = [token for token in (added if isinstance(added, list) else []) if isinstance(token, dict)]
-            found = found and found | {token.get("content"): token.get("id") for token in tokens}
+            ids = ids and ids | {token.get("content"): token.get("id") for token in tokens}
         else:
-            found = self._pieces() or self._json("vocab.json")
+            ids = dict(self._pieces() or self._json("vocab.json"))
             decoder = self._json(CONFIG).get("added_tokens_decoder")
             listed = {
                 token.get("content"): int(number)
                 for number, token in (decoder if isinstance(decoder, dict) else {}).items()
                 if isinstance(token, dict) and number.isdecimal()
             }
-            found = found and {**found, **self._json(ADDED), **listed}
-        return {text: number for text, number in found.items() if isinstance(text, str) and type(number) is int}
+            ids = ids and ids | self._json(ADDED) | listed
+        return {text: number for text, number in ids.items() if isinstance(text, str) and type(number) is int}
 
     def _pieces(self) -> dict[str, int]:
         """Token -> id of a SentencePiece model; empty where there is none, or it is of another kind or damaged."""
@@ -320,7 +325,7 @@ def from_hub(tokenizer: Tokenizer, note: Callable[[str], None]) -> Tokenizer:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        folder = snapshot_download(tokenizer.name, allow_patterns=list(FILES), etag_timeout=HUB_TIMEOUT)
+        folder = snapshot_download(tokenizer.hub_name(), allow_patterns=list(FILES), etag_timeout=HUB_TIMEOUT)
         found = in_folder(_files(Path(folder)), tokenizer.name)
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
         found = None

@@ -4,16 +4,7 @@ A dataclass states its fields and, in ``problems()``, what makes them wrong. ``v
 whole tree and raises them at once. Names follow the NeMo 24.07 documentation, so that its overrides work unchanged.
 """
 
-from nemo_minitron.config.schemas.base import (
-    FORMATS,
-    Config,
-    all_problems,
-    at_least,
-    format_problems,
-    one_of,
-    output_format,
-    validated,
-)
+from nemo_minitron.config.schemas.base import Config, all_problems, at_least, one_of, validated
 from nemo_minitron.config.schemas.checkpoints import (
     HF_SOURCE,
     NGC_SOURCE,
@@ -34,6 +25,7 @@ from nemo_minitron.config.schemas.flow import (
     InstructRecipeConfig,
     RecipeConfig,
 )
+from nemo_minitron.config.schemas.formats import FORMATS, OUTPUT_FORMATS, format_problems, output_format
 from nemo_minitron.config.schemas.hardware import SCORING, TRAINING, HardwareConfig, Ranks, TrainerConfig
 from nemo_minitron.config.schemas.instructions import InstructConfig, PeftConfig
 from nemo_minitron.config.schemas.launch import LaunchConfig, SlurmConfig
@@ -73,6 +65,7 @@ __all__ = [
     "ExpManagerConfig",
     "ExportConfig",
     "FORMATS",
+    "OUTPUT_FORMATS",
     "FinetuneConfig",
     "FlowConfig",
     "FlowDataConfig",

@@ -1,30 +1,28 @@
 """`minitron convert`: a checkpoint of any format into any other, tensor by tensor, checked before it is in place."""
 
-import contextlib
 import dataclasses
-import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints import tokenizer as tokenizers
-from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from nemo_minitron.checkpoints.formats.huggingface.families import write_config
-from nemo_minitron.checkpoints.formats.write import place_in, write_checkpoint
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint, place_in, write_checkpoint
+from nemo_minitron.checkpoints.formats.base import WriteOptions
+from nemo_minitron.checkpoints.formats.table import FORMATS
 from nemo_minitron.checkpoints.names import EMBEDDING, OUTPUT
-from nemo_minitron.checkpoints.tensors import Cast, Lazy, Resized, Watched
+from nemo_minitron.checkpoints.tensors import Cast, Lazy, Resized
 from nemo_minitron.config import ConvertConfig
 from nemo_minitron.conversion import verify
-from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.conversion.writing import check_room, progress, total_bytes
+from nemo_minitron.errors import ConfigError
 from nemo_minitron.jobs.job import Job
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "32": "float32"}
 #: Largest relative difference of logits once values were rounded to another dtype.
 ROUNDED = {"bfloat16": 5e-2, "float16": 5e-3, "float32": verify.TOLERANCE}
-SPARE_BYTES = 64 << 20
 
 
 def convert(config: ConvertConfig) -> Manifest:
@@ -37,11 +35,10 @@ def convert(config: ConvertConfig) -> Manifest:
     """
     source = open_checkpoint(config.source, "source", quantized=True)
     architecture, tensors = plan(source, config)
-    if config.target_format == "hf":
-        write_config(architecture, source.dtype)
+    FORMATS[config.target_format].check(architecture, source.dtype)
     if config.tokenizer:
         tokenizers.from_directory(config.tokenizer)
-    check_room(config.output, sum(tensor.nbytes for tensor in tensors.values()))
+    check_room(config.output, total_bytes(tensors))
     how = verify.resolve(config.verify, source)
     if how == "logits" and source.quantization is not None:
         raise ConfigError(
@@ -53,14 +50,14 @@ def convert(config: ConvertConfig) -> Manifest:
         stage="convert",
         output=Path(config.output),
         config=settings,
-        inputs={"source": source.path} | ({"tokenizer": config.tokenizer} if config.tokenizer else {}),
+        inputs={"source": source.path, **({"tokenizer": config.tokenizer} if config.tokenizer else {})},
         seed=config.seed,
         overwrite=config.overwrite,
         ignore=("overwrite", "source", "output", "to", "verify", "tokenizer"),
         sampled=("source",),
     )
 
-    def work(partial: Path) -> dict[str, Any]:
+    def write(partial: Path) -> dict[str, Any]:
         place = place_in(partial, config.output, config.target_format)
         tokenizer = choose_tokenizer(source, config)
         with progress(tensors, f"{source.format} -> {config.target_format}") as watched:
@@ -71,18 +68,17 @@ def convert(config: ConvertConfig) -> Manifest:
                 watched,
                 tokenizer,
                 source.generation,
-                weights=config.weights,
-                shard_bytes=int(config.shard_size_gb * 1e9),
+                WriteOptions(weights=config.weights, shard_bytes=int(config.shard_size_gb * 1e9)),
             )
         checked = check_result(source, place, tensors, how, config)
         return {
-            "metrics": {"parameters": architecture.parameters(), "bytes": _bytes(tensors), **checked},
+            "metrics": {"parameters": architecture.parameters(), "bytes": total_bytes(tensors), **checked},
             "details": {"architecture": architecture.to_dict(), "format": config.target_format},
         }
 
     done = job.finished()
     if done is None:
-        return job.run(work)
+        return job.run(write)
     if verify.STRENGTH.index(how) > verify.STRENGTH.index(done.metrics["verified"]):
         done.metrics |= check_result(source, Path(config.output), tensors, how, config)
     return done
@@ -111,32 +107,10 @@ def choose_tokenizer(source: Checkpoint, config: ConvertConfig) -> tokenizers.To
     """The tokenizer that goes into the result: the one asked for, or the source's, with its files if it can."""
     if config.tokenizer:
         return tokenizers.from_directory(config.tokenizer)
-    found = source.tokenizer_files
-    if found is None or found.files:
-        return found
-    return tokenizers.from_hub(found, lambda message: print(message, file=sys.stderr))
-
-
-@contextlib.contextmanager
-def progress(tensors: Mapping[str, Lazy], title: str) -> Iterator[dict[str, Lazy]]:
-    """The tensors, with a bar of the bytes that are read from them; none where this is no terminal."""
-    from tqdm import tqdm
-
-    with tqdm(total=_bytes(tensors), desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        yield {name: Watched(tensor, bar.update) for name, tensor in tensors.items()}
-
-
-def check_room(output: str | Path, needed: int) -> None:
-    """Raises MinitronError where the disk of `output` has less than `needed` bytes left."""
-    folder = Path(output).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed + SPARE_BYTES:
-        raise MinitronError(
-            f"{output} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left; free some, or give another "
-            "output"
-        )
+    tokenizer = source.tokenizer_files
+    if tokenizer is None or tokenizer.files:
+        return tokenizer
+    return tokenizers.from_hub(tokenizer, lambda message: print(message, file=sys.stderr))
 
 
 def check_result(
@@ -148,11 +122,7 @@ def check_result(
     result = open_checkpoint(place, "result")
     checked = {"verified": how, **verify.compare_tensors(expected, result, config.seed)}
     if how == "logits":
-        cast = config.dtype and DTYPES[config.dtype] != source.dtype
-        tolerance = ROUNDED[DTYPES[config.dtype]] if cast else verify.TOLERANCE
+        dtype = DTYPES[config.dtype] if config.dtype else source.dtype
+        tolerance = verify.TOLERANCE if dtype == source.dtype else ROUNDED[dtype]
         checked |= verify.compare_logits(source, result, config.seed, tolerance)
     return checked
-
-
-def _bytes(tensors: Mapping[str, Lazy]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,4 +1,4 @@
-"""`minitron inspect`: what a checkpoint is, and what is odd about it, without reading its weights."""
+"""`minitron inspect`: what a checkpoint is, and what a user may stumble over, without reading its weights."""
 
 import dataclasses
 import json
@@ -6,10 +6,8 @@ from collections import Counter
 from typing import Any
 
 from nemo_minitron.architecture import human
-from nemo_minitron.checkpoints.checkpoint import FORMATS, Checkpoint, open_checkpoint
-from nemo_minitron.checkpoints.files import folder_files
-from nemo_minitron.checkpoints.formats.huggingface import directory as huggingface
-from nemo_minitron.checkpoints.formats.huggingface.quantized import Quantization
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from nemo_minitron.checkpoints.formats.base import Quantization
 from nemo_minitron.checkpoints.precision import FLOATS, count_not_finite
 from nemo_minitron.checkpoints.tensors import BLOCK, Lazy
 from nemo_minitron.config import InspectConfig
@@ -36,35 +34,30 @@ def describe(checkpoint: Checkpoint, *, values: bool = False) -> dict[str, Any]:
         values: read all weights and count what is not finite.
     """
     a = checkpoint.architecture
-    precisions = Counter(tensor.dtype for tensor in checkpoint.tensors.values())
+    precisions = checkpoint.stored_precisions or Counter(tensor.dtype for tensor in checkpoint.tensors.values())
     found: dict[str, Any] = {
         "path": str(checkpoint.path),
-        "format": FORMATS[checkpoint.format],
+        "format": checkpoint.kind.title,
         "weights": checkpoint.layout,
         "family": a.family,
         "parameters": a.parameters(),
         "parameters_without_embeddings": a.non_embedding_parameters(),
-        "precision": dict(precisions.most_common()) if checkpoint.quantization is None else _stored(checkpoint),
+        "precision": dict(Counter(precisions).most_common()),
         "quantization": dataclasses.asdict(checkpoint.quantization) if checkpoint.quantization else None,
         "bytes": checkpoint.size,
         "tokenizer": checkpoint.tokenizer_files.describe() if checkpoint.tokenizer_files else None,
         "architecture": a.to_dict(),
-        "odd": oddities(checkpoint),
+        "warnings": warnings(checkpoint),
     }
     if values:
         found["not_finite"] = not_finite(checkpoint)
-        found["odd"] += [
+        found["warnings"] += [
             f"{name} has {count} values that are NaN or Inf" for name, count in found["not_finite"].items()
         ]
     return found
 
 
-def _stored(checkpoint: Checkpoint) -> dict[str, int]:
-    """Dtype -> tensors of a quantised checkpoint, as they lie on disk."""
-    return huggingface.stored_precisions(folder_files(checkpoint.path, deep=False))
-
-
-def oddities(checkpoint: Checkpoint) -> list[str]:
+def warnings(checkpoint: Checkpoint) -> list[str]:
     """What a user may stumble over."""
     a, found = checkpoint.architecture, []
     if checkpoint.quantization is not None:
@@ -95,8 +88,7 @@ def oddities(checkpoint: Checkpoint) -> list[str]:
         found.append(f"the tokenizer is only named ({tokenizer.name}); tokenizer=DIR puts its files in")
     elif (tokens := tokenizer.size()) is not None and tokens > a.vocab_size:
         found.append(f"the tokenizer has {tokens} tokens, the embedding only {a.vocab_size} rows")
-    if checkpoint.keep is not None:
-        found.append("the archive is compressed: each command unpacks it first; minitron convert makes it plain")
+    found += checkpoint.remarks
     if a.sliding_window is not None:
         found.append(f"attention reaches {a.sliding_window} tokens back only (sliding window)")
     return found
@@ -139,8 +131,8 @@ def render(described: dict[str, Any]) -> str:
     if "not_finite" in described:
         lines.append(("values", "NaN or Inf, see below" if described["not_finite"] else "all finite"))
     text = [described["path"], *(f"  {name:<19}{value}" for name, value in lines)]
-    if described["odd"]:
-        text += ["  worth knowing", *(f"    - {odd}" for odd in described["odd"])]
+    if described["warnings"]:
+        text += ["  worth knowing", *(f"    - {warning}" for warning in described["warnings"])]
     return "\n".join(text)
 
 

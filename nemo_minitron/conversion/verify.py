@@ -5,11 +5,12 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_minitron.checkpoints.checkpoint import HF, NEMO2, Checkpoint
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.checkpoints.formats.base import TRANSFORMERS, MegatronFormat
 from nemo_minitron.checkpoints.formats.huggingface.families import FAMILIES
-from nemo_minitron.checkpoints.formats.huggingface.transformers_model import load_model, quiet_loading
 from nemo_minitron.checkpoints.names import EMBEDDING, OUTPUT
 from nemo_minitron.checkpoints.tensors import Lazy, Resized, same_bits
+from nemo_minitron.checkpoints.transformers_model import load_model, quiet_loading
 from nemo_minitron.errors import CheckpointError
 
 STRENGTH = ("none", "tensors", "logits")
@@ -89,7 +90,9 @@ def compare_logits(source: Checkpoint, result: Checkpoint, seed: int, tolerance:
 
 def logits(checkpoint: Checkpoint, tokens: Any, seed: int = 0) -> Any:
     """The model's logits in fp32 [b, s, v], by the engine of the checkpoint's own side."""
-    return _by_transformers(checkpoint, tokens) if checkpoint.format == HF else _by_megatron(checkpoint, tokens, seed)
+    if checkpoint.kind.engine == TRANSFORMERS:
+        return _by_transformers(checkpoint, tokens)
+    return _by_megatron(checkpoint, tokens, seed)
 
 
 def _by_transformers(checkpoint: Checkpoint, tokens: Any) -> Any:
@@ -116,7 +119,7 @@ def _by_megatron(checkpoint: Checkpoint, tokens: Any, seed: int) -> Any:
         engine(seed, Path(folder) / "log", cuda=layout.cuda),
         parallel_ranks(layout, max(seed, 1)),
     ):
-        strictly = checkpoint.format == NEMO2
+        strictly = isinstance(checkpoint.kind, MegatronFormat)
         model = load_model(checkpoint.architecture, layout, None if strictly else checkpoint, local_spec=True)
         if strictly:
             load_strictly(model, checkpoint)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +26,33 @@ def prepare(config: DataConfig) -> Manifest:
 
     corpus = open_corpus(config)
     given = load_tokenizer(config.tokenizer) if config.tokenizer else None
-    local = {"tokenizer": config.tokenizer} if config.tokenizer and Path(config.tokenizer).is_dir() else {}
+    local: dict[str, str | os.PathLike[str]] = (
+        {"tokenizer": config.tokenizer} if config.tokenizer and Path(config.tokenizer).is_dir() else {}
+    )
     job = Job(
         stage="data",
         output=Path(config.output),
         config=dataclasses.asdict(config),
-        inputs=corpus.inputs | local,
+        inputs={**corpus.inputs, **local},
         seed=config.seed,
         overwrite=config.overwrite,
         ignore=("output", "overwrite", "workers", *(("source",) if corpus.inputs else ()), *local),
     )
-    return job.run(lambda partial: _work(partial, config, corpus, given))
+    return job.run(lambda partial: _made(partial, config, corpus, given))
 
 
-def _work(partial: Path, config: DataConfig, corpus: Corpus, given: Any) -> dict[str, Any]:
+def _made(partial: Path, config: DataConfig, corpus: Corpus, given: Any) -> dict[str, Any]:
+    """Fills the partial folder; returns what the manifest says of it.
+
+    Args:
+        given: the tokenizer that config.tokenizer names, or None to train one.
+    """
     from nemo_minitron.data.indexed import write_indexed
     from nemo_minitron.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 
     read_through(corpus)
     folder = partial / TOKENIZER
-    if given is None:
+    if given is None or config.tokenizer is None:
         train_bpe(corpus.splits["train"](), config.vocab_size, folder)
     else:
         save_tokenizer(given, config.tokenizer, folder)

@@ -12,7 +12,6 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from nemo_minitron.errors import DataError
 
@@ -126,7 +125,7 @@ def content(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[io.BufferedReader | gzip.GzipFile]:
     """The bytes that a file holds, decompressed."""
     suffix = path.suffix.lower()
     with path.open("rb") as file:

@@ -125,10 +125,14 @@ class Encoder:
         fast = Tokenizer.from_str(self.definition)
         fast.no_truncation()
         fast.no_padding()
-        return lambda texts: [found.ids for found in fast.encode_batch_fast(texts, add_special_tokens=False)]
+        return lambda texts: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-_encode_here: Encode | None = None
+def _not_started(texts: list[str]) -> list[list[int]]:
+    raise RuntimeError("the process was not started with an encoder")
+
+
+_encode_here: Encode = _not_started
 
 
 def _start(encoder: Encoder) -> None:

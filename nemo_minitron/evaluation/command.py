@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import Manifest, write_json
-from nemo_minitron.checkpoints.checkpoint import FORMATS, Checkpoint
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.config import DataConfig, EvaluateConfig
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.evaluation import facts, likelihoods, lm_eval_api, perplexity, suite, summarization
@@ -195,7 +195,7 @@ def run_tasks(
             {
                 "name": name,
                 "path": path,
-                "format": FORMATS[checkpoint.format],
+                "format": checkpoint.kind.title,
                 "parameters": checkpoint.architecture.parameters(),
                 "device": str(loaded.model.device),
                 "dtype": str(loaded.model.dtype).removeprefix("torch."),

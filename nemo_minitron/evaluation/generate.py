@@ -4,8 +4,8 @@ import json
 import time
 from typing import Any
 
-from nemo_minitron.checkpoints.formats.huggingface.transformers_model import last_line
 from nemo_minitron.checkpoints.tokenizer import SPECIAL_TOKENS
+from nemo_minitron.checkpoints.transformers_model import last_line
 from nemo_minitron.config import GenerateConfig
 from nemo_minitron.errors import CheckpointError, ConfigError
 from nemo_minitron.evaluation.loading import Loaded, check_tokens, load, open_all

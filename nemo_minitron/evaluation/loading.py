@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from nemo_minitron.checkpoints.formats.huggingface.families import write_config
-from nemo_minitron.checkpoints.formats.huggingface.transformers_model import load_model, quiet_loading
+from nemo_minitron.checkpoints.formats.huggingface.config import write_config
+from nemo_minitron.checkpoints.transformers_model import load_model, quiet_loading
 from nemo_minitron.config import InferenceSettings
 from nemo_minitron.errors import CheckpointError, DataError, EngineError
 

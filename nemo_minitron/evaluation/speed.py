@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_minitron.architecture import human
 from nemo_minitron.artifacts import Manifest, write_json
-from nemo_minitron.checkpoints.checkpoint import FORMATS, Checkpoint
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.config import BenchmarkConfig
 from nemo_minitron.errors import ConfigError, EngineError
 from nemo_minitron.evaluation.loading import display_names, open_all
@@ -102,7 +102,7 @@ def measure(config: BenchmarkConfig, checkpoints: Sequence[Checkpoint]) -> dict[
         {
             "name": name,
             "path": path,
-            "format": FORMATS[checkpoint.format],
+            "format": checkpoint.kind.title,
             "parameters": checkpoint.architecture.parameters(),
             "bytes_on_disk": checkpoint.size,
             **{metric: _spread([one[metric] for one in taken]) for metric in MEASURED},
@@ -275,7 +275,7 @@ def _rehearse(family: str, device: str) -> None:
     import torch
     from transformers import DynamicCache
 
-    from nemo_minitron.checkpoints.formats.huggingface.transformers_model import model_class
+    from nemo_minitron.checkpoints.transformers_model import model_class
 
     kind = model_class(family)
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,

@@ -172,7 +172,7 @@ def _local(source: Path) -> Path:
     """The checkpoint on disk: itself, or the hub's in its cache."""
     if source.exists() or source.is_absolute():
         return source
-    from nemo_minitron.conversion.download import cached
+    from nemo_minitron.conversion.sources.hub import cached
 
     return cached(str(source))
 
@@ -229,7 +229,7 @@ def _connector(base: type, name: str, function: Callable[..., None]) -> type:
             if self.nemo_in_charge:
                 return super().init(*args, **kwargs)
             from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-            from nemo_minitron.checkpoints.formats.nemo2 import nemo_model
+            from nemo_minitron.checkpoints.formats.nemo2.engine import nemo_model
 
             return nemo_model(open_checkpoint(_local(self.source)).architecture)
 

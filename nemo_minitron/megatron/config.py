@@ -6,7 +6,8 @@ It runs forward (scores, scans of blocks, logits); training is NeMo's. Megatron'
 from typing import Any
 
 from nemo_minitron.architecture import Architecture, RopeScaling
-from nemo_minitron.checkpoints.formats.nemo2 import SAME_NAME, activation_functions
+from nemo_minitron.checkpoints.formats.nemo2.classes import SAME_NAME
+from nemo_minitron.checkpoints.formats.nemo2.engine import activation_functions
 
 #: Fields of Architecture that are arguments of GPTModel and no fields of its config.
 OF_THE_MODEL = ("seq_length", "share_embeddings_and_output_weights", "rotary_base", "rotary_percent")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints.formats.nemo2 import nemo_config
+from nemo_minitron.checkpoints.formats.nemo2.engine import nemo_config
 from nemo_minitron.megatron.config import core_config, torch_layers
 from nemo_minitron.megatron.cpu import megatron_on_cpu, without_toolkit
 from nemo_minitron.megatron.layout import Layout, transformer_engine_runs

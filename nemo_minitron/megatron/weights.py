@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints import names as canonical
 from nemo_minitron.checkpoints import tokenizer as tokenizers
-from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.files import folder_files
-from nemo_minitron.checkpoints.formats.nemo2 import PREFIX, WEIGHTS
-from nemo_minitron.checkpoints.formats.write import place_in, write_checkpoint, write_context
-from nemo_minitron.checkpoints.names import EXTRA_STATE, FINAL_NORM, LAYERS, NOT_WEIGHTS
+from nemo_minitron.checkpoints.formats.base import MegatronFormat, Model
+from nemo_minitron.checkpoints.formats.nemo2.classes import PREFIX, WEIGHTS
+from nemo_minitron.checkpoints.formats.nemo2.directory import Nemo2
+from nemo_minitron.checkpoints.formats.table import FORMATS
+from nemo_minitron.checkpoints.names import (
+    EXTRA_STATE,
+    FINAL_NORM,
+    LAYERS,
+    NOT_WEIGHTS,
+    by_canonical_name,
+    checked,
+    prefix_of,
+)
 from nemo_minitron.checkpoints.storage import torch_dist
 from nemo_minitron.checkpoints.tokenizer import Tokenizer
 from nemo_minitron.config import output_format
@@ -23,6 +32,8 @@ from nemo_minitron.megatron.lora import trained_part
 
 NORM_WEIGHTS = ("layernorm.weight", "layer_norm_weight")
 BEFORE_CONVERSION = "megatron"
+#: How Megatron saves where the result is of a format that it does not write itself.
+NATIVE = Nemo2()
 
 
 def bare(module: Any) -> Any:
@@ -65,7 +76,8 @@ def load_weights(model: Any, architecture: Architecture, checkpoint: Checkpoint,
 
 
 def load_strictly(model: Any, checkpoint: Checkpoint) -> None:
-    """Loads a NeMo-2 checkpoint by Megatron's own reader, with its strictest check; nothing of ours is in between.
+    """Loads a checkpoint of a MegatronFormat by Megatron's own reader, with its strictest check; nothing of ours is in
+    between.
 
     What is no weight is neither asked for nor missed: an optimizer's state, and extra states, of which there are other
     ones with each layer spec and version of Megatron and Transformer Engine, and which are pickles besides.
@@ -76,9 +88,10 @@ def load_strictly(model: Any, checkpoint: Checkpoint) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
-    weights = str(checkpoint.path / WEIGHTS)
+    assert isinstance(checkpoint.kind, MegatronFormat)
+    weights = str(checkpoint.path / checkpoint.kind.weights)
     try:
-        prefix = canonical.prefix_of(dist_checkpointing.load_tensors_metadata(weights), weights)
+        prefix = prefix_of(dist_checkpointing.load_tensors_metadata(weights), weights)
         metadata = dist_checkpointing.load_content_metadata(weights)  # says which keys: stacked layers or each its own
         shards = model.sharded_state_dict(prefix=prefix, metadata=metadata)
         wanted = {name: value for name, value in shards.items() if not name.endswith(EXTRA_STATE)}
@@ -146,27 +159,29 @@ class _ShardReader:
         return padded
 
 
-def save_weights(model: Any, architecture: Architecture, path: Path) -> None:
-    """Saves a Megatron GPTModel into `path`/weights, with the extra states that Megatron asks for with Transformer
-    Engine; every rank calls it. No modelopt_state: a pruned student is an ordinary smaller model."""
+def save_weights(model: Any, architecture: Architecture, path: Path, form: MegatronFormat = NATIVE) -> None:
+    """Saves a Megatron GPTModel into the folder of weights of a checkpoint at `path`, with the extra states that
+    Megatron asks for with Transformer Engine; every rank calls it. No modelopt_state: a pruned student is an ordinary
+    smaller model."""
     from megatron.core import dist_checkpointing
 
     check_shapes(model, architecture)
-    weights = path / WEIGHTS
+    weights = path / form.weights
     weights.mkdir(parents=True, exist_ok=True)
     _shift_gamma(model, architecture, -1.0)
     try:
-        dist_checkpointing.save(_with_extra_states(model.sharded_state_dict(prefix=PREFIX)), str(weights))
+        shards = _with_extra_states(model.sharded_state_dict(prefix=form.prefix), form.prefix)
+        dist_checkpointing.save(shards, str(weights))
     finally:
         _shift_gamma(model, architecture, 1.0)
 
 
-def _with_extra_states(shards: dict[str, Any]) -> dict[str, Any]:
+def _with_extra_states(shards: dict[str, Any], prefix: str) -> dict[str, Any]:
     """This rank's shards, and the extra states that modules of this layer spec do not have, or not in this version."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     projection, attention = (f"self_attention.{name}.{EXTRA_STATE}" for name in ("linear_proj", "core_attention"))
-    norm = f"{PREFIX}{FINAL_NORM}."
+    norm = f"{prefix}{FINAL_NORM}."
     added = {
         name.replace(projection, attention): dataclasses.replace(
             value, key=value.key.replace(projection, attention), data=None
@@ -200,18 +215,24 @@ def save_checkpoint(
     """
     import torch
 
-    form = output_format(str(output), to)
-    folder = partial if form == "nemo2" else partial / BEFORE_CONVERSION
-    save_weights(model, architecture, folder)
+    form = FORMATS[output_format(str(output), to)]
+    native = form if isinstance(form, MegatronFormat) else NATIVE
+    folder = partial if native is form else partial / BEFORE_CONVERSION
+    save_weights(model, architecture, folder, native)
     if torch.distributed.get_rank() == 0:
-        found = tokenizers.named(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        tensors = canonical.canonical(torch_dist.tensors(folder_files(folder / WEIGHTS)), folder)
-        if form == "nemo2":
-            dtype = tensors[canonical.EMBEDDING].dtype
-            write_context(folder, architecture, found, generation or {}, dtype)
+        files = folder_files(folder / native.weights)
+        tensors = checked(by_canonical_name(torch_dist.tensors(files), folder), architecture, folder)
+        made = Model(
+            architecture=architecture,
+            tensors=tensors,
+            tokenizer_files=tokenizers.named(tokenizer) if isinstance(tokenizer, str) else tokenizer,
+            generation=generation or {},
+        )
+        if native is form:
+            native.write_description(folder, made)
         else:
-            place = place_in(partial, output, form)
-            write_checkpoint(place, form, architecture, tensors, found, generation or {})
+            place = form.place_in(partial, output)
+            write_checkpoint(place, form.name, architecture, tensors, made.tokenizer_files, made.generation)
             shutil.rmtree(folder)
     torch.distributed.barrier()
 

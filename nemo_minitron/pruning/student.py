@@ -7,11 +7,10 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Manifest
-from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from nemo_minitron.checkpoints.formats.write import place_in, write_checkpoint
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint, place_in, write_checkpoint
 from nemo_minitron.checkpoints.tensors import Lazy
 from nemo_minitron.config import PruneConfig, PruneTargets
-from nemo_minitron.conversion.convert import check_room, progress
+from nemo_minitron.conversion.writing import check_room, progress
 from nemo_minitron.jobs.job import Job
 from nemo_minitron.pruning.choice import choose_by_saliency
 from nemo_minitron.pruning.compensated import CompensatedCut, Settings

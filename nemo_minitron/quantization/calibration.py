@@ -4,11 +4,14 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.config import DataConfig, QuantizeConfig
 from nemo_minitron.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from nemo_minitron.data.sources import Corpus
 
 DEFAULT_LENGTH = 512
 #: Characters of text that are read for each token that is wanted: more than any tokenizer puts into one on average.
@@ -43,10 +46,16 @@ def prepare(config: QuantizeConfig, model: Checkpoint) -> Calibration:
     length = config.seq_length or min(DEFAULT_LENGTH, a.seq_length)
     if length > a.seq_length:
         raise ConfigError(f"seq_length = {length} is above the model's {a.seq_length}", "minitron quantize")
-    source = Path(config.data.source).expanduser()
+    source = Path(_source(config)).expanduser()
     if (source / "train.idx").is_file():
         return _from_indexed(str(source), config, a.vocab_size - a.vocab_padding, length)
     return _from_text(config, model, length)
+
+
+def _source(config: QuantizeConfig) -> str:
+    """What the text is read from; the configuration was checked to name it."""
+    assert config.data.source is not None
+    return config.data.source
 
 
 def check_enough(tokens: int, config: QuantizeConfig, length: int) -> None:
@@ -111,14 +120,16 @@ def _from_text(config: QuantizeConfig, model: Checkpoint, length: int) -> Calibr
     return Calibration(length=length, inputs=inputs | local, draw=draw)
 
 
-def _documents(config: QuantizeConfig, open_corpus: Callable) -> tuple[Callable[[], Iterator[str]], dict[str, str]]:
+def _documents(
+    config: QuantizeConfig, open_corpus: "Callable[[DataConfig], Corpus]"
+) -> tuple[Callable[[], Iterator[str]], dict[str, str]]:
     """All documents that may be drawn, and the files that they come from; a single file is not split."""
-    source = Path(config.data.source).expanduser()
+    source = Path(_source(config)).expanduser()
     if source.is_file():
         from nemo_minitron.data.sources import read_documents
 
         return (lambda: read_documents(source, config.data.text_key)), {"data": str(source)}
-    data = DataConfig(output="-", source=config.data.source, text_key=config.data.text_key, seed=config.seed)
+    data = DataConfig(output="-", source=_source(config), text_key=config.data.text_key, seed=config.seed)
     corpus = open_corpus(data)
     return corpus.splits["train"], corpus.inputs
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from nemo_minitron.checkpoints.formats.huggingface.families import write_config
-from nemo_minitron.checkpoints.formats.huggingface.transformers_model import check_describable
+from nemo_minitron.checkpoints.formats.huggingface.config import write_config
+from nemo_minitron.checkpoints.transformers_model import check_describable
 from nemo_minitron.config import QuantizeConfig
-from nemo_minitron.conversion.convert import check_room
+from nemo_minitron.conversion.writing import check_room
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.jobs.job import Job
 from nemo_minitron.packages.extras import require
@@ -43,7 +43,7 @@ def quantize(config: QuantizeConfig) -> Manifest:
         stage="quantize",
         output=Path(config.output),
         config=dataclasses.asdict(config),
-        inputs={"source": source.path} | (text.inputs if text else {}),
+        inputs={"source": source.path, **(text.inputs if text else {})},
         seed=config.seed,
         overwrite=config.overwrite,
         ignore=NOT_THE_RESULT
@@ -53,7 +53,7 @@ def quantize(config: QuantizeConfig) -> Manifest:
     )
     if job.finished() is None:
         check_room(config.output, 2 * BF16_BYTES * source.architecture.parameters())
-    manifest = job.run(lambda partial: _work(partial, config, source, text))
+    manifest = job.run(lambda partial: _quantized(partial, config, source, text))
     _show(config, manifest)
     return manifest
 
@@ -78,7 +78,8 @@ def check(config: QuantizeConfig, source: Checkpoint) -> None:
         )
 
 
-def _work(partial: Path, config: QuantizeConfig, source: Checkpoint, text: Calibration | None) -> dict[str, Any]:
+def _quantized(partial: Path, config: QuantizeConfig, source: Checkpoint, text: Calibration | None) -> dict[str, Any]:
+    """Fills the partial folder; returns what the manifest says of it."""
     from nemo_minitron.quantization.compare import compare
 
     device = export.device_of(config)

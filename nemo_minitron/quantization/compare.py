@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
-from nemo_minitron.checkpoints.formats.huggingface.directory import export_tensors
+from nemo_minitron.checkpoints.formats.huggingface.mapping import export_tensors
 from nemo_minitron.checkpoints.formats.huggingface.quantized import FP8, GROUP
 from nemo_minitron.config import QuantizeConfig
 from nemo_minitron.errors import EngineError
@@ -101,7 +101,7 @@ def _compare(linears: list[Linear], plain: Mapping[str, Plain], minus_one: bool,
             raise EngineError(f"{tensor.name} is not the source's, rounded to bf16: the {qformat} export went wrong")
         report.plain += 1
     for linear in linears:
-        found = measure(linear, *folded.get(linear.norm, (None, 0.0)))
+        found = measure(linear, *folded.get(linear.norm or "", (None, 0.0)))
         if not found["step"] <= 1.0:
             raise EngineError(
                 f"{linear.name} came out of the {qformat} export {found['step']:.3g} times as far from the source as "

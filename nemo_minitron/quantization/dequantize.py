@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.checkpoints.file_bytes import whole
 from nemo_minitron.checkpoints.formats.huggingface import quantized
 from nemo_minitron.checkpoints.formats.huggingface.directory import stored_quantized, stored_tensors
 from nemo_minitron.checkpoints.formats.huggingface.quantized import Packed
 from nemo_minitron.checkpoints.storage import safetensors as safetensors_file
-from nemo_minitron.checkpoints.tensors import Lazy, Runs, whole
+from nemo_minitron.checkpoints.tensors import Lazy, Runs
 from nemo_minitron.errors import EngineError
 
 #: Norm in a Hugging Face layer -> the linear layers that read it.

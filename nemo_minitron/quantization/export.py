@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints.checkpoint import HF, Checkpoint, open_checkpoint
-from nemo_minitron.checkpoints.formats.huggingface.directory import CONFIG
-from nemo_minitron.checkpoints.formats.huggingface.families import write_config
-from nemo_minitron.checkpoints.formats.huggingface.transformers_model import load_model, quiet_loading
-from nemo_minitron.checkpoints.formats.write import write_checkpoint
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from nemo_minitron.checkpoints.formats.huggingface.config import CONFIG, write_config
+from nemo_minitron.checkpoints.formats.huggingface.directory import HuggingFace
 from nemo_minitron.checkpoints.generation import FILE as GENERATION
 from nemo_minitron.checkpoints.tensors import Cast
+from nemo_minitron.checkpoints.transformers_model import load_model, quiet_loading
 from nemo_minitron.config import QuantizeConfig
-from nemo_minitron.conversion.convert import progress
+from nemo_minitron.conversion.writing import progress
 from nemo_minitron.errors import EngineError
 from nemo_minitron.jobs.progress import Progress
 from nemo_minitron.quantization.formats import DECODERS, MODELOPT
@@ -33,7 +32,9 @@ def write_plain(source: Checkpoint, folder: Path) -> None:
         name: tensor if tensor.dtype == DTYPE else Cast(tensor, DTYPE) for name, tensor in source.tensors.items()
     }
     with progress(tensors, f"{source.format} -> bf16") as watched:
-        write_checkpoint(folder, HF, source.architecture, watched, source.tokenizer_files, source.generation)
+        write_checkpoint(
+            folder, HuggingFace.name, source.architecture, watched, source.tokenizer_files, source.generation
+        )
 
 
 @contextlib.contextmanager
@@ -41,7 +42,8 @@ def chatter_to(log: Path) -> Iterator[None]:
     """Sends what ModelOpt and transformers print and warn of in the body to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
-        handlers, root = [logging.StreamHandler(file)], logging.getLogger()
+        handlers: list[logging.Handler] = [logging.StreamHandler(file)]
+        root = logging.getLogger()
         saved, root.handlers = root.handlers, handlers
         logging.captureWarnings(True)
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import write_json
-from nemo_minitron.checkpoints.formats.huggingface import directory as huggingface
+from nemo_minitron.checkpoints.formats.huggingface import mapping as huggingface
 from nemo_minitron.config import PeftConfig
 from nemo_minitron.megatron.lora import factors, wrapped_layers
 

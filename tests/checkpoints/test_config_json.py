@@ -9,8 +9,8 @@ import transformers
 
 from models import FAMILIES, build, save
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.checkpoints.formats.huggingface.families import write_config
-from nemo_minitron.checkpoints.formats.huggingface.transformers_model import load_model
+from nemo_minitron.checkpoints.formats.huggingface.config import write_config
+from nemo_minitron.checkpoints.transformers_model import load_model
 from nemo_minitron.cli.main import main
 from nemo_minitron.config import ConvertConfig
 from nemo_minitron.conversion.convert import convert

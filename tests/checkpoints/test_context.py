@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from nemo_minitron.architecture import Architecture, RopeScaling
-from nemo_minitron.checkpoints.formats import nemo2
-from nemo_minitron.checkpoints.formats.nemo2_context import TokenizerRef, vocab_multiple, write_context
+from nemo_minitron.checkpoints.formats.nemo2.classes import CLASSES
+from nemo_minitron.checkpoints.formats.nemo2.context_writer import TokenizerRef, vocab_multiple, write_context
+from nemo_minitron.checkpoints.formats.nemo2.engine import nemo_config
 from nemo_minitron.errors import CheckpointError
 from sizes import NEMOTRON, SMALL
 
@@ -48,7 +49,7 @@ def nemos_config(name: str, dtype: str = "bfloat16"):
     made = architecture_of(name)
     engine = {} if HAVE_TE else {"apply_rope_fusion": False}
     stated = {"bf16": dtype == "bfloat16", "fp16": dtype == "float16", "params_dtype": getattr(torch, dtype)}
-    config = nemo2.nemo_config(made, make_vocab_size_divisible_by=vocab_multiple(made), **stated, **engine)
+    config = nemo_config(made, make_vocab_size_divisible_by=vocab_multiple(made), **stated, **engine)
     if made.sliding_window is not None:
         config.cp_comm_type = "a2a"  # as NeMo's importer: no other way of context parallel takes a window
     return config
@@ -107,7 +108,7 @@ def test_nemo_rebuilds_its_own_config(name, tmp_path):
 
     write_context(tmp_path / "context", architecture_of(name), tokenizer=None, dtype="bfloat16")
     model, expected = load_context(tmp_path / "context", subpath="model"), nemos_config(name)
-    assert type(model) is getattr(llm, nemo2.CLASSES[architecture_of(name).family][0])
+    assert type(model) is getattr(llm, CLASSES[architecture_of(name).family][0])
     assert type(model.config) is type(expected)
     assert model.tokenizer is None
     assert differing(model.config, expected) == []
@@ -293,7 +294,7 @@ def test_writing_imports_no_engine(tmp_path):
 import sys
 from pathlib import Path
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints.formats.nemo2_context import TokenizerRef, write_context
+from nemo_minitron.checkpoints.formats.nemo2.context_writer import TokenizerRef, write_context
 reference = TokenizerRef("huggingface", "meta-llama/Llama-3.1-8B")
 write_context(Path({str(tmp_path)!r}), Architecture(**{SMALL!r}), tokenizer=reference, dtype="bfloat16")
 engines = {{"nemo", "megatron", "fiddle", "torch", "transformers", "transformer_engine"}}

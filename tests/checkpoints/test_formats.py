@@ -200,8 +200,8 @@ def test_converting_reads_one_tensor_at_a_time(tmp_path):
     import tracemalloc
 
     from nemo_minitron.architecture import Architecture
-    from nemo_minitron.checkpoints import names as canonical
-    from nemo_minitron.checkpoints.formats.write import write_checkpoint
+    from nemo_minitron.checkpoints.checkpoint import write_checkpoint
+    from nemo_minitron.checkpoints.names import canonical_shapes
     from nemo_minitron.checkpoints.tensors import BLOCK, Computed
 
     architecture = Architecture(
@@ -209,7 +209,7 @@ def test_converting_reads_one_tensor_at_a_time(tmp_path):
     )
     made = {
         name: Computed(shape, "float32", lambda shape=shape: torch.ones(shape))
-        for name, shape in canonical.shapes(architecture).items()
+        for name, shape in canonical_shapes(architecture).items()
     }
     write_checkpoint(tmp_path / "hf", "hf", architecture, made, None, {})
     largest = max(tensor.nbytes for tensor in made.values())
@@ -225,7 +225,7 @@ def test_converting_reads_one_tensor_at_a_time(tmp_path):
 
 CONVERT = """
 import sys
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
 
 sys.exit(main(["convert", *sys.argv[1:], "verify=none"]))
 """
@@ -292,7 +292,7 @@ def test_a_full_disk_leaves_no_half_result(tmp_path):
 
 
 def test_a_result_that_does_not_fit_is_refused_before_the_first_write(tmp_path):
-    from nemo_minitron.conversion.convert import check_room
+    from nemo_minitron.conversion.writing import check_room
 
     with pytest.raises(MinitronError, match=r"needs 1000000.0 GB, the disk has .* GB left"):
         check_room(tmp_path / "a.nemo", 10**15)
@@ -300,15 +300,15 @@ def test_a_result_that_does_not_fit_is_refused_before_the_first_write(tmp_path):
 
 def test_what_transformers_cannot_express_is_refused_before_anything_is_written(tmp_path):
     from nemo_minitron.architecture import Architecture
-    from nemo_minitron.checkpoints import names as canonical
-    from nemo_minitron.checkpoints.formats.write import write_checkpoint
+    from nemo_minitron.checkpoints.checkpoint import write_checkpoint
+    from nemo_minitron.checkpoints.names import canonical_shapes
     from nemo_minitron.checkpoints.tensors import in_memory
 
     architecture = Architecture(
         family="gpt", num_layers=1, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2, vocab_size=16,
         activation="gelu", gated_linear_unit=False, normalization="LayerNorm",
     )  # fmt: skip
-    tensors = {name: in_memory(torch.ones(shape)) for name, shape in canonical.shapes(architecture).items()}
+    tensors = {name: in_memory(torch.ones(shape)) for name, shape in canonical_shapes(architecture).items()}
     write_checkpoint(tmp_path / "nemo2", "nemo2", architecture, tensors, None, {})
     with pytest.raises(CheckpointError, match="family gpt has no class there"):
         run(tmp_path / "nemo2", tmp_path / "hf", to="hf")

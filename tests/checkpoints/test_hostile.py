@@ -18,10 +18,10 @@ import torch
 import yaml
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints import names as canonical
-from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.checkpoints.formats import nemo1
-from nemo_minitron.checkpoints.formats.write import write_checkpoint
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint, write_checkpoint
+from nemo_minitron.checkpoints.formats.base import WriteOptions
+from nemo_minitron.checkpoints.formats.nemo1 import config as nemo1
+from nemo_minitron.checkpoints.names import canonical_shapes
 from nemo_minitron.checkpoints.storage.pickle_writer import Call, Global, Instance, dumps
 from nemo_minitron.checkpoints.tensors import in_memory
 from nemo_minitron.conversion.inspect import describe
@@ -37,7 +37,7 @@ def weights(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=generator).to(dtype)
-        for name, shape in canonical.shapes(ARCHITECTURE).items()
+        for name, shape in canonical_shapes(ARCHITECTURE).items()
     }
 
 
@@ -45,7 +45,7 @@ def make(folder: Path, kind: str) -> Path:
     """A valid tiny checkpoint: nemo1, zarr, ckpt, nemo2 or hf; archives are unpacked."""
     tensors = {name: in_memory(value) for name, value in weights().items()}
     if kind in ("nemo2", "hf"):
-        write_checkpoint(folder, kind, ARCHITECTURE, tensors, None, {}, shard_bytes=2000)
+        write_checkpoint(folder, kind, ARCHITECTURE, tensors, None, {}, WriteOptions(shard_bytes=2000))
         return folder
     folder.mkdir()
     if kind == "ckpt":
@@ -53,7 +53,8 @@ def make(folder: Path, kind: str) -> Path:
         torch.save({f"model.{name}": value for name, value in weights().items()}, folder / "model_weights.ckpt")
         return folder
     archive = folder.with_suffix(".nemo")
-    nemo1.write(archive, ARCHITECTURE, tensors, None, {}, "zarr" if kind == "zarr" else "torch_dist")
+    backend = WriteOptions(weights="zarr" if kind == "zarr" else "torch_dist")
+    write_checkpoint(archive, "nemo1", ARCHITECTURE, tensors, None, {}, backend)
     with tarfile.open(archive) as opened:
         opened.extractall(folder, filter="data")
     return folder
@@ -599,7 +600,7 @@ def test_values_that_are_not_finite_are_reported(tmp_path):
     write_checkpoint(tmp_path / "c", "nemo2", ARCHITECTURE, lazy, None, {})
     found = describe(open_checkpoint(tmp_path / "c"), values=True)
     assert found["not_finite"] == {"decoder.layers.1.mlp.linear_fc2.weight": 3, "output_layer.weight": 1}
-    assert "output_layer.weight has 1 values that are NaN or Inf" in found["odd"]
+    assert "output_layer.weight has 1 values that are NaN or Inf" in found["warnings"]
 
 
 def test_a_link_in_a_directory_of_the_hub_cache_is_followed(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from models import equal
 from nemo_minitron.architecture import Architecture, RopeScaling
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.errors import CheckpointError
@@ -67,19 +68,20 @@ def in_transformer_engines_names(state: dict) -> dict:
     return renamed
 
 
-def check(path: Path, expected: dict[str, torch.Tensor]) -> None:
-    """Every tensor equals Megatron's own, bit for bit; only names are normalised."""
+def opened(path: Path) -> tuple[Architecture, str, dict[str, torch.Tensor]]:
+    """What is read there: architecture, dtype, and every tensor."""
     checkpoint = open_checkpoint(path)
-    assert checkpoint.architecture == ARCHITECTURE
-    assert checkpoint.dtype == "bfloat16"
-    wanted = {
-        name.removeprefix("model."): value
-        for name, value in in_transformer_engines_names(expected).items()
+    tensors = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
+    return checkpoint.architecture, checkpoint.dtype, tensors
+
+
+def in_canonical_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Megatron's own tensors in bf16; only names are normalised."""
+    return {
+        name.removeprefix("model."): value.bfloat16()
+        for name, value in in_transformer_engines_names(state).items()
         if torch.is_tensor(value)
     }
-    assert checkpoint.tensors.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert torch.equal(checkpoint.tensors[name].read(), value.bfloat16()), name
 
 
 def pack(folder: Path, target: Path, mode: str = "w", prefix: str = "./") -> Path:
@@ -102,7 +104,9 @@ def test_what_megatron_wrote_is_read_bit_for_bit(saved, kind, packed, tmp_path):
     else:
         prefix = {"no ./": "", "in a folder": "model/"}.get(packed, "./")
         path = pack(root / kind, tmp_path / "a.nemo", packed if packed.startswith("w") else "w", prefix)
-    check(path, state)
+    architecture, dtype, tensors = opened(path)
+    assert (architecture, dtype) == (ARCHITECTURE, "bfloat16")
+    assert equal(tensors, in_canonical_names(state))
 
 
 def test_a_tokenizer_that_is_only_a_name_travels_as_that_name(saved, tmp_path):
@@ -133,7 +137,9 @@ def test_every_style_of_keys_is_read(saved, style, tmp_path):
         }
     (tmp_path / "model_config.yaml").write_text(yaml.safe_dump(LLAMA31))
     torch.save(flat, tmp_path / "model_weights.ckpt")
-    check(tmp_path, state)
+    architecture, dtype, tensors = opened(tmp_path)
+    assert (architecture, dtype) == (ARCHITECTURE, "bfloat16")
+    assert equal(tensors, in_canonical_names(state))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +176,7 @@ def test_keys_from_before_megatron_core_are_named(tmp_path):
 def test_families_are_told_apart(saved, tmp_path):
     """A configuration names no family; what it describes does."""
     from nemo_minitron.checkpoints.files import folder_files
-    from nemo_minitron.checkpoints.formats import nemo1
+    from nemo_minitron.checkpoints.formats.nemo1 import config as nemo1
 
     root, _ = saved
     config = nemo1.read_yaml(folder_files(root / "zarr"))
@@ -182,4 +188,4 @@ def test_families_are_told_apart(saved, tmp_path):
         "llama": {},
     }
     for family, changes in cases.items():
-        assert nemo1._architecture({**config, **changes}, 256, "test").family == family
+        assert nemo1.read_architecture({**config, **changes}, 256, "test").family == family

@@ -14,7 +14,7 @@ from hf import llama, nemotron, read_weights
 from nemo_minitron.architecture import Architecture, RopeScaling
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.checkpoints.files import folder_files
-from nemo_minitron.checkpoints.formats import nemo2
+from nemo_minitron.checkpoints.formats.nemo2.classes import WEIGHTS
 from nemo_minitron.checkpoints.storage import torch_dist
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.megatron.layout import Layout
@@ -217,6 +217,6 @@ def test_a_context_without_yaml_is_enough(copy, tiny):
 
 
 def test_tensors_are_listed_without_loading(tiny):
-    listed = torch_dist.tensors(folder_files(tiny.teacher / nemo2.WEIGHTS))
+    listed = torch_dist.tensors(folder_files(tiny.teacher / WEIGHTS))
     stored = read_weights(tiny.teacher)
     assert {name: info.shape for name, info in listed.items()} == {n: tuple(t.shape) for n, t in stored.items()}

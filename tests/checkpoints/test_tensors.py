@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_minitron.checkpoints.chunked import Chunk, Chunked
+from nemo_minitron.checkpoints.file_bytes import Bytes, whole
 from nemo_minitron.checkpoints.precision import FLOATS, count_not_finite
-from nemo_minitron.checkpoints.tensors import BLOCK, Bytes, Cast, Chunk, Chunked, Resized, Runs, in_memory, whole
+from nemo_minitron.checkpoints.tensors import BLOCK, Cast, Resized, Runs, in_memory
 from nemo_minitron.errors import CheckpointError
 
 

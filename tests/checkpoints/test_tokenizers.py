@@ -9,11 +9,9 @@ import torch
 import yaml
 
 from models import save
+from nemo_minitron.checkpoints import sentencepiece as sentencepiece_file
 from nemo_minitron.checkpoints import tokenizer as tokenizers
-from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.checkpoints.formats import nemo1
-from nemo_minitron.checkpoints.formats.write import write_checkpoint
-from nemo_minitron.checkpoints.storage import sentencepiece as sentencepiece_file
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.tensors import in_memory
 from nemo_minitron.checkpoints.tokenizer import from_directory
 from nemo_minitron.cli.main import main
@@ -232,7 +230,7 @@ def test_padding_rows_of_an_archive_with_a_sentencepiece_model_are_not_exported(
         tensors[name] = in_memory(torch.cat([tensors[name].read()[:PIECES], torch.zeros(56, 64)]))
     architecture = start.architecture.with_sizes(vocab_size=256)
     (tmp_path / "nemo").mkdir()
-    nemo1.write(tmp_path / "a.nemo", architecture, tensors, from_directory(folder), {})
+    write_checkpoint(tmp_path / "a.nemo", "nemo1", architecture, tensors, from_directory(folder), {})
     with tarfile.open(tmp_path / "a.nemo") as opened:
         opened.extractall(tmp_path / "nemo", filter="data")
     config = yaml.safe_load((tmp_path / "nemo" / "model_config.yaml").read_text())

@@ -505,10 +505,10 @@ def test_a_connection_lost_after_the_listing_is_not_taken_for_success(workplace,
     """snapshot_download returns a folder that is not empty where it cannot reach the hub."""
     import huggingface_hub
 
-    from nemo_minitron.conversion import download as module
+    from nemo_minitron.conversion.sources import hub as module
 
     sizes = {name: len(data) for name, data in FILES.items()}
-    monkeypatch.setattr(module, "_hub_listing", lambda repo, revision: module.Listing(COMMIT, sizes))
+    monkeypatch.setattr(module, "_listing", lambda repo, revision: module.Listing(COMMIT, sizes))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *arguments, **options: options["local_dir"])
     assert "config.json did not arrive whole" in failure(CheckpointError, "hf://acme/llama")
     assert os.listdir(workplace) == [".llama.partial"]
@@ -517,24 +517,24 @@ def test_a_connection_lost_after_the_listing_is_not_taken_for_success(workplace,
 def test_a_file_of_the_wrong_size_is_fetched_again(workplace, monkeypatch):
     import huggingface_hub
 
-    from nemo_minitron.conversion import download as module
+    from nemo_minitron.conversion.sources import hub as module
 
     def snapshot_download(*arguments, local_dir, **options):
         if not (local_dir / "config.json").exists():
             (local_dir / "config.json").write_bytes(answers.pop(0))
 
     answers = [b"short", b"long enough"]
-    monkeypatch.setattr(module, "_hub_listing", lambda repo, revision: module.Listing(COMMIT, {"config.json": 11}))
+    monkeypatch.setattr(module, "_listing", lambda repo, revision: module.Listing(COMMIT, {"config.json": 11}))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert "config.json did not arrive whole" in failure(CheckpointError, "hf://acme/llama")
     assert fetch("hf://acme/llama").metrics == {"files": 1, "bytes": 11}
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_download(workplace, monkeypatch):
-    from nemo_minitron.conversion import download as module
+    from nemo_minitron.conversion.sources import hub as module
 
     listing = module.Listing(COMMIT, {"config.json": 2, "model.safetensors": 10**18})
-    monkeypatch.setattr(module, "_hub_listing", lambda repo, revision: listing)
+    monkeypatch.setattr(module, "_listing", lambda repo, revision: listing)
     message = failure(MinitronError, "hf://acme/llama")
     assert "needs 1000000000.0 GB more" in message and "output=DIR" in message
     assert not Path("llama").exists()

@@ -20,8 +20,8 @@ import torch
 import models
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.checkpoints.formats import gguf as gguf_file
 from nemo_minitron.config import DownloadConfig, validated
+from nemo_minitron.conversion import gguf as gguf_file
 from nemo_minitron.conversion.download import download
 from nemo_minitron.data.tokenizer import train_bpe
 from nemo_minitron.errors import CheckpointError, ConfigError, DataError, EngineError, MinitronError, OutputExistsError

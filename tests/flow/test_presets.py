@@ -9,7 +9,7 @@ import torch
 
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints.formats.huggingface.families import read_config
+from nemo_minitron.checkpoints.formats.huggingface.config import read_config
 from nemo_minitron.config.compose import compose, conf_dir
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.flow.dry_run import describe

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.artifacts.stages import COMMANDS, MODELS, STAGES, TRAININGS, model_name, stage_name
-from nemo_minitron.config.commands import COMMANDS
+from nemo_minitron.config import commands
 from nemo_minitron.config.compose import compose
 from nemo_minitron.flow.models import MADE_BY
 from nemo_minitron.flow.settle import settle
@@ -27,7 +27,7 @@ def test_every_kind_has_a_name_and_a_function_in_the_order_of_the_flow():
         for function in filter(None, (kind.function, kind.output)):
             assert callable(pkgutil.resolve_name(function)), function
     assert list(MODELS) == list(MADE_BY) and {f"evaluate {model}" for model in MODELS} < set(KINDS)
-    assert set(COMMANDS.values()) <= set(SCHEMAS) and set(TRAININGS) < set(COMMANDS)
+    assert set(COMMANDS.values()) <= set(commands.COMMANDS) and set(TRAININGS) < set(COMMANDS)
 
 
 def test_a_flow_with_everything_has_every_kind_and_no_two_steps_share_name_or_folder():

@@ -3,7 +3,8 @@
 import pytest
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.checkpoints.formats.nemo2 import CLASSES, nemo_model
+from nemo_minitron.checkpoints.formats.nemo2.classes import CLASSES
+from nemo_minitron.checkpoints.formats.nemo2.engine import nemo_model
 from nemo_minitron.errors import ConfigError
 
 

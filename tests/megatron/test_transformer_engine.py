@@ -17,8 +17,8 @@ import torch
 
 from hf import llama
 from nemo_minitron import config as c
-from nemo_minitron.checkpoints import names as canonical
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.checkpoints.names import extra_states
 from nemo_minitron.conversion.convert import convert
 from nemo_minitron.errors import EngineError
 from nemo_minitron.launch.ranks import free_port
@@ -179,7 +179,7 @@ def test_every_extra_state_that_any_version_asks_for_is_there_and_empty(tiny, tm
         "zarr": (root / "unpacked" / "model_weights", "model."),
     }[kind]
     wanted = {}
-    for unique in canonical.extra_states(open_checkpoint(tiny.teacher).architecture.num_layers):
+    for unique in extra_states(open_checkpoint(tiny.teacher).architecture.num_layers):
         key, _, shard = unique.partition("/")
         _, offset, shape = shard.split("_")
         wanted[unique] = ShardedObject(f"{prefix}{key}", "not loaded", (int(shape),), (int(offset),))

@@ -11,8 +11,7 @@ from models import build
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import ImportanceScores
-from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.checkpoints.formats.write import write_checkpoint
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint, write_checkpoint
 from nemo_minitron.config import PruneTargets
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.pruning.command import prune

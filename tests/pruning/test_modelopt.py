@@ -6,8 +6,8 @@ import torch
 from modelopt_cut import cut as modelopt_cut
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import ImportanceScores
-from nemo_minitron.checkpoints import names as canonical
-from nemo_minitron.checkpoints.formats.write import write_checkpoint
+from nemo_minitron.checkpoints.checkpoint import write_checkpoint
+from nemo_minitron.checkpoints.names import canonical_shapes
 from nemo_minitron.checkpoints.tensors import in_memory
 from nemo_minitron.config import PruneTargets
 from nemo_minitron.megatron.layout import Layout
@@ -66,7 +66,7 @@ def teacher(request, tmp_path_factory):
     generator = torch.Generator().manual_seed(1)
     tensors = {
         name: in_memory(torch.randn(shape, generator=generator))
-        for name, shape in canonical.shapes(architecture).items()
+        for name, shape in canonical_shapes(architecture).items()
     }
     path = tmp_path_factory.mktemp("modelopt") / request.param
     write_checkpoint(path, "nemo2", architecture, tensors, None, {})
@@ -87,7 +87,7 @@ def test_the_cut_is_modelopts_own(teacher, what, tmp_path):
         expected = canonical_names(model)
     ours = cut(teacher.tensors, plan, choose(scores, a, plan.width))
     student = Architecture.from_dict(plan.student)
-    assert {name: tensor.shape for name, tensor in ours.items()} == canonical.shapes(student)
+    assert {name: tensor.shape for name, tensor in ours.items()} == canonical_shapes(student)
     assert ours.keys() == expected.keys() - (
         {"output_layer.weight"} if a.share_embeddings_and_output_weights else set()
     )

@@ -9,9 +9,8 @@ import torch
 from hf import read_weights
 from nemo_minitron import config as c
 from nemo_minitron.artifacts import Manifest
-from nemo_minitron.checkpoints import names as canonical
-from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.checkpoints.formats.write import write_checkpoint
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint, write_checkpoint
+from nemo_minitron.checkpoints.names import canonical_shapes
 from nemo_minitron.checkpoints.tensors import in_memory
 from nemo_minitron.training.finetune import finetune
 
@@ -27,7 +26,7 @@ def start(tiny, tmp_path_factory):
     generator = torch.Generator().manual_seed(1)
     tensors = {
         name: in_memory(torch.randn(shape, generator=generator) * 0.1)
-        for name, shape in canonical.shapes(architecture).items()
+        for name, shape in canonical_shapes(architecture).items()
     }
     path = tmp_path_factory.mktemp("biases") / "start"
     write_checkpoint(path, "nemo2", architecture, tensors, None, {})

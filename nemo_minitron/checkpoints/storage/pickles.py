@@ -10,18 +10,16 @@ import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nemo_minitron.checkpoints.precision import ITEM_SIZES
 from nemo_minitron.errors import CheckpointError
 
-#: Dtypes of torch by name -> bytes an element.
-ITEM_SIZES = {
-    "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8,
-    "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
-}  # fmt: skip
 OTHER_TORCH_NAMES = ("strided", "contiguous_format", "preserve_format")
 
 
 class StandIn:
     """Takes the place of an instance: keeps its state as attributes, or as `state`, and does nothing."""
+
+    arguments: tuple[Any, ...]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "StandIn":
         instance = super().__new__(cls)

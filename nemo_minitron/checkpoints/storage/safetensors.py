@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from nemo_minitron.checkpoints.storage.pickles import ITEM_SIZES
-from nemo_minitron.checkpoints.tensors import BLOCK, Bytes, Lazy, Runs
+from nemo_minitron.checkpoints.file_bytes import Bytes
+from nemo_minitron.checkpoints.precision import ITEM_SIZES
+from nemo_minitron.checkpoints.tensors import BLOCK, Lazy, Runs
 from nemo_minitron.errors import CheckpointError
 
 DTYPES = {

@@ -41,7 +41,7 @@ class ArchiveWriter:
         self._folders: set[str] = set()
 
     @contextlib.contextmanager
-    def create(self, name: str) -> Iterator[BinaryIO]:
+    def create(self, name: str) -> "Iterator[FromHere]":
         """A member as a seekable file; it is whole when the body ends."""
         self._make_folders(name)
         start = self.file.tell()

@@ -9,13 +9,16 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from nemo_minitron.checkpoints.chunked import Chunk, Chunked
+from nemo_minitron.checkpoints.file_bytes import Bytes
 from nemo_minitron.checkpoints.files import Files
 from nemo_minitron.checkpoints.names import NOT_WEIGHTS, extra_states
+from nemo_minitron.checkpoints.precision import ITEM_SIZES, item_size
 from nemo_minitron.checkpoints.storage import pickle_writer, torch_writer
 from nemo_minitron.checkpoints.storage.pickle_writer import Call, Global, Instance, Pairs
-from nemo_minitron.checkpoints.storage.pickles import ITEM_SIZES, read_pickle
+from nemo_minitron.checkpoints.storage.pickles import read_pickle
 from nemo_minitron.checkpoints.storage.torch_zip import StoredTensor, read_torch_file
-from nemo_minitron.checkpoints.tensors import BLOCK, Bytes, Chunk, Chunked, Lazy, item_size
+from nemo_minitron.checkpoints.tensors import BLOCK, Lazy
 from nemo_minitron.errors import CheckpointError
 
 METADATA, PIECES = ".metadata", "__0_0.distcp"

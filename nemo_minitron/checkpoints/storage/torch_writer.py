@@ -9,9 +9,9 @@ import zlib
 from collections.abc import Iterable
 from typing import Any, BinaryIO
 
+from nemo_minitron.checkpoints.chunked import checksums
+from nemo_minitron.checkpoints.precision import ITEM_SIZES
 from nemo_minitron.checkpoints.storage.pickle_writer import Call, Global, Persistent, dumps
-from nemo_minitron.checkpoints.storage.pickles import ITEM_SIZES
-from nemo_minitron.checkpoints.tensors import checksums
 from nemo_minitron.errors import CheckpointError
 
 STORAGE_NAMES = {

@@ -12,8 +12,10 @@ import zipfile
 import zlib
 from typing import Any
 
-from nemo_minitron.checkpoints.storage.pickles import ITEM_SIZES, Functions, read_pickle
-from nemo_minitron.checkpoints.tensors import Bytes, Chunk, Chunked
+from nemo_minitron.checkpoints.chunked import Chunk, Chunked
+from nemo_minitron.checkpoints.file_bytes import Bytes
+from nemo_minitron.checkpoints.precision import ITEM_SIZES
+from nemo_minitron.checkpoints.storage.pickles import Functions, read_pickle
 from nemo_minitron.errors import CheckpointError
 
 STORAGES = {

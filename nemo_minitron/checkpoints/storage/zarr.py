@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from nemo_minitron.checkpoints.chunked import Chunk, Chunked
+from nemo_minitron.checkpoints.file_bytes import Bytes
 from nemo_minitron.checkpoints.files import Files
 from nemo_minitron.checkpoints.names import NOT_WEIGHTS, extra_states
+from nemo_minitron.checkpoints.precision import ITEM_SIZES
 from nemo_minitron.checkpoints.storage import torch_writer
-from nemo_minitron.checkpoints.storage.pickles import ITEM_SIZES
-from nemo_minitron.checkpoints.tensors import BLOCK, Bytes, Chunk, Chunked, Lazy
+from nemo_minitron.checkpoints.tensors import BLOCK, Lazy
 from nemo_minitron.errors import CheckpointError
 
 ARRAY = ".zarray"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import ConfigError
@@ -69,26 +68,3 @@ def text_problems(**values: str | None) -> list[str]:
         for name, value in values.items()
         if value is not None and any("\ud800" <= character <= "\udfff" for character in value)
     ]
-
-
-#: Formats of a checkpoint on disk: a NeMo-2 directory, a `.nemo` archive, a Hugging Face directory.
-FORMATS = ("nemo2", "nemo1", "hf")
-
-
-def output_format(path: str, to: str | None = None) -> str:
-    """The format of a result at `path`: `to`, or else nemo1 for `*.nemo` and nemo2 for anything else."""
-    return to or ("nemo1" if Path(path).suffix == ".nemo" else "nemo2")
-
-
-def format_problems(path: str, to: str | None) -> list[str]:
-    """What is wrong with writing the format `to` at `path`: an unknown format, or a name that says another one."""
-    if to is None:
-        return []
-    if to not in FORMATS:
-        return one_of("to", to, FORMATS)
-    archive = Path(path).suffix == ".nemo"
-    if archive and to != "nemo1":
-        return [f"to = {to} makes a directory, but {path} is named like an archive: leave .nemo off, or to=nemo1"]
-    if not archive and to == "nemo1":
-        return [f"to = nemo1 makes an archive, but {path} is not named like one: name it {path.rstrip('/')}.nemo"]
-    return []

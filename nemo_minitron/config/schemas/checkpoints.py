@@ -5,7 +5,8 @@ import os
 import re
 from pathlib import Path
 
-from nemo_minitron.config.schemas.base import Config, at_least, format_problems, one_of, output_format
+from nemo_minitron.config.schemas.base import Config, at_least, one_of
+from nemo_minitron.config.schemas.formats import format_problems, option_problems, output_format
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -63,14 +64,12 @@ class ConvertConfig(Config):
         """Settings that the target format has no use for."""
         if self.output == "???" or format_problems(self.output, self.to):
             return []
-        found, target = [], self.target_format
-        if self.weights == "zarr" and target != "nemo1":
-            found.append(f"weights = zarr is for .nemo archives; the result is {target}: output=NAME.nemo, or leave it")
-        if self.vocab_size is not None and target != "hf":
-            found.append(f"vocab_size is for Hugging Face; the result is {target}: to=hf, or leave it")
-        if self.pad_vocab_to_multiple_of is not None and target == "hf":
-            found.append("pad_vocab_to_multiple_of is for nemo1 and nemo2; the result is hf: leave it")
-        return found
+        given = {
+            "weights": self.weights == "zarr",
+            "vocab_size": self.vocab_size is not None,
+            "pad_vocab_to_multiple_of": self.pad_vocab_to_multiple_of is not None,
+        }
+        return option_problems(self.target_format, [name for name, said in given.items() if said])
 
 
 def missing_source(source: str, what: str) -> list[str]:

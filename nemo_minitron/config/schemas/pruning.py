@@ -4,7 +4,8 @@ import dataclasses
 from dataclasses import field
 from typing import Any
 
-from nemo_minitron.config.schemas.base import Config, at_least, format_problems, one_of, output_format
+from nemo_minitron.config.schemas.base import Config, at_least, one_of
+from nemo_minitron.config.schemas.formats import format_problems, output_format
 from nemo_minitron.config.schemas.hardware import TrainerConfig
 from nemo_minitron.config.schemas.training import ModelDataConfig
 

@@ -4,7 +4,8 @@ import dataclasses
 from dataclasses import field
 from typing import Any
 
-from nemo_minitron.config.schemas.base import Config, at_least, format_problems, one_of, output_format
+from nemo_minitron.config.schemas.base import Config, at_least, one_of
+from nemo_minitron.config.schemas.formats import format_problems, makes_file, output_format
 from nemo_minitron.config.schemas.hardware import TrainerConfig
 from nemo_minitron.config.schemas.instructions import InstructConfig, PeftConfig
 
@@ -212,7 +213,7 @@ class FinetuneConfig(StageConfig):
         found = super().problems()
         if self.peft.scheme != "none" and self.model.init == "random":
             found.append("peft.scheme = lora trains adapters of a checkpoint: init=random has none")
-        if self.peft.keep_adapter and self.target_format == "nemo1":
+        if self.peft.keep_adapter and makes_file(self.target_format):
             found.append(f"peft.keep_adapter leaves a folder beside the weights, but {self.output} is an archive")
         if (
             self.peft.keep_adapter

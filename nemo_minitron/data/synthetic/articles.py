@@ -61,20 +61,20 @@ class Writer:
 
     def paragraph(self, facts: list[Fact], about: Entity, fillers: int) -> str:
         """Facts and fillers in random order; facts about `about` name it half the time after its first mention."""
-        clauses: list[tuple[bool, Fact | None]] = [(True, fact) for fact in facts] + [(False, None)] * fillers
+        clauses: list[Fact | None] = [*facts, *[None] * fillers]
         self.rng.shuffle(clauses)
         sentences: list[str] = []
         pending = ""
-        for number, (states, fact) in enumerate(clauses):
+        for number, fact in enumerate(clauses):
             named = number == 0 or self.rng.random() < 0.5
-            if not states:
+            if fact is None:
                 clause = self.filler(about, named=named)
             else:
                 clause = self.clause(fact, named=fact.entity is not about or named)
             if pending:
                 sentences.append(f"{capitalised(pending)} {self.rule('joint')} {clause} .")
                 pending = ""
-            elif states and number + 1 < len(clauses) and self.rng.random() < 0.3:
+            elif fact is not None and number + 1 < len(clauses) and self.rng.random() < 0.3:
                 pending = clause
             else:
                 sentences.append(self.sentence(clause))

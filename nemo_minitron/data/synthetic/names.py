@@ -149,7 +149,7 @@ def article_of(noun: str) -> str:
 class Names:
     """Makes names that sound alike within a region, each of them once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._used: set[str] = set()
 
     def style(self, rng: random.Random) -> tuple[list[str], ...]:

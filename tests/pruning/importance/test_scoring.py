@@ -13,8 +13,7 @@ from hf import llama
 from nemo_minitron import config as c
 from nemo_minitron.artifacts import ImportanceScores, Manifest
 from nemo_minitron.artifacts.scores import TensorFile, save_tensors
-from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.checkpoints.formats.write import write_checkpoint
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.tensors import in_memory
 from nemo_minitron.conversion.convert import convert
 from nemo_minitron.data.samples import random_sequences

@@ -1,1 +1,1 @@
-"""Hugging Face directories: one table for each family, how weights are quantised, and transformers' own model."""
+"""Hugging Face directories: the table of families, config.json, names of tensors, and how weights are quantised."""

@@ -1,19 +1,11 @@
-"""Families of models on the Hugging Face side: one table of names and one mapping of configurations each.
+"""Families of models on the Hugging Face side: one table of them, with the names of their tensors.
 
 A canonical tensor is one Hugging Face tensor, or several: linear_qkv has query, key and value interleaved by group, and
 a gated linear_fc1 has its gate above.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
-
-from nemo_minitron.architecture import Architecture, RopeScaling
-from nemo_minitron.checkpoints import untrusted as described
-from nemo_minitron.checkpoints.tokenizer import SPECIAL_TOKENS
-from nemo_minitron.checkpoints.untrusted import shown
-from nemo_minitron.errors import CheckpointError
 
 #: Canonical name inside a layer -> Hugging Face names inside a layer. Biases and norm biases follow their weights.
 LLAMA_LAYER: dict[str, tuple[str, ...]] = {
@@ -31,17 +23,6 @@ OUTER = {
     "decoder.final_layernorm.bias": "model.norm.bias",
     "output_layer.weight": "lm_head.weight",
 }
-#: Field of Architecture -> key of config.json.
-SIZES = {
-    "num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads", "vocab_size": "vocab_size", "seq_length": "max_position_embeddings",
-}  # fmt: skip
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu2": "squared_relu", "gelu": "gelu"}
-#: Where Nemotron's configurations keep the share of each head that is rotated.
-ROTARY_SHARES = ("partial_rotary_factor", "rope_percent", "rope_percentage")
-#: Keys of rope_scaling and rope_parameters that say how the frequencies are scaled.
-SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-FULL = "full_attention"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +36,11 @@ class Family:
         norm_eps: the key of the norm's epsilon.
         defaults: what transformers takes where config.json says nothing (by config.json's names).
         fixed: fields of Architecture that hold for the whole family.
+        written: what its config.json says beside what all families' do.
+        biases: whether linear layers may have biases (`attention_bias`, `mlp_bias`).
+        partial_rotary: whether a share of each head may be rotated.
+        rope_scaling: whether the rotary frequencies may be scaled as in Llama 3.1.
+        window: whether all layers may have a sliding window.
     """
 
     model_type: str
@@ -63,6 +49,11 @@ class Family:
     norm_eps: str
     defaults: dict[str, Any]
     fixed: dict[str, Any]
+    written: dict[str, Any] = dataclasses.field(default_factory=dict)
+    biases: bool = False
+    partial_rotary: bool = False
+    rope_scaling: bool = True
+    window: bool = False
 
 
 GATED = {"normalization": "RMSNorm", "gated_linear_unit": True}
@@ -74,6 +65,7 @@ FAMILIES: dict[str, Family] = {
         norm_eps="rms_norm_eps",
         defaults={"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
         fixed=GATED,
+        biases=True,
     ),
     "mistral": Family(
         model_type="mistral",
@@ -85,6 +77,7 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 131072,
         },
         fixed=GATED,
+        window=True,
     ),
     "nemotron": Family(
         model_type="nemotron",
@@ -96,6 +89,9 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 4096,
         },
         fixed={"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True, "gated_linear_unit": False},
+        biases=True,
+        partial_rotary=True,
+        rope_scaling=False,
     ),
     "qwen2": Family(
         model_type="qwen2",
@@ -107,6 +103,7 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": 4096, "max_window_layers": 28,
         },
         fixed={**GATED, "add_qkv_bias": True},
+        written={"use_sliding_window": False},
     ),
 }  # fmt: skip
 
@@ -115,225 +112,3 @@ def layer_names(family: Family, name: str) -> tuple[str, ...]:
     """Hugging Face names inside a layer of the canonical `name` inside a layer, such as ``mlp.linear_fc1.weight``."""
     stem = max((stem for stem in family.layer if name.startswith(stem)), key=len)
     return tuple(f"{theirs}{name[len(stem) :]}" for theirs in family.layer[stem])
-
-
-def family_of(config: dict[str, Any], source: Any) -> str:
-    """The family of a config.json."""
-    kind = config.get("model_type")
-    for name, family in FAMILIES.items():
-        if family.model_type == kind:
-            return name
-    known = ", ".join(family.model_type for family in FAMILIES.values())
-    raise CheckpointError(f"{source} is of model_type {shown(kind)}; known here are {known}")
-
-
-def read_config(config: dict[str, Any], source: Any) -> Architecture:
-    """The architecture that a config.json describes, whichever version of transformers wrote it.
-
-    Raises:
-        CheckpointError: a size is missing or no number, two keys contradict each other, or the model does something
-            that Megatron's GPT model cannot.
-    """
-    name = family_of(config, source)
-    family = FAMILIES[name]
-    values = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
-    for key in ("sliding_window", "num_key_value_heads"):  # null: no window, as many as heads
-        if config.get(key, 0) is None:
-            values.pop(key, None)
-    sizes = {ours: values.get(theirs) for ours, theirs in SIZES.items()}
-    if not isinstance(values["hidden_act"], str) or values["hidden_act"] not in ACTIVATIONS:
-        raise CheckpointError(f"{source}: hidden_act {shown(values['hidden_act'])} is not known here")
-    fields = {
-        **family.fixed,
-        **sizes,
-        "num_query_groups": values.get("num_key_value_heads"),
-        "kv_channels": _stated({key: values.get(key) for key in ("head_dim", "kv_channels")}, source),
-        "activation": ACTIVATIONS[values["hidden_act"]],
-        "layernorm_epsilon": _number(values, family.norm_eps, source),
-        "share_embeddings_and_output_weights": bool(values.get("tie_word_embeddings", False)),
-        "init_method_std": _number({"initializer_range": 0.02, **values}, "initializer_range", source),
-        "add_bias_linear": _biases(values, source),
-        "sliding_window": _window(name, values, source),
-        **_rope(family, config, source),
-    }
-    if fields["rotary_percent"] != 1.0 and name != "nemotron":
-        raise CheckpointError(f"{source}: partial_rotary_factor is known of Nemotron only")
-    return described.architecture(name, fields, source)
-
-
-def _stated(values: Mapping[str, Any], source: Any) -> Any:
-    """What one or more keys state, None where none does; raises CheckpointError where they contradict each other."""
-    found = {key: value for key, value in values.items() if value is not None}
-    first = next(iter(found.values()), None)
-    if any(value != first for value in found.values()):
-        said = " and ".join(f"{key} = {shown(value)}" for key, value in found.items())
-        raise CheckpointError(f"{source}: {said} contradict each other; leave the one that holds")
-    return first
-
-
-def _number(values: dict[str, Any], name: str, source: Any) -> float:
-    value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
-        raise CheckpointError(f"{source}: {name} = {shown(value)} is not a number")
-    return float(value)
-
-
-def _biases(values: dict[str, Any], source: Any) -> bool:
-    attention, mlp = bool(values.get("attention_bias")), bool(values.get("mlp_bias"))
-    if attention != mlp:
-        raise CheckpointError(
-            f"{source}: attention_bias={attention} with mlp_bias={mlp}; Megatron has biases in both or neither"
-        )
-    return attention
-
-
-def _window(family: str, values: dict[str, Any], source: Any) -> int | None:
-    """Mistral has the window in every layer; Qwen 2 in those that layer_types names, or from max_window_layers on."""
-    if family == "mistral":
-        return values.get("sliding_window")
-    if not values.get("use_sliding_window") or values.get("sliding_window") is None:
-        return None
-    layers, full = values.get("num_hidden_layers"), values.get("max_window_layers")
-    if isinstance(kinds := values.get("layer_types"), list):
-        if all(kind == FULL for kind in kinds):
-            return None
-    elif type(layers) is int and type(full) is int and full >= layers:
-        return None
-    raise CheckpointError(f"{source}: use_sliding_window on some layers only is not something Megatron's model does")
-
-
-def _rope(family: Family, config: dict[str, Any], source: Any) -> dict[str, Any]:
-    """Rotary fields. transformers 5 keeps them in `rope_parameters`; transformers 4 has `rope_theta`, `rope_scaling`
-    and `partial_rotary_factor`, and passes `rope_parameters` over."""
-    newer, older = (_rope_mapping(config, name, source) for name in ("rope_parameters", "rope_scaling"))
-    base = _stated({"rope_theta": config.get("rope_theta"), **_key(newer, older, "rope_theta")}, source)
-    shares = {name: config.get(name) for name in ROTARY_SHARES} | _key(newer, older, ROTARY_SHARES[0])
-    share = _stated(shares, source)
-    if share is None:
-        share = family.defaults.get(ROTARY_SHARES[0], 1.0)
-    fields: dict[str, Any] = {
-        "rotary_base": _number({"rope_theta": 10000.0 if base is None else base}, "rope_theta", source),
-        "rotary_percent": _number({ROTARY_SHARES[0]: share}, ROTARY_SHARES[0], source),
-    }
-    kind = _stated(_key(newer, older, "rope_type"), source) or "default"
-    if kind == "llama3":
-        scaling = {name: _stated(_key(newer, older, name), source) for name in SCALING}
-        fields["rope_scaling"] = RopeScaling(
-            factor=_number(scaling, "factor", source),
-            low_freq_factor=_number(scaling, "low_freq_factor", source),
-            high_freq_factor=_number(scaling, "high_freq_factor", source),
-            original_length=int(_number(scaling, "original_max_position_embeddings", source)),
-        )
-    elif kind != "default":
-        raise CheckpointError(f"{source}: rope_scaling of type {shown(kind)} is not known here; known is llama3")
-    return fields
-
-
-def _rope_mapping(config: dict[str, Any], name: str, source: Any) -> dict[str, Any]:
-    """rope_parameters or rope_scaling; `type`, as older ones call it, is rope_type."""
-    found = config.get(name)
-    if found is None:
-        return {}
-    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
-        raise CheckpointError(f"{source}: {name} is not a mapping of numbers")
-    kind = _stated({f"{name}.{key}": found.get(key) for key in ("rope_type", "type")}, source)
-    return {**found, "rope_type": kind}
-
-
-def _key(newer: dict[str, Any], older: dict[str, Any], name: str) -> dict[str, Any]:
-    """What rope_parameters and rope_scaling state under `name`."""
-    return {f"rope_parameters.{name}": newer.get(name), f"rope_scaling.{name}": older.get(name)}
-
-
-def write_config(
-    architecture: Architecture, dtype: str, generation: Mapping[str, Any] = MappingProxyType({})
-) -> dict[str, Any]:
-    """config.json of a model, in the words of transformers 4 and 5 both.
-
-    Args:
-        dtype: of the weights (``bfloat16``).
-        generation: where the special tokens' ids are taken from. What it does not name is null: transformers would
-            take ids of its own for it.
-
-    Raises:
-        CheckpointError: transformers has no class for the model.
-    """
-    a, family = architecture, FAMILIES.get(architecture.family)
-    problems = _not_expressible(a, family)
-    if problems:
-        raise CheckpointError(f"{a.describe()} cannot be written for Hugging Face: {'; '.join(problems)}")
-    config: dict[str, Any] = {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "vocab_size": a.vocab_size - a.vocab_padding,
-        "hidden_size": a.hidden_size,
-        "intermediate_size": a.ffn_hidden_size,
-        "num_hidden_layers": a.num_layers,
-        "num_attention_heads": a.num_attention_heads,
-        "num_key_value_heads": a.num_query_groups,
-        "head_dim": a.kv_channels,
-        "hidden_act": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == a.activation),
-        "max_position_embeddings": a.seq_length,
-        "initializer_range": a.init_method_std,
-        family.norm_eps: a.layernorm_epsilon,
-        "tie_word_embeddings": a.share_embeddings_and_output_weights,
-        "attention_dropout": 0.0,
-        "use_cache": True,
-        "torch_dtype": dtype,
-        "dtype": dtype,
-        **_rope_keys(a),
-        **_special_tokens(generation, a.vocab_size - a.vocab_padding),
-    }
-    if a.family in ("llama", "nemotron"):
-        config |= {"attention_bias": a.add_bias_linear, "mlp_bias": a.add_bias_linear}
-    if a.family == "mistral":
-        config["sliding_window"] = a.sliding_window
-    if a.family == "qwen2":
-        config["use_sliding_window"] = False
-    return config
-
-
-def _rope_keys(a: Architecture) -> dict[str, Any]:
-    """Rotary fields as transformers 4 reads them (the first ones) and as transformers 5 does (rope_parameters)."""
-    scaling = None
-    if a.rope_scaling is not None:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": a.rope_scaling.factor,
-            "low_freq_factor": a.rope_scaling.low_freq_factor,
-            "high_freq_factor": a.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": a.rope_scaling.original_length,
-        }
-    share = {"partial_rotary_factor": a.rotary_percent} if a.family == "nemotron" else {}
-    parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": a.rotary_base, **share}
-    return {"rope_theta": a.rotary_base, "rope_scaling": scaling, **share, "rope_parameters": parameters}
-
-
-def _special_tokens(generation: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """The special tokens' ids. One for padding beyond the vocabulary is left out: transformers would look it up in the
-    embedding."""
-    found = {name: generation.get(name) for name in SPECIAL_TOKENS}
-    pad = found["pad_token_id"]
-    return found | {"pad_token_id": pad if type(pad) is int and -tokens <= pad < tokens else None}
-
-
-def _not_expressible(a: Architecture, family: Family | None) -> list[str]:
-    """What transformers' class of the family does not have."""
-    if family is None:
-        return [f"family {a.family} has no class there; known are {', '.join(FAMILIES)}"]
-    found = [
-        f"{name} is {getattr(a, name)}, {family.architecture} has {value}"
-        for name, value in {"add_qkv_bias": False, **family.fixed}.items()
-        if getattr(a, name) != value
-    ]
-    if a.add_bias_linear and a.family not in ("llama", "nemotron"):
-        found.append(f"{family.architecture} has no biases in its linear layers")
-    if a.rotary_percent != 1.0 and a.family != "nemotron":
-        found.append(f"{family.architecture} has no partial rotary embedding")
-    if a.rope_scaling is not None and a.family == "nemotron":
-        found.append(f"{family.architecture} has no rope scaling")
-    if a.sliding_window is not None and a.family != "mistral":
-        found.append(f"{family.architecture} has no sliding window here")
-    if a.activation not in ACTIVATIONS.values():
-        found.append(f"activation {a.activation} is not known there")
-    return found

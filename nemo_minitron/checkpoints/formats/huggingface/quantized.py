@@ -20,10 +20,14 @@ the rounding of the weights in it and not that of the activations.
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.checkpoints.tensors import BLOCK, Lazy, Runs
+from nemo_minitron.checkpoints.formats.base import Quantization
+from nemo_minitron.checkpoints.tensors import BLOCK, Lazy, Runs, bytes_of, in_blocks
 from nemo_minitron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 FP8, INT8_SQ, INT4_AWQ = "FP8", "W8A8_SQ_PER_CHANNEL", "W4A16_AWQ"
 #: quant_algo -> dtype of the stored weights.
@@ -34,29 +38,6 @@ WEIGHT, SCALE, PRE_SCALE = ".weight", ".weight_scale", ".pre_quant_scale"
 #: Of activations: not part of the weights.
 ACTIVATIONS = (".input_scale", ".k_scale", ".v_scale", ".output_scale")
 PLAIN = ("bfloat16", "float16", "float32")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantization:
-    """How the weights of a directory are quantised.
-
-    Attributes:
-        algorithm: ModelOpt's name.
-        group_size: columns that share a scale, where the format has groups.
-        kv_cache: format of the KV cache that the server is to use, or None.
-        producer: who made it (``modelopt 0.43.0``).
-    """
-
-    algorithm: str
-    group_size: int | None = None
-    kv_cache: str | None = None
-    producer: str = "modelopt"
-
-    def describe(self) -> str:
-        """One line for people."""
-        groups = f", groups of {self.group_size}" if self.group_size else ""
-        cache = f", KV cache {self.kv_cache}" if self.kv_cache else ""
-        return f"{self.algorithm}{groups}{cache}, by {self.producer}"
 
 
 def recognise(config: Mapping[str, Any], beside: Mapping[str, Any] | None, source: Any) -> Quantization | None:
@@ -82,13 +63,19 @@ def recognise(config: Mapping[str, Any], beside: Mapping[str, Any] | None, sourc
     if group is not None and (type(group) is not int or group < 1):
         raise CheckpointError(f"{source}: group_size of the quantised weights is no size")
     cache, maker = side.get("kv_cache_quant_algo"), (beside or stated).get("producer")
-    named = isinstance(maker, Mapping) and all(isinstance(maker.get(key), str) for key in ("name", "version"))
     return Quantization(
         algorithm=algorithm,
         group_size=group,
         kv_cache=cache[:40] if isinstance(cache, str) else None,
-        producer=f"{maker['name']} {maker['version']}"[:80] if named else "modelopt",
+        producer=_producer(maker),
     )
+
+
+def _producer(stated: Any) -> str:
+    """Who quantised it, with the version where that is stated."""
+    if isinstance(stated, Mapping) and all(isinstance(stated.get(key), str) for key in ("name", "version")):
+        return f"{stated['name']} {stated['version']}"[:80]
+    return "modelopt"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,24 +108,25 @@ class Packed:
         rows, columns = self.shape
         expected: dict[str, tuple[tuple[int, ...], ...]] = {FP8: ((), (1,)), INT8_SQ: ((rows,), (rows, 1))}
         if self.algorithm == INT4_AWQ:
-            if columns % self.group_size:
+            group = self.group_size or GROUP
+            if columns % group:
                 return (
-                    f"its {columns} columns do not divide into groups of {self.group_size}; ModelOpt packs such a "
+                    f"its {columns} columns do not divide into groups of {group}; ModelOpt packs such a "
                     "layer with scales that do not belong to its columns"
                 )
-            expected[INT4_AWQ] = ((rows, columns // self.group_size),)
+            expected[INT4_AWQ] = ((rows, columns // group),)
         if self.scale.shape not in expected[self.algorithm] or self.scale.dtype not in PLAIN:
             return f"its scale is {self.scale.dtype} {self.scale.shape}, not {expected[self.algorithm][0]}"
         if self.before is not None and (self.before.shape != (columns,) or self.before.dtype not in PLAIN):
             return f"its pre_quant_scale is {self.before.shape}, not {(columns,)}"
         return None
 
-    def read_rows(self, first: int, last: int) -> tuple[Any, Any]:
+    def read_rows(self, first: int, last: int) -> "tuple[torch.Tensor, torch.Tensor]":
         """Numbers q and scales of rows first..last, both fp32 [rows, i]; the scales without pre_quant_scale."""
         if self.algorithm == INT4_AWQ:
             from_byte, to_byte = first // 2, -(-last // 2)
             numbers = unpack_int4(self.weight.rows(from_byte, to_byte).read())[first - 2 * from_byte :][: last - first]
-            scales = self.scale.rows(first, last).read().float().repeat_interleave(self.group_size, dim=1)
+            scales = self.scale.rows(first, last).read().float().repeat_interleave(self.group_size or GROUP, dim=1)
         else:
             numbers = self.weight.rows(first, last).read().float()
             if self.algorithm == FP8:
@@ -147,12 +135,12 @@ class Packed:
                 scales = self.scale.rows(first, last).read().float().reshape(-1, 1).expand_as(numbers)
         return numbers, scales
 
-    def read_before(self) -> Any:
+    def read_before(self) -> "torch.Tensor | None":
         """pre_quant_scale in fp32 [i], or None."""
         return None if self.before is None else self.before.read().float()
 
 
-def unpack_int4(packed: Any) -> Any:
+def unpack_int4(packed: "torch.Tensor") -> "torch.Tensor":
     """Signed 4-bit numbers in fp32 [o, i] from bytes [o / 2, i]: a byte's lower half is the upper of its two rows."""
     import torch
 
@@ -186,9 +174,7 @@ class Dequantized(Lazy):
             numbers, scales = self.packed.read_rows(start, min(start + step, self.last))
             values = numbers * scales if before is None else numbers * scales * before
             plain = values.to(getattr(torch, self.dtype)).contiguous()
-            data = memoryview(plain.view(torch.uint8).numpy().reshape(-1))
-            for offset in range(0, len(data), len(buffer)):
-                yield data[offset : offset + len(buffer)]
+            yield from in_blocks(bytes_of(plain), len(buffer))
 
 
 def packed_layers(stored: Mapping[str, Runs], quantization: Quantization, where: Path | str) -> dict[str, Packed]:

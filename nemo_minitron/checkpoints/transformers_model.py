@@ -11,9 +11,10 @@ from types import MappingProxyType
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints.checkpoint import HF, Checkpoint
-from nemo_minitron.checkpoints.formats.huggingface.directory import export_tensors, mapped_tensors
-from nemo_minitron.checkpoints.formats.huggingface.families import FAMILIES, write_config
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.checkpoints.formats.huggingface.config import write_config
+from nemo_minitron.checkpoints.formats.huggingface.families import FAMILIES
+from nemo_minitron.checkpoints.formats.huggingface.mapping import export_tensors
 from nemo_minitron.errors import CheckpointError
 
 
@@ -104,8 +105,11 @@ def load_model(checkpoint: Checkpoint, dtype: Any) -> Any:
 def _state(checkpoint: Checkpoint) -> dict[str, Any]:
     """Weights by transformers' names; those of a plain Hugging Face directory stay in their files until they are
     used."""
-    if checkpoint.format == HF and checkpoint.quantization is None:
-        return mapped_tensors(checkpoint.path, checkpoint.architecture)
+    mapped = (
+        checkpoint.kind.mapped(checkpoint.path, checkpoint.architecture) if checkpoint.quantization is None else None
+    )
+    if mapped is not None:
+        return mapped
     exported = export_tensors(checkpoint.tensors, checkpoint.architecture)
     return {name: tensor.read() for name, tensor in exported.items()}
 

@@ -39,7 +39,8 @@ def read(data: bytes) -> SentencePieceModel:
             texts = [bytes(text) for inner, text in _fields(value) if inner == TEXT and not isinstance(text, int)]
             pieces.append(texts[-1].decode("utf-8", "replace") if texts else "")
         elif field == TRAINER and not isinstance(value, int):
-            ids |= {IDS[inner][0]: number for inner, number in _fields(value) if inner in IDS}
+            numbers = {inner: number for inner, number in _fields(value) if isinstance(number, int)}
+            ids |= {IDS[inner][0]: number for inner, number in numbers.items() if inner in IDS}
     if not pieces:
         raise CheckpointError("it is no SentencePiece model: it has no pieces")
     return SentencePieceModel(

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints.formats.nemo2 import CLASSES, MODEL_YAML, PADDING, ROPE_SCALING, SAME_NAME
+from nemo_minitron.checkpoints.formats.nemo2.classes import CLASSES, MODEL_YAML, PADDING, ROPE_SCALING, SAME_NAME
 from nemo_minitron.checkpoints.tokenizer import HUGGINGFACE, SENTENCEPIECE
 from nemo_minitron.errors import CheckpointError
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.checkpoints.formats.huggingface import families
+from nemo_minitron.checkpoints.formats.huggingface.config import read_config
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.packages import extras as packages
 
@@ -155,7 +155,7 @@ def _check_sizes(reader: "GGUFReader", source: Path, called: str) -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(source.parent), gguf_file=source.name, local_files_only=True)
-    a = families.read_config(config.to_dict(), called)
+    a = read_config(config.to_dict(), called)
     kind = _value(reader, "general.architecture")
     tensors = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
     found = {

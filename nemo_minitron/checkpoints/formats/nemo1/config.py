@@ -1,31 +1,18 @@
-"""NeMo-1 checkpoints: a `.nemo` archive, or the same files in a folder, with model_config.yaml and the weights.
-
-Weights are a Megatron distributed checkpoint (zarr or torch_dist) in model_weights/, or one file model_weights.ckpt.
-"""
+"""model_config.yaml of a NeMo-1 checkpoint, read as untrusted text and written so that NeMo 1 takes it."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nemo_minitron.architecture import Architecture, RopeScaling
-from nemo_minitron.checkpoints import generation
-from nemo_minitron.checkpoints import names as canonical
 from nemo_minitron.checkpoints import tokenizer as tokenizers
-from nemo_minitron.checkpoints import untrusted as described
+from nemo_minitron.checkpoints import untrusted
 from nemo_minitron.checkpoints.files import Files
-from nemo_minitron.checkpoints.storage import torch_dist
-from nemo_minitron.checkpoints.storage import zarr as zarr_store
-from nemo_minitron.checkpoints.storage.tar import ArchiveWriter
-from nemo_minitron.checkpoints.storage.torch_zip import StoredTensor, read_torch_file
-from nemo_minitron.checkpoints.tensors import Chunked, Lazy
 from nemo_minitron.errors import CheckpointError
 
-CONFIG, WEIGHTS, SINGLE = "model_config.yaml", "model_weights", "model_weights.ckpt"
-PREFIX = "model."
+CONFIG = "model_config.yaml"
 TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 TOKENIZER_FOLDER = "tokenizer"
 ARTIFACT = "nemo:"
@@ -45,100 +32,21 @@ LLAMA31 = RopeScaling()
 PRECISIONS = {"bfloat16": "bf16", "float16": "16", "float32": "32"}
 
 
-def root_of(files: Files) -> Files:
-    """The files with model_config.yaml at their root; raises CheckpointError unless there is just one."""
-    found = [name for name in files.names() if name.rpartition("/")[2] == CONFIG]
-    if len(found) != 1:
-        raise CheckpointError(f"{files.where} has {len(found)} files called {CONFIG}, a NeMo-1 checkpoint has one")
-    folder = found[0].rpartition("/")[0]
-    return files.below(folder) if folder else files
-
-
 def read_yaml(files: Files) -> dict[str, Any]:
     """model_config.yaml, by a loader that makes plain values only."""
-    loaded = described.plain_yaml(files.text(CONFIG), f"{files.where}/{CONFIG}")
+    loaded = untrusted.plain_yaml(files.text(CONFIG), f"{files.where}/{CONFIG}")
     config = loaded.get("model", loaded)
     if not isinstance(config, dict):
         raise CheckpointError(f"{files.where}/{CONFIG} is not a mapping")
     return config
 
 
-def read(files: Files) -> tuple[Architecture, tokenizers.Tokenizer | None, dict[str, Any], dict[str, Lazy]]:
-    """Architecture, tokenizer, generation settings and canonical tensors; reads no weights.
-
-    Raises:
-        CheckpointError: the configuration is incomplete, or the weights are missing, damaged or of another model.
-    """
-    files = root_of(files)
-    config = read_yaml(files)
-    tensors = canonical.canonical(_stored(files), files.where)
-    if canonical.EMBEDDING not in tensors or len(tensors[canonical.EMBEDDING].shape) != 2:
-        raise CheckpointError(f"{files.where} has no embedding matrix")
-    tokenizer = _tokenizer(files, config)
-    rows = tensors[canonical.EMBEDDING].shape[0]
-    source = f"{files.where}/{CONFIG}"
-    architecture = _architecture(config, rows, source)
-    padding = _padding(config, rows, tokenizer)
-    return architecture.with_sizes(vocab_padding=padding or None), tokenizer, generation.read(files), tensors
-
-
-def layout(files: Files) -> str:
-    """How the weights lie: ``torch_dist``, ``zarr`` or ``ckpt``."""
-    names = files.names()
-    if any(name.endswith(f"/{zarr_store.ARRAY}") for name in names):
-        return "zarr"
-    return "torch_dist" if any(name.endswith(torch_dist.METADATA) for name in names) else "ckpt"
-
-
-def _stored(files: Files) -> dict[str, Chunked]:
-    weights = files.below(WEIGHTS)
-    if "metadata.json" in weights:
-        try:
-            backend = json.loads(weights.text("metadata.json"))["sharded_backend"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise CheckpointError(f"{weights.where}/metadata.json is damaged") from None
-        if backend == "zarr":
-            return zarr_store.tensors(weights)
-        if backend == "torch_dist":
-            return torch_dist.tensors(weights)
-        raise CheckpointError(f"{weights.where}: weights in {described.shown(backend)}; known are zarr and torch_dist")
-    if torch_dist.METADATA in weights:
-        return torch_dist.tensors(weights)
-    return _single(files)
-
-
-def _single(files: Files) -> dict[str, Chunked]:
-    """Weights of model_weights.ckpt, by key."""
-    found = [name for name in files.names() if name.rpartition("/")[2] == SINGLE]
-    if not found:
-        raise CheckpointError(f"{files.where} has neither {WEIGHTS}/ with metadata.json nor {SINGLE}")
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{files.where} was saved in {len(found)} parts, one a rank ({', '.join(found[:3])}...); these are not put "
-            "together here: convert it to one rank or to a distributed checkpoint in NeMo first"
-        )
-    source = f"{files.where}/{found[0]}"
-    state = read_torch_file(files[found[0]], source)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{source} holds no state dict")
-    if any(isinstance(key, str) and "language_model.encoder.layers" in key for key in state):
-        raise CheckpointError(
-            f"{source} has the keys of NeMo's own layers, from before Megatron core (mcore_gpt: false); convert it "
-            "with the NeMo 24.07 container's convert_gpt_nemo_to_mcore.py first"
-        )
-    return {
-        key: value.lazy(key) for key, value in state.items() if isinstance(key, str) and isinstance(value, StoredTensor)
-    }
-
-
-def _architecture(config: dict[str, Any], vocab_size: int, source: str) -> Architecture:
+def read_architecture(config: dict[str, Any], vocab_size: int, source: str) -> Architecture:
     if config.get("mcore_gpt") is False:
         raise CheckpointError(f"{source}: mcore_gpt is false; convert the model to Megatron core in NeMo 24.07 first")
     position = config.get("position_embedding_type", "learned_absolute")
     if position != "rope":
-        raise CheckpointError(f"{source}: position_embedding_type {described.shown(position)}; known is rope")
+        raise CheckpointError(f"{source}: position_embedding_type {untrusted.shown(position)}; known is rope")
     normalization, zero_centered = _choice(config, "normalization", "layernorm", NORMS, source)
     activation, gated = _choice(config, "activation", "gelu", ACTIVATIONS, source)
     bias = bool(config.get("bias", True))
@@ -165,14 +73,14 @@ def _architecture(config: dict[str, Any], vocab_size: int, source: str) -> Archi
         "init_method_std": config.get("init_method_std", 0.02),
         "sliding_window": _window(config),
     }
-    return described.architecture(_family(fields, config), fields, source)
+    return untrusted.architecture(_family(fields, config), fields, source)
 
 
 def _choice(config: dict[str, Any], name: str, default: str, known: Mapping[str, Any], source: str) -> Any:
     value = config.get(name) or default
     if not isinstance(value, str) or value not in known:
         known_names = ", ".join(known)
-        raise CheckpointError(f"{source}: {name} {described.shown(value)} is not known here; known are {known_names}")
+        raise CheckpointError(f"{source}: {name} {untrusted.shown(value)} is not known here; known are {known_names}")
     return known[value]
 
 
@@ -209,12 +117,13 @@ def _family(fields: dict[str, Any], config: dict[str, Any]) -> str:
         return "gpt"
     if fields["add_qkv_bias"]:
         return "qwen2"
-    tokenizer = config.get("tokenizer") if isinstance(config.get("tokenizer"), dict) else {}
+    stated = config.get("tokenizer")
+    tokenizer = stated if isinstance(stated, dict) else {}
     named = f"{tokenizer.get('type', '')} {config.get('name', '')}".lower()
     return "mistral" if "mistral" in named or fields["sliding_window"] else "llama"
 
 
-def _tokenizer(files: Files, config: dict[str, Any]) -> tokenizers.Tokenizer | None:
+def read_tokenizer(files: Files, config: dict[str, Any]) -> tokenizers.Tokenizer | None:
     """The tokenizer's files in the archive, or its name on the hub."""
     settings = config.get("tokenizer")
     if not isinstance(settings, dict):
@@ -231,7 +140,7 @@ def _tokenizer(files: Files, config: dict[str, Any]) -> tokenizers.Tokenizer | N
     return None
 
 
-def _padding(config: dict[str, Any], rows: int, tokenizer: tokenizers.Tokenizer | None) -> int:
+def read_padding(config: dict[str, Any], rows: int, tokenizer: tokenizers.Tokenizer | None) -> int:
     """Rows of the embedding without a token: stated, or what the tokenizer leaves over by Megatron's rule."""
     stated = config.get("vocab_padding")
     if type(stated) is int and 0 <= stated < rows:
@@ -239,7 +148,7 @@ def _padding(config: dict[str, Any], rows: int, tokenizer: tokenizers.Tokenizer 
     if config.get("override_vocab_size"):
         return 0
     multiple, ranks = config.get("make_vocab_size_divisible_by", 128), config.get("tensor_model_parallel_size", 1)
-    return described.vocab_padding(rows, tokenizer, multiple, ranks)
+    return untrusted.vocab_padding(rows, tokenizer, multiple, ranks)
 
 
 def write_yaml(a: Architecture, dtype: str, tokenizer: tokenizers.Tokenizer | None, weights: str) -> str:
@@ -304,42 +213,3 @@ def _tokenizer_settings(tokenizer: tokenizers.Tokenizer | None) -> dict[str, Any
     kind = name or (f"{ARTIFACT}{TOKENIZER_FOLDER}" if tokenizer is not None else None)
     return {"library": "huggingface", "type": kind, "model": None, "vocab_file": None, "merge_file": None,
             "use_fast": True}  # fmt: skip
-
-
-def write(
-    path: Path,
-    architecture: Architecture,
-    tensors: Mapping[str, Lazy],
-    tokenizer: tokenizers.Tokenizer | None,
-    settings: Mapping[str, Any],
-    weights: str = "torch_dist",
-) -> None:
-    """Writes a `.nemo` archive.
-
-    Args:
-        settings: of generation; NeMo passes over the member that keeps them.
-        weights: ``torch_dist`` or ``zarr``.
-    """
-    dtype = next(iter(tensors.values())).dtype
-    with path.open("wb") as file:
-        archive = ArchiveWriter(file)
-        with archive.create(CONFIG) as member:
-            member.write(write_yaml(architecture, dtype, tokenizer, weights).encode())
-        if settings:
-            with archive.create(generation.FILE) as member:
-                member.write((json.dumps(dict(settings), indent=2) + "\n").encode())
-        if tokenizer is not None:
-            folder = "" if tokenizer.kind == tokenizers.SENTENCEPIECE else f"{TOKENIZER_FOLDER}/"
-            for name, data in tokenizer.files.items():
-                with archive.create(f"{folder}{name}") as member:
-                    member.write(data.read())
-
-        def create(name: str) -> Any:
-            return archive.create(f"{WEIGHTS}/{name}")
-
-        stacked = canonical.stacked(tensors, architecture.num_layers)
-        if weights == "zarr":
-            zarr_store.write(create, PREFIX, stacked, architecture.num_layers)
-        else:
-            torch_dist.write(create, PREFIX, stacked, architecture.num_layers)
-        archive.close()
