@@ -68,9 +68,9 @@ def ours(case: dict[str, Any], place: Path) -> dict[str, Any]:
     fields["model"].kd_teacher_restore_from_path = case["teacher"]
     marks, seen = Marks(), []
     config = c.DistillConfig(**fields)
-    history = kd_step.run_training(config, place, [watcher(marks, seen)])[1]
+    trained = kd_step.run_training(config, place, [watcher(marks, seen)])[1]
     torch.save(torch.stack(seen[: case["steps"]]), place / "tokens.pt")
-    return marks.found([step["kd_loss"] for step in history["train"]])
+    return marks.found([step["kd_loss"] for step in trained.train])
 
 
 def watcher(marks: Marks, seen: list[Any]) -> Any:

@@ -106,10 +106,11 @@ def training_steps(config: c.DistillConfig, folder: Path, forward: bool = True) 
 
 def run_training(
     config: c.DistillConfig, folder: Path, watches: list[Any], *, forward: bool = False
-) -> tuple[list[float], dict[str, Any]]:
-    """Seconds of the teacher's forward passes after the run (with `forward`), and the run's history."""
+) -> tuple[list[float], Any]:
+    """Seconds of the teacher's forward passes after the run (with `forward`), and what the run was, loop.Trained."""
     from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-    from nemo_minitron.distillation import command as stage
+    from nemo_minitron.distillation.attach import Distillation
+    from nemo_minitron.distillation.command import student_module
     from nemo_minitron.distillation.module import teacher_in_validation
     from nemo_minitron.megatron.session import engine
     from nemo_minitron.training.inputs import LOG, build_data, nemo_tokenizer, training_inputs
@@ -123,23 +124,21 @@ def run_training(
         engine(config.seed, Path(partial) / LOG, cuda=inputs.layout.cuda),
     ):
         tokenizer = nemo_tokenizer(inputs.tokenizer)
-        module = stage._module(config, student, teacher, inputs, [], tokenizer)
+        distillation = Distillation(teacher, config.kd) if teacher else None
+        module = student_module(config, student, distillation, inputs, tokenizer)
         data = build_data(config, inputs, tokenizer, Path(partial))
         callbacks = [*watches] + ([teacher_in_validation()] if teacher else [])
-        history = train_and_validate(module, data, config, inputs.layout, Path(partial), callbacks)
-        alone = teacher_forward(module, config, inputs.seq_length) if teacher and forward else []
-    return alone, history
+        trained = train_and_validate(module, data, config, inputs.layout, Path(partial), callbacks)
+        alone = teacher_forward(distillation, config, inputs.seq_length) if distillation and forward else []
+    return alone, trained
 
 
-def teacher_forward(module: Any, config: c.DistillConfig, length: int) -> list[float]:
+def teacher_forward(distillation: Any, config: c.DistillConfig, length: int) -> list[float]:
     """Seconds of forward passes of the teacher, output layer included, without gradients."""
     import torch
 
-    from nemo_minitron.distillation.output_layer import unfuse
-    from nemo_minitron.megatron.weights import bare
-
-    teacher = bare(module).teacher_model
-    unfuse(teacher)
+    teacher = distillation.teacher
+    distillation.detach()
     device = next(teacher.parameters()).device
     tokens = torch.randint(100, (config.model.micro_batch_size, length), device=device)
     positions = torch.arange(length, device=device).expand_as(tokens)
@@ -149,9 +148,6 @@ def teacher_forward(module: Any, config: c.DistillConfig, length: int) -> list[f
             started = now(torch)
             teacher(tokens, positions, None)
             found.append(now(torch) - started)
-            for layer in teacher.modules():
-                if hasattr(layer, "_intermediate_output"):
-                    layer._intermediate_output = None
     return found
 
 

@@ -55,7 +55,7 @@ def with_cross_entropy(other: Callable[[Any, Any], Any]) -> Callable[[Any, Any, 
 def objectives() -> dict[str, Callable[[Any, Any, Any], Any]]:
     """The losses that are compared; each is a mean over tokens, of logits at temperature 1."""
     from nemo_minitron.distillation.losses.api import forward_kl, reverse_kl
-    from nemo_minitron.distillation.losses.intermediate import cosine_loss, mse_loss
+    from nemo_minitron.distillation.losses.hidden import cosine_loss, mse_loss
 
     return {
         "KL": s.kl,

@@ -1,29 +1,24 @@
 """Distillation of a pruned student, or its control: the same training without a teacher."""
 
 import contextlib
-import dataclasses
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.config import DistillConfig
-from nemo_minitron.distillation.hidden import layer_pairs
+from nemo_minitron.distillation.attach import Distillation
+from nemo_minitron.distillation.layer_pairs import Pair, layer_pairs
 from nemo_minitron.errors import ConfigError, MinitronError
-from nemo_minitron.jobs.job import Job
-from nemo_minitron.launch.ranks import run_stage
 from nemo_minitron.megatron.layout import check_fits
 from nemo_minitron.packages.versions import check_training
-from nemo_minitron.training.inputs import (
-    CHECKPOINTS,
-    LOG,
-    NOT_THE_RESULT,
-    Inputs,
-    build_data,
-    nemo_tokenizer,
-    training_inputs,
-)
+from nemo_minitron.training.inputs import CHECKPOINTS, LOG, Inputs, build_data, nemo_tokenizer, training_inputs
+from nemo_minitron.training.stage import run_training_stage
+
+if TYPE_CHECKING:
+    from nemo.collections.llm import GPTModel
 
 
 def distill(config: DistillConfig) -> Manifest:
@@ -39,7 +34,7 @@ def distill(config: DistillConfig) -> Manifest:
     check_training("minitron distill")
     student = open_checkpoint(config.model.restore_from_path, "student")
     teacher = None
-    folders: dict[str, Any] = {"student": config.model.restore_from_path}
+    folders = {"student": config.model.restore_from_path}
     if config.kd.kd_weight:
         teacher = open_checkpoint(config.model.kd_teacher_restore_from_path, "teacher")
         check_pair(teacher.architecture, student.architecture)
@@ -48,22 +43,12 @@ def distill(config: DistillConfig) -> Manifest:
     inputs = training_inputs(config, student.architecture, student.tokenizer)
     if teacher is not None:
         check_fits(teacher.architecture, inputs.layout, "teacher")
-    job = Job(
-        stage="distill",
-        output=Path(config.output),
-        config=dataclasses.asdict(config),
-        inputs=folders | inputs.files(),
-        seed=config.seed,
-        overwrite=config.overwrite,
-        ignore=NOT_THE_RESULT,
-    )
-    return run_stage(
-        job,
-        lambda partial: _work(partial, config, student, teacher, inputs, pairs),
-        stage="nemo_minitron.distillation.command:distill",
-        config=config,
-        trainer=config.trainer,
-        resumable=True,
+    return run_training_stage(
+        "distill",
+        distill,
+        config,
+        folders | inputs.files(),
+        lambda partial: train_student(partial, config, student, teacher, inputs, pairs),
     )
 
 
@@ -77,7 +62,7 @@ def check_pair(teacher: Architecture, student: Architecture) -> None:
         )
 
 
-def pairs_of(config: DistillConfig, teacher: Checkpoint | None, student: Checkpoint) -> list[tuple[int, int]]:
+def pairs_of(config: DistillConfig, teacher: Checkpoint | None, student: Checkpoint) -> list[Pair]:
     """Layers of student and teacher whose hidden states are compared; the student's manifest says what was dropped."""
     if teacher is None:
         return []
@@ -88,17 +73,15 @@ def pairs_of(config: DistillConfig, teacher: Checkpoint | None, student: Checkpo
     return layer_pairs(config.kd.hidden, teacher.architecture, student.architecture, dropped)
 
 
-def _work(
+def train_student(
     partial: Path,
     config: DistillConfig,
     student: Checkpoint,
     teacher: Checkpoint | None,
     inputs: Inputs,
-    pairs: list[tuple[int, int]],
+    pairs: list[Pair],
 ) -> dict[str, Any]:
-    import shutil
-    import time
-
+    """The job's work: attaches the teacher, trains, detaches it, saves the student; every rank calls it."""
     from nemo_minitron.distillation.module import teacher_in_validation
     from nemo_minitron.megatron.session import engine
     from nemo_minitron.megatron.weights import bare, save_checkpoint
@@ -106,14 +89,13 @@ def _work(
 
     with engine(config.seed, partial / LOG, cuda=inputs.layout.cuda):
         tokenizer = nemo_tokenizer(inputs.tokenizer)
-        module = _module(config, student, teacher, inputs, pairs, tokenizer)
+        distillation = None if teacher is None else Distillation(teacher, config.kd, pairs)
+        module = student_module(config, student, distillation, inputs, tokenizer)
         data = build_data(config, inputs, tokenizer, partial)
-        started = time.perf_counter()
-        callbacks = [] if teacher is None else [teacher_in_validation()]
-        history = train_and_validate(module, data, config, inputs.layout, partial, callbacks)
-        seconds = time.perf_counter() - started
+        callbacks = [] if distillation is None else [teacher_in_validation()]
+        trained = train_and_validate(module, data, config, inputs.layout, partial, callbacks)
         save_checkpoint(
-            _student_of(bare(module)),
+            bare(module) if distillation is None else distillation.detach(),
             student.architecture,
             partial,
             output=config.output,
@@ -122,65 +104,27 @@ def _work(
             generation=student.generation,
         )
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
-    return {
-        "metrics": {
-            "steps": config.trainer.max_steps,
-            "result_step": history["result_step"],
-            "parameters": student.architecture.parameters(),
-            "weights": history["weights"],
-            "validation": history["validation"],
-            "train": history["train"],
-        },
-        "timings": {"training_seconds": seconds, "tokens_per_second": history["tokens_per_second"]},
-        "details": {"architecture": student.architecture.to_dict()},
-    }
+    return trained.result(config, student.architecture)
 
 
-def _module(
-    config: DistillConfig,
-    student: Checkpoint,
-    teacher: Checkpoint | None,
-    inputs: Inputs,
-    pairs: list[tuple[int, int]],
-    tokenizer: Any,
-) -> Any:
+def student_module(
+    config: DistillConfig, student: Checkpoint, distillation: Distillation | None, inputs: Inputs, tokenizer: Any
+) -> "GPTModel":
+    """NeMo's module that trains the student: with a teacher, or on the language-model loss alone."""
     from nemo_minitron.distillation.module import distillation_module
     from nemo_minitron.megatron.session import model_config
     from nemo_minitron.training.loop import optimizer
     from nemo_minitron.training.model import gpt_module
 
-    common = {
-        "optim": optimizer(
-            config.model.optim, config.trainer.max_steps, config.trainer.gradient_clip_val, inputs.layout
-        ),
-        "tokenizer": tokenizer,
-    }
+    optim = optimizer(config.model.optim, config.trainer.max_steps, config.trainer.gradient_clip_val, inputs.layout)
     student_config = model_config(student.architecture, inputs.layout)
-    if teacher is None:
-        return gpt_module(student_config, student.architecture, weights=student, **common)
+    if distillation is None:
+        return gpt_module(student_config, student.architecture, weights=student, optim=optim, tokenizer=tokenizer)
     return distillation_module(
-        (student_config, student),
-        (model_config(teacher.architecture, inputs.layout), teacher),
-        config.kd,
-        pairs=pairs,
-        **common,
+        student,
+        distillation,
+        student_config=student_config,
+        teacher_config=model_config(distillation.checkpoint.architecture, inputs.layout),
+        optim=optim,
+        tokenizer=tokenizer,
     )
-
-
-def _student_of(model: Any) -> Any:
-    """The plain student: ModelOpt's distillation, and NeMo's methods for it, taken off again."""
-    from nemo_minitron.distillation.output_layer import unfuse
-
-    if not hasattr(model, "teacher_model"):
-        return model
-    unfuse(model)
-    model._loss_modules = type(model._loss_modules)()
-    for name in (
-        "forward",
-        "sharded_state_dict",
-        "compute_language_model_loss",
-        "set_input_tensor",
-        "set_student_input_tensor_shape",
-    ):
-        model.__dict__.pop(name, None)
-    return model.export()

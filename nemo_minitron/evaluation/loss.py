@@ -1,6 +1,5 @@
 """Token loss and perplexity of a checkpoint on the splits of a corpus."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -11,10 +10,9 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.config import LossConfig
 from nemo_minitron.data.module import paths
-from nemo_minitron.jobs.job import Job
 from nemo_minitron.jobs.progress import Progress, Silent
-from nemo_minitron.launch.ranks import run_stage
-from nemo_minitron.training.inputs import LOG, NOT_THE_RESULT, Inputs, training_inputs
+from nemo_minitron.training.inputs import LOG, Inputs, training_inputs
+from nemo_minitron.training.stage import run_training_stage
 
 
 def evaluate_loss(config: LossConfig) -> Manifest:
@@ -28,26 +26,18 @@ def evaluate_loss(config: LossConfig) -> Manifest:
     """
     checkpoint = open_checkpoint(config.model.restore_from_path, quantized=True)
     inputs = training_inputs(config, checkpoint.architecture, checkpoint.tokenizer)
-    job = Job(
-        stage="evaluate",
-        output=Path(config.output),
-        config=dataclasses.asdict(config),
-        inputs={"checkpoint": config.model.restore_from_path} | inputs.files(),
-        seed=config.seed,
-        overwrite=config.overwrite,
-        ignore=NOT_THE_RESULT,
-    )
-    return run_stage(
-        job,
-        lambda partial: _work(partial, config, checkpoint, inputs),
-        stage="nemo_minitron.evaluation.loss:evaluate_loss",
-        config=config,
-        trainer=config.trainer,
+    return run_training_stage(
+        "evaluate",
+        evaluate_loss,
+        config,
+        {"checkpoint": config.model.restore_from_path} | inputs.files(),
+        lambda partial: measure_splits(partial, config, checkpoint, inputs),
         resumable=False,
     )
 
 
-def _work(partial: Path, config: LossConfig, checkpoint: Checkpoint, inputs: Inputs) -> dict[str, Any]:
+def measure_splits(partial: Path, config: LossConfig, checkpoint: Checkpoint, inputs: Inputs) -> dict[str, Any]:
+    """The job's work: the loss on each split; every rank calls it."""
     from nemo_minitron.data.samples import consecutive_sequences
     from nemo_minitron.megatron.ranks import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine

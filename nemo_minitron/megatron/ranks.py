@@ -11,10 +11,9 @@ from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.jobs.progress import Progress, Silent
 from nemo_minitron.launch.ranks import rank
 from nemo_minitron.megatron.chunks import output_in_chunks
-from nemo_minitron.megatron.config import core_model
 from nemo_minitron.megatron.layout import Layout
-from nemo_minitron.megatron.session import model_config, spread_layers
-from nemo_minitron.megatron.weights import load_weights
+from nemo_minitron.megatron.session import model_config
+from nemo_minitron.megatron.weights import build_model
 
 
 @contextlib.contextmanager
@@ -57,11 +56,7 @@ def load_model(
     config.sequence_parallel = layout.sequence_parallel
     config.context_parallel_size = layout.context_parallel
     config.variable_seq_lengths = False
-    spread_layers(config)
-    built_by_nemo = hasattr(config, "configure_model")
-    model = config.configure_model(None) if built_by_nemo else core_model(config, architecture)
-    if checkpoint is not None:
-        load_weights(model, architecture, checkpoint)
+    model = build_model(config, architecture, checkpoint)
     if layout.bf16:
         model = model.bfloat16()
     if layout.cuda:

@@ -28,7 +28,9 @@ from nemo_minitron.checkpoints.storage import torch_dist
 from nemo_minitron.checkpoints.tokenizer import Tokenizer
 from nemo_minitron.config import output_format
 from nemo_minitron.errors import CheckpointError
+from nemo_minitron.megatron.config import core_model
 from nemo_minitron.megatron.lora import trained_part
+from nemo_minitron.megatron.session import spread_layers
 
 NORM_WEIGHTS = ("layernorm.weight", "layer_norm_weight")
 BEFORE_CONVERSION = "megatron"
@@ -43,6 +45,24 @@ def bare(module: Any) -> Any:
     while not isinstance(module, GPTModel):
         module = module.module
     return module
+
+
+def build_model(
+    config: Any, architecture: Architecture, checkpoint: Checkpoint | None, tokenizer: Any = None, **stage: Any
+) -> Any:
+    """The GPTModel of NeMo's (or Megatron Core's) `config` on this rank, with the weights of `checkpoint`.
+
+    Args:
+        checkpoint: None: random weights.
+        tokenizer: NeMo's, which it asks for a vocabulary that the config does not state.
+        stage: of NeMo's configure_model, which stage of the pipeline.
+    """
+    spread_layers(config)
+    built_by_nemo = hasattr(config, "configure_model")
+    model = config.configure_model(tokenizer, **stage) if built_by_nemo else core_model(config, architecture)
+    if checkpoint is not None:
+        load_weights(model, architecture, checkpoint)
+    return model
 
 
 def load_weights(model: Any, architecture: Architecture, checkpoint: Checkpoint, only: str = "") -> None:

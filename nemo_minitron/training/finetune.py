@@ -1,6 +1,7 @@
 """Training with the language-model loss: teacher correction, a teacher from random weights, instruction tuning."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,22 +9,21 @@ from nemo_minitron.architecture import Architecture, padded_vocab_size
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.config import FinetuneConfig
+from nemo_minitron.data.instruction_samples import Samples
 from nemo_minitron.errors import ConfigError
-from nemo_minitron.jobs.job import Job
-from nemo_minitron.launch.ranks import run_stage
 from nemo_minitron.packages.versions import check_training
 from nemo_minitron.published import stated_fields
 from nemo_minitron.training.adapter import ADAPTER, keep_adapter
 from nemo_minitron.training.inputs import (
     CHECKPOINTS,
     LOG,
-    NOT_THE_RESULT,
     Inputs,
     build_data,
     data_tokenizer,
     nemo_tokenizer,
     training_inputs,
 )
+from nemo_minitron.training.stage import run_training_stage
 
 
 def finetune(config: FinetuneConfig) -> Manifest:
@@ -35,31 +35,21 @@ def finetune(config: FinetuneConfig) -> Manifest:
         NonFiniteLossError: a loss is not a number.
     """
     check_training("minitron finetune")
-    inputs_of_job: dict[str, Any] = {}
+    folders: dict[str, str] = {}
     if config.model.init == "checkpoint":
         checkpoint = open_checkpoint(config.model.restore_from_path, "checkpoint to start from")
         architecture, own_tokenizer, weights = checkpoint.architecture, checkpoint.tokenizer, checkpoint
-        inputs_of_job["checkpoint"] = config.model.restore_from_path
+        folders["checkpoint"] = config.model.restore_from_path
     else:
         architecture, own_tokenizer, weights = random_architecture(config), None, None
     inputs = training_inputs(config, architecture, own_tokenizer)
     architecture = dataclasses.replace(architecture, seq_length=max(inputs.seq_length, architecture.seq_length))
-    job = Job(
-        stage="finetune",
-        output=Path(config.output),
-        config=dataclasses.asdict(config),
-        inputs=inputs_of_job | inputs.files(),
-        seed=config.seed,
-        overwrite=config.overwrite,
-        ignore=NOT_THE_RESULT,
-    )
-    return run_stage(
-        job,
-        lambda partial: _work(partial, config, architecture, weights, inputs),
-        stage="nemo_minitron.training.finetune:finetune",
-        config=config,
-        trainer=config.trainer,
-        resumable=True,
+    return run_training_stage(
+        "finetune",
+        finetune,
+        config,
+        folders | inputs.files(),
+        lambda partial: train_model(partial, config, architecture, weights, inputs),
     )
 
 
@@ -78,12 +68,10 @@ def random_architecture(config: FinetuneConfig) -> Architecture:
     return Architecture.from_settings(fields, "configuration")
 
 
-def _work(
+def train_model(
     partial: Path, config: FinetuneConfig, architecture: Architecture, weights: Checkpoint | None, inputs: Inputs
 ) -> dict[str, Any]:
-    import shutil
-    import time
-
+    """The job's work: trains the model and saves it; every rank calls it."""
     from nemo_minitron.megatron.lora import reseeding
     from nemo_minitron.megatron.session import engine, model_config
     from nemo_minitron.training.loop import optimizer, train_and_validate
@@ -105,25 +93,15 @@ def _work(
             peft=config.peft,
         )
         data = build_data(config, inputs, tokenizer, partial)
-        started = time.perf_counter()
         callbacks = [reseeding(config.seed)] if config.peft.scheme == "lora" and config.peft.dropout else []
-        history = train_and_validate(module, data, config, inputs.layout, partial, callbacks)
-        seconds = time.perf_counter() - started
+        trained = train_and_validate(module, data, config, inputs.layout, partial, callbacks)
         _save(module, architecture, config, inputs, partial, weights.generation if weights else None)
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
-    return {
-        "metrics": {
-            "steps": config.trainer.max_steps,
-            "result_step": history["result_step"],
-            "parameters": architecture.parameters(),
-            "weights": history["weights"],
-            "validation": history["validation"],
-            "train": history["train"],
-            **_rows(inputs),
-        },
-        "timings": {"training_seconds": seconds, "tokens_per_second": history["tokens_per_second"]},
-        "details": {"architecture": architecture.to_dict()} | _notes(inputs),
-    }
+    result = trained.result(config, architecture)
+    if inputs.samples is not None:
+        result["metrics"] |= row_counts(inputs.samples)
+        result["details"] |= {"notes": inputs.samples.notes}
+    return result
 
 
 def _save(
@@ -149,16 +127,8 @@ def _save(
     )
 
 
-def _notes(inputs: Inputs) -> dict[str, Any]:
-    """Files of instructions that were not read, for the manifest's details."""
-    return {"notes": inputs.samples.notes} if inputs.samples else {}
-
-
-def _rows(inputs: Inputs) -> dict[str, Any]:
+def row_counts(samples: Samples) -> dict[str, Any]:
     """What became of the rows of instructions, for the manifest's metrics."""
-    if inputs.samples is None:
-        return {}
-    counts = inputs.samples.counts
-    total = {name: sum(split[name] for split in counts.values()) for name in counts["train"]}
+    total = {name: sum(split[name] for split in samples.counts.values()) for name in samples.counts["train"]}
     rows = {f"rows_{name}" if name != "rows" else name: count for name, count in total.items()}
-    return {"template": inputs.samples.template, **rows, "validation_rows": counts["validation"]["rows"]}
+    return {"template": samples.template, **rows, "validation_rows": samples.counts["validation"]["rows"]}

@@ -16,20 +16,6 @@ from nemo_minitron.megatron.layout import Layout, check_fits, check_length, layo
 
 LOG = "logs/engine.log"
 TOKENIZER, CHECKPOINTS, TENSORBOARD = "tokenizer", "checkpoints", "tensorboard"
-#: Settings that say where things are and how fast, not what comes out; what lies there is in the inputs' fingerprints.
-NOT_THE_RESULT = (
-    "overwrite",
-    "exp_manager",
-    "trainer.log_every_n_steps",
-    "model.restore_from_path",
-    "model.kd_teacher_restore_from_path",
-    "model.nemo_path",
-    "model.tokenizer",
-    "model.data.data_prefix",
-    "model.data.instructions",
-    "model.data.index_mapping_dir",
-    "model.data.num_workers",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,12 @@
 """One training run: fit with progress, TensorBoard, checkpoints to resume from; used by finetune and distill."""
 
+import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.architecture import Architecture
 from nemo_minitron.config import OptimConfig, StageConfig
 from nemo_minitron.megatron.layout import Layout
 from nemo_minitron.megatron.session import build_trainer
@@ -13,6 +16,42 @@ from nemo_minitron.training.inputs import CHECKPOINTS
 ENGINES_FUNCTIONS = (
     "finalize_model_grads_func", "grad_scale_func", "no_sync_func", "grad_sync_func", "param_sync_func",
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a training run was.
+
+    Attributes:
+        train: a line for each step: step, each loss in nats a token, lr.
+        validation: a line for each validation: step, each loss.
+        weights: of each loss in the sum that was trained on.
+        result_step: the step whose weights the module has now.
+        seconds: of all of it.
+        tokens_per_second: of the steps alone.
+    """
+
+    train: list[dict[str, float]]
+    validation: list[dict[str, float]]
+    weights: dict[str, float]
+    result_step: int
+    seconds: float
+    tokens_per_second: float
+
+    def result(self, config: StageConfig, architecture: Architecture) -> dict[str, Any]:
+        """What the stage's manifest says of it: metrics, timings and details, as Job.finish takes them."""
+        return {
+            "metrics": {
+                "steps": config.trainer.max_steps,
+                "result_step": self.result_step,
+                "parameters": architecture.parameters(),
+                "weights": self.weights,
+                "validation": self.validation,
+                "train": self.train,
+            },
+            "timings": {"training_seconds": self.seconds, "tokens_per_second": self.tokens_per_second},
+            "details": {"architecture": architecture.to_dict()},
+        }
 
 
 def optimizer(config: OptimConfig, max_steps: int, clip: float, layout: Layout) -> Any:
@@ -45,8 +84,8 @@ def optimizer(config: OptimConfig, max_steps: int, clip: float, layout: Layout) 
 
 def train_and_validate(
     module: Any, data: Any, config: StageConfig, layout: Layout, partial: Path, callbacks: Sequence[Any] = ()
-) -> dict[str, Any]:
-    """Trains `module` (a GPTModel with `loss_names` and `sums`) to trainer.max_steps; returns its history.
+) -> Trained:
+    """Trains `module` (a GPTModel with TokenLossesMixin) to trainer.max_steps.
 
     Resumes from the newest whole checkpoint under `partial`, and keeps that and the best one there while it runs. Ends
     with the weights of the best validation (config.metric).
@@ -58,6 +97,7 @@ def train_and_validate(
     Args:
         callbacks: further callbacks of the trainer.
     """
+    started = time.perf_counter()
     history = history_callback(config, partial)
     trainer = build_trainer(
         layout,
@@ -73,13 +113,14 @@ def train_and_validate(
     finally:
         history.close()
         let_go(module)
-    return {
-        "train": history.train,
-        "validation": history.validation,
-        "weights": dict(module.loss_weights),
-        "result_step": used,
-        "tokens_per_second": history.tokens / history.seconds if history.seconds else 0.0,
-    }
+    return Trained(
+        train=history.train,
+        validation=history.validation,
+        weights=dict(module.loss_weights),
+        result_step=used,
+        seconds=time.perf_counter() - started,
+        tokens_per_second=history.tokens / history.seconds if history.seconds else 0.0,
+    )
 
 
 def let_go(module: Any) -> None:
@@ -119,5 +160,5 @@ def history_callback(config: StageConfig, partial: Path) -> Any:
 
 def newest_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint to resume from; ones being written have another name."""
-    found = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-    return str(found[-1]) if found else None
+    steps = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return str(steps[-1]) if steps else None

@@ -1,56 +1,103 @@
-"""From losses a token to what Megatron's schedule, the logs and the manifest want."""
+"""From losses a token to what Megatron's schedule, the logs and the manifest want.
 
-from collections.abc import Callable
-from typing import Any
+Legend: b micro batch, s sequence.
+"""
 
-#: The loss to train on, masked, weighed and summed already, where the components carry no gradient of their own.
-TOTAL = "total"
-#: component name -> loss a token [b, s], in nats
-TokenLosses = Callable[[dict[str, Any], Any], dict[str, Any]]
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from nemo.lightning.megatron_parallel import MegatronLossReduction
+    from torch import Tensor
+
+#: A batch of NeMo's data module by name; it holds `loss_mask` [b, s] in any case.
+Batch = Mapping[str, Any]
+LM_LOSS = "lm_loss"
 
 
-class LossesInSight:
+class Losses(NamedTuple):
+    """The losses of a micro batch.
+
+    Attributes:
+        total: what is trained on: masked, weighed and summed over tokens; it alone needs a gradient.
+        shown: name -> loss a token [b, s], in nats, of each component that logs and the manifest show.
+    """
+
+    total: "Tensor"
+    shown: dict[str, "Tensor"]
+
+
+def weighed(shown: dict[str, "Tensor"], weights: Mapping[str, float], mask: "Tensor") -> Losses:
+    """Losses that are trained on as they are shown: sum over names of weight sum_t mask loss.
+
+    Args:
+        weights: of each component; one without a weight, or of weight 0, is only shown.
+        mask: [b, s], float.
+    """
+    import torch
+
+    total = sum(weights[name] * masked_sum(value, mask) for name, value in shown.items() if weights.get(name))
+    if not torch.is_tensor(total):  # nothing is trained on
+        total = masked_sum(next(iter(shown.values())), mask) * 0.0
+    return Losses(total, shown)
+
+
+def masked_sum(losses: "Tensor", mask: "Tensor") -> "Tensor":
+    """sum_t mask loss of losses a token and a float mask [b, s], in float32 at least."""
+    return (losses.float() * mask).sum()
+
+
+#: The losses of a batch and the model's output.
+LossFunction = Callable[[Batch, Any], Losses]
+
+
+class TokenLossesMixin:
     """Of a NeMo module: training and validation go by the losses a token that `token_losses` gives.
 
     Attributes:
         loss_names: the components, in the order of the sums.
         loss_weights: component -> weight in the loss that is trained on.
-        token_losses: of a batch and the model's output; a module's own method.
         sums: of the last global batch, on the last pipeline stage: each component summed over tokens, then the number
             of tokens [names + 1].
     """
 
     loss_names: tuple[str, ...]
     loss_weights: dict[str, float]
-    token_losses: TokenLosses
-    sums: Any = None
+    sums: "Tensor | None" = None
 
-    def weights_at(self, means: dict[str, float]) -> dict[str, float]:
+    def token_losses(self, batch: Batch, output: Any) -> Losses:
+        """The losses of a batch and the model's output; a module's own."""
+        raise NotImplementedError
+
+    def weights_at(self, means: Mapping[str, float]) -> dict[str, float]:
         """The weights of a step whose components have these means."""
         return self.loss_weights
 
-    def take_sums(self, sums: Any) -> None:
+    def keep_sums(self, sums: "Tensor") -> None:
         self.sums = sums
 
     @property
-    def training_loss_reduction(self) -> Any:
-        return token_loss_reduction(self.loss_names, self.loss_weights, self.token_losses, self.take_sums)
+    def training_loss_reduction(self) -> "MegatronLossReduction":
+        return token_loss_reduction(self.loss_names, self.loss_weights, self.token_losses, self.keep_sums)
 
     @property
-    def validation_loss_reduction(self) -> Any:
+    def validation_loss_reduction(self) -> "MegatronLossReduction":
         return self.training_loss_reduction
 
 
 def token_loss_reduction(
-    names: tuple[str, ...], weights: dict[str, float], per_token: TokenLosses, sink: Callable[[Any], None]
-) -> Any:
-    """A MegatronLossReduction: masks, sums, weighs and averages the named losses over all tokens of a global batch.
+    names: tuple[str, ...],
+    weights: Mapping[str, float],
+    token_losses: LossFunction,
+    keep_sums: Callable[["Tensor"], None],
+) -> "MegatronLossReduction":
+    """A MegatronLossReduction: sums the named losses, and averages them over all tokens of a global batch.
 
     Args:
         names: the components, in the order of the sums.
         weights: component -> weight in the loss that is trained on.
-        per_token: gives each component's loss a token [b, s] for a batch and the model's output.
-        sink: takes, on the last pipeline stage, the tensor [len(names) + 1] of the sums over the global batch:
+        token_losses: of a batch and the model's output.
+        keep_sums: takes, on the last pipeline stage, the tensor [len(names) + 1] of the sums over the global batch:
             each component's, then the number of tokens.
     """
     import torch
@@ -58,37 +105,33 @@ def token_loss_reduction(
     from nemo.lightning.megatron_parallel import MegatronLossReduction
 
     class TokenLossReduction(MegatronLossReduction):
-        def forward(self, batch: dict[str, Any], forward_out: Any) -> tuple[Any, Any, dict[str, Any]]:
+        def forward(self, batch: Batch, forward_out: Any) -> tuple["Tensor", "Tensor", dict[str, "Tensor"]]:
             mask = batch["loss_mask"].float()  # [b, s]
-            losses = per_token(batch, forward_out)
-            sums = [(losses[name].float() * mask).sum() for name in names]
-            total = losses.get(TOTAL)
-            if total is None:
-                total = sum(weights.get(name, 0.0) * value for name, value in zip(names, sums) if weights.get(name))
-            if not torch.is_tensor(total):
-                total = sums[0] * 0.0
+            losses = token_losses(batch, forward_out)
             tokens = mask.sum()
-            report = torch.stack([*(value.detach() for value in sums), tokens.detach()])
-            return total, tokens.detach().to(torch.int), {"sums": report}
+            with torch.no_grad():
+                sums = [masked_sum(losses.shown[name], mask) for name in names]
+            return losses.total, tokens.detach().to(torch.int), {"sums": torch.stack([*sums, tokens.detach()])}
 
-        def reduce(self, outputs: list[dict[str, Any]]) -> Any:
+        def reduce(self, outputs: list[dict[str, "Tensor"]]) -> "Tensor":
             sums = torch.stack([output["sums"] for output in outputs]).sum(dim=0)
             torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-            sink(sums)
-            return sum(weights.get(name, 0.0) * sums[i] for i, name in enumerate(names)) / sums[-1]
+            keep_sums(sums)
+            weighed_sum: torch.Tensor = sum(weights.get(name, 0.0) * sums[i] for i, name in enumerate(names))
+            return weighed_sum / sums[-1]
 
     return TokenLossReduction()
 
 
-def from_last_stage(sums: Any, length: int) -> Any:
+def from_last_stage(sums: "Tensor | None", length: int) -> "Tensor":
     """The sums of the last pipeline stage, on every rank; every rank calls it."""
     import torch
     from megatron.core import parallel_state
 
+    if sums is None:  # not the last stage
+        sums = torch.zeros(length, device=torch.cuda.current_device())
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return sums
-    if sums is None:
-        sums = torch.zeros(length, device=torch.cuda.current_device())
     last = parallel_state.get_pipeline_model_parallel_last_rank()
     torch.distributed.broadcast(sums, src=last, group=parallel_state.get_pipeline_model_parallel_group())
     return sums

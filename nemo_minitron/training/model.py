@@ -6,11 +6,8 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.config import PeftConfig
 from nemo_minitron.megatron.lora import add_adapters, trained_part
-from nemo_minitron.megatron.session import spread_layers
-from nemo_minitron.megatron.weights import bare, load_weights
-from nemo_minitron.training.losses import LossesInSight
-
-LM_LOSS = "lm_loss"
+from nemo_minitron.megatron.weights import bare, build_model
+from nemo_minitron.training.losses import LM_LOSS, Batch, Losses, TokenLossesMixin, weighed
 
 
 def gpt_module(
@@ -22,7 +19,7 @@ def gpt_module(
     tokenizer: Any = None,
     peft: PeftConfig | None = None,
 ) -> Any:
-    """NeMo's GPTModel that starts from the checkpoint `weights` (or at random), with its losses in sight.
+    """NeMo's GPTModel that starts from the checkpoint `weights` (or at random), which shows its loss.
 
     With `peft` of scheme lora only adapters train, and only they are in the checkpoints to resume from.
     """
@@ -30,22 +27,19 @@ def gpt_module(
 
     adapted = peft is not None and peft.scheme == "lora"
 
-    class MinitronGPTModel(LossesInSight, llm.GPTModel):
+    class MinitronGPTModel(TokenLossesMixin, llm.GPTModel):
         loss_names = (LM_LOSS,)
         loss_weights = {LM_LOSS: 1.0}
 
         def configure_model(self, vp_stage: int | None = None) -> None:
             if hasattr(self, "module"):
                 return
-            spread_layers(self.config)
-            self.module = self.config.configure_model(self.tokenizer, vp_stage=vp_stage)
-            if weights is not None:
-                load_weights(self.module, architecture, weights)
+            self.module = build_model(self.config, architecture, weights, self.tokenizer, vp_stage=vp_stage)
             if adapted:
                 add_adapters(self, peft)
 
-        def token_losses(self, batch: dict[str, Any], output: Any) -> dict[str, Any]:
-            return {LM_LOSS: output}
+        def token_losses(self, batch: Batch, output: Any) -> Losses:
+            return weighed({LM_LOSS: output}, self.loss_weights, batch["loss_mask"].float())
 
     class AdaptedGPTModel(MinitronGPTModel):
         strict_loading = False

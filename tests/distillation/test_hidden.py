@@ -34,13 +34,13 @@ def run(tiny, student, output, steps=1, devices=1, form="auto", layout=None, **h
 @pytest.fixture(scope="module")
 def first_batch(tiny, students, tmp_path_factory):
     """The tokens and mask of the first step, as NeMo's data module gave them."""
-    from nemo_minitron.distillation import module
+    from nemo_minitron.distillation import attach
 
-    seen, original = [], module.with_hidden
+    seen, original = [], attach.with_hidden
 
-    def spy(losses, hidden, weights, mask, config):
+    def spy(losses, hidden, mask, config):
         seen.append(mask.clone())
-        return original(losses, hidden, weights, mask, config)
+        return original(losses, hidden, mask, config)
 
     from nemo_minitron.megatron import session as engine
 
@@ -51,7 +51,7 @@ def first_batch(tiny, students, tmp_path_factory):
         return step(model, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "with_hidden", spy)
+        patch.setattr(attach, "with_hidden", spy)
         patch.setattr(engine, "forward_step", recorded)
         run(tiny, students / "depth", tmp_path_factory.mktemp("spied") / "kd", weight=1.0)
     return torch.cat(tokens[:2]), torch.cat(seen[:2]).double()

@@ -11,9 +11,10 @@ import types
 import pytest
 import torch
 
+from nemo_minitron.distillation.layer_pairs import match_layers, outer_pairs
 from nemo_minitron.distillation.losses import api as losses
 from nemo_minitron.distillation.losses import compiled, divergences, fused
-from nemo_minitron.distillation.losses.intermediate import cosine_loss, match_layers, mse_loss, outer_pairs, projection
+from nemo_minitron.distillation.losses.hidden import cosine_loss, mse_loss, projection
 from nemo_minitron.errors import ConfigError
 
 S, B, V = 5, 2, 37
@@ -612,6 +613,7 @@ def test_layers_that_cannot_go_together(teacher, student, options, message):
 
 
 def test_importing_the_losses_does_not_import_torch():
-    code = "import sys, nemo_minitron.distillation.losses.api, nemo_minitron.distillation.losses.intermediate as i; "
+    code = "import sys, nemo_minitron.distillation.losses.api, nemo_minitron.distillation.losses.hidden; "
+    code += "import nemo_minitron.distillation.layer_pairs as i; "
     code += "i.match_layers(4, 2); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

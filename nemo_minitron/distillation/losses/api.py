@@ -20,6 +20,9 @@ from typing import Any, NamedTuple
 
 from nemo_minitron.errors import ConfigError
 
+#: What logs and manifests call the loss between the logits of student and teacher.
+KD_LOSS = "kd_loss"
+
 
 def forward_kl(
     student: Any,

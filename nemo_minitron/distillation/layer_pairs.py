@@ -1,44 +1,36 @@
-"""Losses between hidden states of student and teacher, a token, and which layers go together.
+"""Which layers of student and teacher have their hidden states compared.
 
-Legend: s sequence, b micro batch, h hidden (student's), g hidden (teacher's).
-
-Hidden states [..., h] of any leading shape ([s, b] in Megatron); a rank needs whole states, of all or of its own
-tokens (sequence parallel). Layers count from 1, as in prune.drop_layers; 0 stands for the embeddings' output.
+Layers count from 1, as in prune.drop_layers; 0 stands for the embeddings' output.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+from nemo_minitron.architecture import Architecture
+from nemo_minitron.config import HiddenLossConfig
 from nemo_minitron.errors import ConfigError
 
+#: (student's layer, teacher's layer)
+Pair = tuple[int, int]
 
-def cosine_loss(student: Any, teacher: Any, projection: Any = None) -> Any:
-    """1 - cos(P h_s, h_t) of each token [...], from 0 to 2, in float32 (float64 for float64 states).
 
-    Source: arXiv 2407.14679, section 3 (L_is).
+def layer_pairs(
+    config: HiddenLossConfig, teacher: Architecture, student: Architecture, drop_layers: Sequence[int] | None
+) -> list[Pair]:
+    """The pair of each loss on hidden states; none where they are not asked for.
 
     Args:
-        student, teacher: hidden states [..., h], [..., g].
-        projection: P, from `projection`; None: the identity.
+        drop_layers: the layers that the student lacks, where its manifest says so.
+
+    Raises:
+        ConfigError: a pair does not exist.
     """
-    from torch.nn.functional import cosine_similarity
-
-    return 1 - cosine_similarity(*_comparable(student, teacher, projection), dim=-1)
-
-
-def mse_loss(student: Any, teacher: Any, projection: Any = None) -> Any:
-    """mean_g (P h_s - h_t)^2 of each token [...]; NeMo's MSELoss has the sum over g. Else as `cosine_loss`."""
-    own, other = _comparable(student, teacher, projection)
-    return (own - other).square().mean(dim=-1)
-
-
-def projection(student_width: int, teacher_width: int, dtype: Any = None) -> Any:
-    """P: h -> g, a trained linear map without bias where the widths differ; the identity where they agree."""
-    import torch
-
-    if student_width == teacher_width:
-        return torch.nn.Identity()
-    return torch.nn.Linear(student_width, teacher_width, bias=False, dtype=dtype)
+    if not config.weight:
+        return []
+    if config.pairs == "outer":
+        return outer_pairs(teacher.num_layers, student.num_layers)
+    if config.pairs == "auto":
+        return match_layers(teacher.num_layers, student.num_layers, drop_layers=drop_layers)
+    return match_layers(teacher.num_layers, student.num_layers, pairs=config.pairs)
 
 
 def match_layers(
@@ -46,8 +38,8 @@ def match_layers(
     student_layers: int,
     *,
     drop_layers: Sequence[int] | None = None,
-    pairs: Iterable[tuple[int, int]] | None = None,
-) -> list[tuple[int, int]]:
+    pairs: Iterable[Sequence[int]] | None = None,
+) -> list[Pair]:
     """Pairs (student's layer, teacher's layer) whose outputs are compared, ascending.
 
     Where `pairs` are given, they are checked and returned. Where the dropped layers are known, the student's i-th layer
@@ -71,27 +63,12 @@ def match_layers(
     ]
 
 
-def outer_pairs(teacher_layers: int, student_layers: int) -> list[tuple[int, int]]:
+def outer_pairs(teacher_layers: int, student_layers: int) -> list[Pair]:
     """Embeddings and last block alone, as in arXiv 2407.14679, section 4, for a depth that is cut a lot."""
     return match_layers(teacher_layers, student_layers, pairs=[(0, 0), (student_layers, teacher_layers)])
 
 
-def _comparable(student: Any, teacher: Any, projection: Any) -> tuple[Any, Any]:
-    """The projected student's and the teacher's states in the accumulation dtype."""
-    import torch
-
-    if projection is not None:
-        student = projection(student)
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"student's states {[*student.shape]} and teacher's {[*teacher.shape]} differ in shape; "
-            "where widths differ, a projection is needed"
-        )
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    return student.to(dtype), teacher.detach().to(dtype)
-
-
-def _kept(teacher_layers: int, student_layers: int, drop_layers: Sequence[int]) -> list[tuple[int, int]]:
+def _kept(teacher_layers: int, student_layers: int, drop_layers: Sequence[int]) -> list[Pair]:
     problems = [
         f"drop_layers names layer {layer}; the teacher has 1 to {teacher_layers}"
         for layer in drop_layers
@@ -107,7 +84,7 @@ def _kept(teacher_layers: int, student_layers: int, drop_layers: Sequence[int]) 
     return list(enumerate(kept, start=1))
 
 
-def _checked(pairs: list[tuple[int, ...]], teacher_layers: int, student_layers: int) -> list[tuple[int, int]]:
+def _checked(pairs: list[tuple[int, ...]], teacher_layers: int, student_layers: int) -> list[Pair]:
     if not pairs:
         raise _error(["no pair of layers is given"])
     malformed = [f"{pair} is no pair of layers" for pair in pairs if len(pair) != 2]
@@ -128,7 +105,7 @@ def _checked(pairs: list[tuple[int, ...]], teacher_layers: int, student_layers: 
             for number in dict.fromkeys(numbers)
             if numbers.count(number) > 1
         ]
-    ordered = sorted(pairs)
+    ordered = sorted((own, other) for own, other in pairs)
     problems += [
         f"{first} and {second} cross: layers go together in the models' order"
         for first, second in zip(ordered, ordered[1:])

@@ -1,0 +1,244 @@
+"""A teacher attached to a student's Megatron model, and taken off again.
+
+Legend: s sequence, b micro batch, v vocabulary rows of this rank, h hidden (student's), g hidden (teacher's).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.config import KDConfig
+from nemo_minitron.distillation.criteria import OUTPUT_LAYER, hidden_criteria, logits_criterion, vocabulary_group
+from nemo_minitron.distillation.layer_pairs import Pair
+from nemo_minitron.distillation.losses.api import KD_LOSS
+from nemo_minitron.distillation.losses.hidden import loss_name, scaled_weights, with_hidden
+from nemo_minitron.megatron.weights import build_model
+from nemo_minitron.training.losses import LM_LOSS, Batch, Losses, weighed
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from nemo.collections.llm import GPTConfig
+    from torch import Tensor
+    from torch.nn import Module
+
+#: What ModelOpt, NeMo and this class put on the student itself, much of it over the methods of its class.
+STUDENT_ATTRIBUTES = (
+    "forward",
+    "sharded_state_dict",
+    "compute_language_model_loss",
+    "set_input_tensor",
+    "set_student_input_tensor_shape",
+    "_tensor_split_idx",
+    "_modelopt_state_version",
+)
+#: And on the teacher.
+TEACHER_ATTRIBUTES = ("compute_language_model_loss",)
+#: Fields of a config that student and teacher have alike.
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "sequence_parallel",
+    "pipeline_dtype",
+)
+#: Where ModelOpt's hooks keep what a layer put out in the last forward pass.
+OUTPUT = "_intermediate_output"
+
+
+class Distillation:
+    """The distillation of one student: ModelOpt's DistillationModel with NeMo's methods for Megatron, and ours.
+
+    All that is put on the two models is put on in `attach` and taken off in `detach`; every private name of ModelOpt
+    and NeMo that this touches stands in this file.
+
+    Args:
+        checkpoint: the teacher's.
+        kd: the losses, their form and weights.
+        pairs: layers of student and teacher whose hidden states are compared.
+
+    Attributes:
+        names: of the losses, in the order in which they are shown.
+        weights: of each loss in the sum that is trained on.
+        student: ModelOpt's model, the very object that was given to `attach`; None while nothing is attached.
+        teacher: frozen; None while it is not attached.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, kd: KDConfig, pairs: Sequence[Pair] = ()):
+        self.checkpoint, self.kd, self.pairs = checkpoint, kd, pairs
+        self.hidden_names = [loss_name(kd.hidden, pair) for pair in pairs]
+        self.names = (KD_LOSS, LM_LOSS, *self.hidden_names)
+        self.weights = {KD_LOSS: kd.kd_weight, LM_LOSS: kd.lm_weight}
+        self.weights |= {name: kd.hidden.weight / len(pairs) for name in self.hidden_names}
+        self.student: GPTModel | None = None
+        self.teacher: GPTModel | None = None
+        self.fused = False
+
+    def weights_at(self, means: Mapping[str, float]) -> dict[str, float]:
+        """The weight of each loss in a step whose losses have these means."""
+        return scaled_weights(self.weights, means, self.hidden_names, self.kd.hidden)
+
+    def attach(self, student: "GPTModel", config: "GPTConfig") -> "GPTModel":
+        """Makes `student`, in place, a model whose forward pass runs the frozen teacher as well; returns it.
+
+        Args:
+            config: the teacher's; it is given the student's layout.
+        """
+        import modelopt.torch.distill as mtd
+        from nemo.collections.llm.modelopt.distill.utils import DistillationConfig, adjust_distillation_model_for_mcore
+
+        if self.student is not None:
+            raise RuntimeError("a teacher is attached already; detach it first")
+        for name in LAYOUT:
+            setattr(config, name, getattr(student.config, name))
+        criteria = {(OUTPUT_LAYER, OUTPUT_LAYER): logits_criterion(self.kd)}
+        criteria |= hidden_criteria(self.kd.hidden, self.pairs, student.config.hidden_size, config.hidden_size)
+        settings = DistillationConfig(criterion=criteria if student.post_process else {}, skip_lm_loss=False)
+        # ModelOpt wants a balancer where there are several losses; here they are weighed over a whole batch.
+        balancer = mtd.StaticLossBalancer(1.0) if len(settings.criterion) > 1 else None
+        mode = {
+            "teacher_model": (build_model, [config, self.checkpoint.architecture, self.checkpoint], {}),
+            "criterion": settings.criterion,
+            "loss_balancer": balancer,
+        }
+        model = mtd.convert(student, mode=[("kd_loss", mode)])
+        adjust_distillation_model_for_mcore(model, distill_cfg=settings)
+        self.student, self.teacher = model, model.teacher_model
+        model.forward = _teacher_then_student(model)
+        self.fused = model.post_process and self._is_fused(student.config.sequence_parallel)
+        if self.fused:
+            _pass_hidden_states_on(model, self.teacher)
+        else:
+            model.compute_language_model_loss = _loss_on_a_copy(model, trained_on=self.kd.lm_weight > 0)
+        return model
+
+    def _is_fused(self, sequence_parallel: bool) -> bool:
+        """Whether the losses on logits take the output layers' place."""
+        kd = self.kd
+        return kd.form == "fused" or (kd.form == "auto" and kd.top_k is None and not sequence_parallel)
+
+    def losses(self, batch: Batch, output: "Tensor") -> Losses:
+        """The losses of the forward pass that has just run, on the last pipeline stage.
+
+        Args:
+            output: of the student, its language-model loss a token [b, s].
+        """
+        mask = batch["loss_mask"].float()  # [b, s]
+        on_logits, *on_hidden = self._attached().items()
+        hidden = {name: _popped_loss(*criterion) for name, criterion in zip(self.hidden_names, on_hidden)}
+        if self.fused:
+            losses = self._fused_losses(batch, mask)
+        else:
+            losses = weighed({KD_LOSS: _popped_loss(*on_logits), LM_LOSS: output}, self.weights, mask)
+        return with_hidden(losses, hidden, mask, self.kd.hidden) if hidden else losses
+
+    def _attached(self) -> "dict[tuple[Module, Module], Module]":
+        """(student's layer, teacher's layer) -> criterion, as ModelOpt has them: on logits, then on hidden states."""
+        if self.student is None:
+            raise RuntimeError("no teacher is attached to a student")
+        criteria: dict[tuple[Module, Module], Module] = self.student._layers_to_loss
+        return criteria
+
+    def _fused_losses(self, batch: Batch, mask: "Tensor") -> Losses:
+        """The losses on logits from what the output layers were given."""
+        from nemo_minitron.distillation.losses.fused import fused_divergence
+
+        kd, student, teacher = self.kd, self.student, self.teacher
+        labels, mask = batch["labels"].t(), mask.t()  # [s, b]
+        hidden, target = (pop_output(one.output_layer)[0] for one in (student, teacher))  # [s, b, h], [s, b, g]
+        factor = kd.temperature**2 if kd.times_t_squared else 1.0
+        fused = fused_divergence(
+            hidden.flatten(0, 1),
+            _output_weight(student),
+            target.flatten(0, 1),
+            _output_weight(teacher),
+            kind=kd.loss,
+            beta=kd.beta,
+            temperature=kd.temperature,
+            kd_weights=(mask * kd.kd_weight * factor).flatten(),
+            labels=labels.flatten(),
+            lm_weights=(mask * kd.lm_weight).flatten() if kd.lm_weight else None,
+            group=vocabulary_group(),
+        )
+        shown = {KD_LOSS: fused.kd * factor, LM_LOSS: fused.lm}
+        return Losses(fused.total, {name: value.view(mask.shape).t() for name, value in shown.items()})
+
+    def detach(self) -> "GPTModel":
+        """Takes off all that `attach` put on: the student's own model, with the weights that it has now.
+
+        Raises:
+            RuntimeError: no teacher is attached.
+        """
+        compared = self._attached()
+        student, teacher = self.student, self.teacher
+        for model, names in ((student, STUDENT_ATTRIBUTES), (teacher, TEACHER_ATTRIBUTES)):
+            for name in names:
+                vars(model).pop(name, None)
+            if model.post_process:
+                vars(model.output_layer).pop("forward", None)
+        student.export()
+        for layers in compared:
+            for layer in layers:
+                vars(layer).pop(OUTPUT, None)
+        self.student = self.teacher = None
+        return student
+
+
+def pop_output(layer: "Module") -> Any:
+    """What a layer put out in this forward pass, which ModelOpt's hooks kept, and keep no more."""
+    output = getattr(layer, OUTPUT)
+    setattr(layer, OUTPUT, None)
+    return output
+
+
+def _popped_loss(layers: "tuple[Module, Module]", criterion: "Module") -> "Tensor":
+    """A criterion's loss a token [b, s] of what the student's layer and the teacher's put out."""
+    own, other = layers
+    loss: Tensor = criterion(pop_output(own), pop_output(other))
+    return loss
+
+
+def _pass_hidden_states_on(*models: "GPTModel") -> None:
+    """Makes output layers hand on the hidden states that they are given; the student is the first."""
+    for model in models:
+        model.output_layer.forward = lambda hidden, *arguments, **named: (hidden, None)
+    models[0].compute_language_model_loss = lambda labels, hidden: hidden.new_zeros(labels.shape)
+
+
+def _teacher_then_student(model: "GPTModel") -> Callable[..., "Tensor"]:
+    """The forward pass in training and validation alike; NeMo's runs the teacher in training only.
+
+    Between pipeline stages the activations of both travel side by side.
+    """
+    import torch
+
+    def forward(*args: Any, **kwargs: Any) -> "Tensor":
+        with torch.no_grad():
+            model._teacher_model.eval()
+            teacher_output = model._teacher_model(*args, **kwargs)
+        with model.only_student_forward():
+            student_output: Tensor = type(model).forward(model, *args, **kwargs)
+        return student_output if model.post_process else torch.cat([student_output, teacher_output], dim=-1)
+
+    return forward
+
+
+def _loss_on_a_copy(model: "GPTModel", trained_on: bool) -> Callable[..., "Tensor"]:
+    """The student's language-model loss on a copy of its logits.
+
+    Megatron's cross entropy works in place on fp32 logits, and the distillation loss puts its gradient in their place.
+    Where the loss is only shown and not trained on, no gradient is kept.
+    """
+
+    def loss(labels: "Tensor", logits: "Tensor") -> "Tensor":  # [b, s], [s, b, v] -> [b, s]
+        own = logits if trained_on else logits.detach()
+        value: Tensor = type(model).compute_language_model_loss(model, labels, own.clone())
+        return value
+
+    return loss
+
+
+def _output_weight(model: "GPTModel") -> "Tensor":
+    """The output matrix [v, h], the embedding's where they are tied."""
+    tied = model.share_embeddings_and_output_weights
+    weight: Tensor = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+    return weight
