@@ -1,7 +1,7 @@
 """How far a reader has to go: the files of this package that a command calls, and the calls from one to another.
 
 Each command runs on a small model with a profiler on every call. A hop is a distinct pair (file of the caller, file of
-the callee), both in the package and not the same. Imports are not counted.
+the callee), both in the package and not the same; between rooms, a pair of packages. Imports are not counted.
 
     python benchmarks/journeys.py --json journeys.json
 """
@@ -84,6 +84,11 @@ def profiled(run: Callable[[], int]) -> Hops:
     return hops
 
 
+def room(file: str) -> str:
+    """The package right in this one that a file lies in; a loose file is one of its own."""
+    return file.partition(os.sep)[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="file to write the figures to")
@@ -100,13 +105,16 @@ def main() -> None:
         for name, arguments in JOURNEYS.items():
             hops = profiled(functools.partial(minitron, [*name.split(), *arguments]))
             pairs = sorted([one.removeprefix(PACKAGE), other.removeprefix(PACKAGE)] for one, other in hops.pairs)
-            figures[name] = {"files": len(hops.files), "hops": len(pairs), "pairs": pairs}
+            rooms = {(one, other) for one, other in (map(room, pair) for pair in pairs) if one != other}
+            figures[name] = {
+                "files": len(hops.files), "hops": len(pairs), "hops_between_rooms": len(rooms), "pairs": pairs,
+            }  # fmt: skip
         os.chdir("/")
     top = sorted(Path(PACKAGE).glob("*.py"))
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in top)
-    print(f"{'journey':<16}{'files':>7}{'hops':>7}")
+    print(f"{'journey':<16}{'files':>7}{'hops':>7}{'between rooms':>15}")
     for name, figure in figures.items():
-        print(f"{name:<16}{figure['files']:>7}{figure['hops']:>7}")
+        print(f"{name:<16}{figure['files']:>7}{figure['hops']:>7}{figure['hops_between_rooms']:>15}")
     print(f"at the top of the package: {len(top)} files, {lines} lines")
     if target:
         target.write_text(json.dumps({"journeys": figures, "top": {"files": len(top), "lines": lines}}, indent=1))
