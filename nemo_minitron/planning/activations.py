@@ -9,16 +9,16 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.planning.run import FUSED_GATE, Run
 
 FP32 = 4
-#: Queries of a block of a sliding window without Transformer Engine (runtime.attention).
+#: Queries of a block of a sliding window without Transformer Engine (megatron.attention).
 BLOCK = 1024
 
 
-def kept_by_layer(a: Architecture, run: Run) -> int:
+def kept_by_layer(a: Architecture, run: Run) -> float:
     """What one transformer layer keeps of a micro batch."""
     return (_norm(a, run) * 2 + _attention(a, run) + _ffn(a, run)) * run.tokens + _rotations(a, run)
 
 
-def kept_at_the_end(a: Architecture, run: Run) -> int:
+def kept_at_the_end(a: Architecture, run: Run) -> float:
     """What the final norm keeps of a micro batch; its output is the output layer's input."""
     return _norm(a, run) * run.tokens
 
@@ -40,7 +40,7 @@ def _attention(a: Architecture, run: Run) -> float:
     """A token's queries, keys and values, the logarithm of each head's sum, and the input of linear_proj.
 
     With Transformer Engine the values are a view that keeps the whole output of linear_qkv. Without it they are a copy,
-    and a sliding window is worked out in blocks (runtime.attention), whose results are kept beside the joined one.
+    and a sliding window is worked out in blocks (megatron.attention), whose results are kept beside the joined one.
     """
     e, d, n, g = run.bytes, a.kv_channels, a.num_attention_heads, a.num_query_groups
     values = g * d if run.local_spec else a.qkv_rows()
@@ -61,7 +61,7 @@ def _ffn(a: Architecture, run: Run) -> float:
 
 def _gated(a: Architecture, run: Run) -> int:
     """Widths of a gated FFN that are kept: both halves of linear_fc1's output and their product; unless the gate is one
-    operation (fused, or runtime.lean's) the activated half too, and the linear half with its offset."""
+    operation (fused, or megatron.lean's) the activated half too, and the linear half with its offset."""
     whole = run.core.takes_gate and a.activation == "silu" if run.local_spec else a.family in FUSED_GATE
     if whole:
         return 3
@@ -99,12 +99,13 @@ def global_buffer(a: Architecture, run: Run) -> int:
     """What stays once it was asked for: Megatron's global buffer, which with sequence parallel takes a matrix's whole
     input, gathered; and the masks of a sliding window's blocks, without Transformer Engine."""
     if run.local_spec:
-        return run.bytes * _window_masks(a, run) if _windowed(a, run) else 0
+        window = a.sliding_window
+        return run.bytes * _window_masks(window, run.seq_length) if window and _windowed(a, run) else 0
     return run.bytes * a.hidden_size * run.tokens if run.layout.sequence_parallel else 0
 
 
-def _window_masks(a: Architecture, run: Run) -> int:
+def _window_masks(window: int, s: int) -> int:
     """Elements of the masks [r, t] of a window's blocks; blocks of one shape share theirs."""
-    s, before = run.seq_length, a.sliding_window - 1
+    before = window - 1
     stops = ((start, min(start + BLOCK, s)) for start in range(0, s, BLOCK))
     return sum(rows * keys for rows, keys in {(stop - start, stop - max(0, start - before)) for start, stop in stops})
