@@ -3,16 +3,18 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from nemo_minitron.errors import ConfigError
 
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(kw_only=True)
 class Config:
-    """Base of all configuration classes."""
+    """Base of all configuration classes, which are dataclasses."""
+
+    if TYPE_CHECKING:
+        __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def problems(self) -> list[str]:
         """One message for each thing that is wrong with these values on their own."""
