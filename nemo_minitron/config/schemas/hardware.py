@@ -27,6 +27,11 @@ SCORING: Mapping[str, str] = {
 }
 
 
+def is_bf16(precision: str, cuda: bool) -> bool:
+    """Whether parameters and activations are bf16: `auto` is bf16 on a GPU, 32 on a CPU."""
+    return precision.startswith("bf16") or (precision == "auto" and cuda)
+
+
 class Ranks(NamedTuple):
     """The processes that a command runs as.
 
@@ -144,7 +149,7 @@ class HardwareConfig(Config):
         tensor = self.tensor_model_parallel_size or 1
         return {
             "cuda": cuda,
-            "bf16": self.precision.startswith("bf16") or (self.precision == "auto" and cuda),
+            "bf16": is_bf16(self.precision, cuda),
             "devices": self.devices or 1,
             "num_nodes": self.num_nodes,
             "tensor_parallel": tensor,
