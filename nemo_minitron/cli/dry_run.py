@@ -7,9 +7,10 @@ from typing import Any
 import yaml
 
 from nemo_minitron.architecture import human
+from nemo_minitron.config import ModelConfig, PruneConfig, StageConfig
 
 
-def describe_stage(name: str, config: Any) -> str:
+def describe_stage(config: StageConfig | PruneConfig) -> str:
     """What a single stage would read, run and write, in words; opens nothing and touches nothing."""
     lines = ["reads"]
     for role, path in _inputs(config):
@@ -28,7 +29,7 @@ def describe_stage(name: str, config: Any) -> str:
         "runs",
         f"  {world} rank(s) = {trainer.num_nodes} node(s) x {trainer.devices}, {layout}, precision {trainer.precision}",
     ]
-    if name in ("finetune", "distill"):
+    if isinstance(model, ModelConfig):
         length = model.data.seq_length or model.encoder_seq_length
         tokens = (
             f"{length} = {human(trainer.max_steps * model.global_batch_size * length)}" if length else "the model's"
@@ -39,7 +40,7 @@ def describe_stage(name: str, config: Any) -> str:
     )
 
 
-def _inputs(config: Any) -> list[tuple[str, Any]]:
+def _inputs(config: StageConfig | PruneConfig) -> list[tuple[str, Any]]:
     """Role and path of what a stage's configuration names."""
     model = config.model
     named = [

@@ -12,15 +12,20 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from nemo_minitron import __version__
 from nemo_minitron.cli.arguments import chosen, parser, settings
 from nemo_minitron.cli.help import command_help, overview
+from nemo_minitron.config import Config
 from nemo_minitron.config.commands import COMMANDS
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.streams import lasting_streams
 from nemo_minitron.packages.extras import missing_package
+
+if TYPE_CHECKING:
+    from nemo_minitron.artifacts import Manifest
+    from nemo_minitron.launch.application import Launched
 
 USAGE_ERROR = 2
 INTERNAL_ERROR = 70
@@ -111,7 +116,7 @@ def _execute(name: str, options: argparse.Namespace) -> int:
         if dry_run and not hasattr(config, "dry_run"):
             from nemo_minitron.cli.dry_run import describe_stage
 
-            say(describe_stage(name, config))
+            say(describe_stage(config))
             return 0
     manifest = _function(COMMANDS[name].function)(config)
     if manifest is not None:
@@ -119,7 +124,7 @@ def _execute(name: str, options: argparse.Namespace) -> int:
     return 0
 
 
-def _launch(name: str, config: Any, options: argparse.Namespace, dry_run: bool) -> int:
+def _launch(name: str, config: "Launched", options: argparse.Namespace, dry_run: bool) -> int:
     """Hands the command, as it was given, to torchrun or Slurm."""
     from nemo_minitron.config.compose import read_launch
     from nemo_minitron.launch.launcher import launch
@@ -143,12 +148,13 @@ def _tell_parent(error: Exception) -> None:
     tell_parent(error)
 
 
-def _function(reference: str) -> Callable[[Any], Any]:
+def _function(reference: str) -> "Callable[[Any], Manifest | None]":
+    """The function of a command, `module:name`."""
     module, _, function = reference.partition(":")
     return getattr(import_module(module), function)
 
 
-def _summary(name: str, config: Any, manifest: Any) -> str:
+def _summary(name: str, config: Config, manifest: "Manifest") -> str:
     """Where the result lies, the numbers that were measured, and what to run next."""
     places = (getattr(config, place, None) for place in ("folder", "output", "output_dir"))
     output = next(place for place in places if place)

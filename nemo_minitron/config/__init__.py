@@ -1,4 +1,8 @@
-"""The configuration of every stage: keyword-only dataclasses behind conf/*.yaml.
+"""The configuration of every command: keyword-only dataclasses behind conf/*.yaml, and how they come about.
+
+`schemas` has the dataclasses, which this package re-exports; `commands` the table of commands; `compose` reads files and
+presets by Hydra, `merge` sets values by name, `compat` knows NeMo 24.07's names, `reflect` says what fields take and
+mean, `command_line` turns a configuration back into a command. Imports packages and errors only.
 
 A dataclass states its fields and, in ``problems()``, what makes them wrong. ``validated`` collects the problems of a
 whole tree and raises them at once. Names follow the NeMo 24.07 documentation, so that its overrides work unchanged.
@@ -26,7 +30,7 @@ from nemo_minitron.config.schemas.flow import (
     RecipeConfig,
 )
 from nemo_minitron.config.schemas.formats import FORMATS, OUTPUT_FORMATS, format_problems, output_format
-from nemo_minitron.config.schemas.hardware import SCORING, TRAINING, HardwareConfig, Ranks, TrainerConfig
+from nemo_minitron.config.schemas.hardware import SCORING, TRAINING, HardwareConfig, Ranks, TrainerConfig, is_bf16
 from nemo_minitron.config.schemas.instructions import InstructConfig, PeftConfig
 from nemo_minitron.config.schemas.launch import LaunchConfig, SlurmConfig
 from nemo_minitron.config.schemas.planning import PLAN_STAGES, PlanConfig, PlanStudentConfig
@@ -108,6 +112,7 @@ __all__ = [
     "all_problems",
     "at_least",
     "format_problems",
+    "is_bf16",
     "layout_problems",
     "missing_data",
     "one_of",

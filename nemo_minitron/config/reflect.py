@@ -61,7 +61,7 @@ def _field_docs(schema: type) -> dict[str, str]:
     }
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as help and documentation show it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

@@ -85,7 +85,7 @@ class Job:
     ignore: tuple[str, ...] = ("overwrite",)
     sampled: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.output = Path(self.output)
         self._inputs: dict[str, dict[str, str]] | None = None
         self._lock: locks.Lock | None = None
@@ -280,5 +280,5 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _differs(one: Any, other: Any) -> bool:
+def _differs(one: object, other: object) -> bool:
     return json.dumps(one, sort_keys=True, default=plain) != json.dumps(other, sort_keys=True, default=plain)

@@ -4,9 +4,12 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from nemo_minitron.jobs.streams import Lasting
+
+if TYPE_CHECKING:
+    from tqdm import tqdm as Bar
 
 #: Where ranks that a stage started by torchrun leave their error. Their standard error is kept for its message; their
 #: standard output is the standard error of the process that started them.
@@ -32,12 +35,19 @@ class Progress:
     """
 
     def __init__(
-        self, what: str, total: int, *, unit: str = "step", done: int = 0, every: int = 10, stream: Any = None
-    ):
+        self,
+        what: str,
+        total: int,
+        *,
+        unit: str = "step",
+        done: int = 0,
+        every: int = 10,
+        stream: "TextIO | Lasting | None" = None,
+    ) -> None:
         self.what, self.total, self.unit, self.every = what, total, unit, every
         self.done = self.done_before = done
         self.steps = 0
-        self.bar: Any = None
+        self.bar: Bar[NoReturn] | None = None
         self.stream = (stream or _log()) if int(os.environ.get("RANK", "0")) == 0 else None
         self.started = self.last = self.printed = time.perf_counter()
         self.units, self.tokens, self.seconds = 0, 0.0, 0.0
@@ -49,7 +59,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def advance(
@@ -127,6 +137,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _log() -> Any:
+def _log() -> Lasting | None:
+    """Standard error, or what stands for it in a rank; None where there is none."""
     stream = sys.__stdout__ if ERROR_FILE in os.environ else sys.__stderr__
     return None if stream is None else Lasting(stream)

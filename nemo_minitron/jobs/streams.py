@@ -5,13 +5,13 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 
 class Lasting:
     """A stream whose reader may leave (`| head`): what is written from then on goes nowhere."""
 
-    def __init__(self, stream: io.TextIOWrapper):
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
@@ -24,7 +24,7 @@ class Lasting:
     def flush(self) -> None:
         self._lasting(self._stream.flush)
 
-    def _lasting(self, call: Callable[[], Any]) -> None:
+    def _lasting(self, call: Callable[[], object]) -> None:
         try:
             call()
         except BrokenPipeError:

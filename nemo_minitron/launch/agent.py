@@ -14,8 +14,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_minitron.jobs.progress import ERROR_FILE
 from nemo_minitron.launch.preemption import STOP_FILE, passed_on
-from nemo_minitron.launch.ranks import ERROR_FILE
 
 #: What torchrun itself takes to end its ranks after an interrupt, and some more.
 END_SECONDS = 45

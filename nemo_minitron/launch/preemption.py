@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 #: Names a file that the process which started this rank makes when it is asked to stop.
 STOP_FILE = "NEMO_MINITRON_STOP_FILE"
@@ -15,7 +14,7 @@ STOP_FILE = "NEMO_MINITRON_STOP_FILE"
 class StopRequest:
     """Whether this process, or the one that started it, was asked to stop."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signalled = self.listening = False
         self.before = signal.getsignal(signal.SIGTERM)
 
@@ -25,7 +24,7 @@ class StopRequest:
             signal.signal(signal.SIGTERM, self._note)
             self.listening = True
 
-    def _note(self, *_: Any) -> None:
+    def _note(self, *_: object) -> None:
         self.signalled = True
 
     def close(self) -> None:

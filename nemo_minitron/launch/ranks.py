@@ -134,10 +134,11 @@ def _torchrun(stage: str, config: Config, ranks: int) -> None:
 
 
 def _rebuild(kind: str, message: str) -> MinitronError:
+    """The error that a worker told of: its class and its message."""
     error = MinitronError(message)
-    found = getattr(errors, kind, None)
-    if isinstance(found, type) and issubclass(found, MinitronError):
-        error = found.__new__(found)
+    cause = getattr(errors, kind, None)
+    if isinstance(cause, type) and issubclass(cause, MinitronError):
+        error = cause.__new__(cause)
         Exception.__init__(error, message)
     return error
 

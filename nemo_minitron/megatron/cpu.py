@@ -12,13 +12,13 @@ microseconds on every operation and follows neither threads nor processes.
 import contextlib
 import functools
 import importlib
-import importlib.util
 import os
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from nemo_minitron.errors import EngineError
+from nemo_minitron.packages.versions import has_module
 
 FACTORIES = (
     "tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "linspace", "eye", "rand", "randn", "randint",
@@ -279,11 +279,7 @@ def _resolve(path: str) -> Any:
 
 def _installed(path: str) -> bool:
     """Whether the library that a dotted path begins with is installed."""
-    library = next(name for name in LIBRARIES if f"{path}.".startswith(f"{name}."))
-    try:
-        return importlib.util.find_spec(library) is not None
-    except ModuleNotFoundError:  # its parent is not installed
-        return False
+    return has_module(next(name for name in LIBRARIES if f"{path}.".startswith(f"{name}.")))
 
 
 def places() -> Iterator[tuple[Any, Redirect]]:

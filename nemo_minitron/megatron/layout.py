@@ -3,7 +3,7 @@
 import dataclasses
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.config import ModelConfig, PruneModelConfig, TrainerConfig
+from nemo_minitron.config import ModelConfig, PruneModelConfig, TrainerConfig, is_bf16
 from nemo_minitron.errors import EngineError
 from nemo_minitron.packages.versions import has_module, installed
 
@@ -70,10 +70,9 @@ def layout_of(trainer: TrainerConfig, model: ModelConfig | PruneModelConfig) -> 
             )
         if getattr(model, "context_parallel_size", 1) > 1:
             raise EngineError("model.context_parallel_size above 1 needs Transformer Engine on a GPU")
-    precision = str(trainer.precision)
     return Layout(
         cuda=cuda,
-        bf16=precision.startswith("bf16") or (precision == "auto" and cuda),
+        bf16=is_bf16(str(trainer.precision), cuda),
         devices=trainer.devices,
         num_nodes=trainer.num_nodes,
         tensor_parallel=model.tensor_model_parallel_size,

@@ -3,10 +3,10 @@
 The extras are in pyproject.toml; what has no extra here comes with the package itself.
 """
 
-import importlib.util
 from collections.abc import Sequence
 
 from nemo_minitron.errors import MissingPackageError
+from nemo_minitron.packages.versions import has_module
 
 NAME = "nemo-minitron"
 ENGINE, EVALUATE, NOTEBOOKS = "engine", "evaluate", "notebooks"
@@ -38,7 +38,7 @@ EXTRAS = {
 
 def require(module: str, who: str, extras: Sequence[str] = (ENGINE,)) -> None:
     """Raises MissingPackageError where the top-level `module`, which `who` needs, is not installed."""
-    if importlib.util.find_spec(module) is None:
+    if not has_module(module):
         raise MissingPackageError(f"{who} needs {module}{_remedy(module, extras)}")
 
 
@@ -53,7 +53,7 @@ def missing_package(error: ModuleNotFoundError, who: str, extras: Sequence[str])
     package = module.partition(".")[0]
     if package in ("", __package__):
         return None
-    if importlib.util.find_spec(package) is None:
+    if not has_module(package):
         return MissingPackageError(f"{who} needs {package}{_remedy(package, extras)}")
     if package not in CORE and not any(package in modules for modules in EXTRAS.values()):
         return None

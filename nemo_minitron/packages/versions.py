@@ -6,21 +6,25 @@ only where nothing else tells. What a version cannot do is refused by name, with
 
 import contextlib
 import functools
-import importlib.metadata
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import EngineError
+
+if TYPE_CHECKING:
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
 def installed(package: str) -> str | None:
     """The version of a distribution that is installed, such as ``megatron-core``; None where it is not."""
+    from importlib import metadata
+
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
 
 
@@ -31,8 +35,11 @@ def check_installed(module: str) -> None:
 
 
 def has_module(name: str) -> bool:
-    """Whether a top-level module can be imported; it is not imported."""
-    return importlib.util.find_spec(name) is not None
+    """Whether a module can be imported; it is not imported, only the packages around it are."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a package around it is not installed
+        return False
 
 
 def accepts(function: Callable[..., Any], parameter: str) -> bool:
@@ -81,8 +88,8 @@ def core_source(file: str) -> str | None:
 
     It is read and not imported, which would take seconds.
     """
-    found = importlib.util.find_spec("megatron")
-    places = [Path(place, "core", file) for place in (found.submodule_search_locations or [])] if found else []
+    package = importlib.util.find_spec("megatron")
+    places = [Path(place, "core", file) for place in (package.submodule_search_locations or [])] if package else []
     return next((place.read_text(encoding="utf-8") for place in places if place.is_file()), None)
 
 
@@ -102,10 +109,7 @@ def ffn_takes_activation() -> bool:
 
 def has_nemo() -> bool:
     """Whether NeMo's LLM collection is installed, which ended with NeMo 2.7; only its parent packages are imported."""
-    try:
-        return importlib.util.find_spec("nemo.collections.llm") is not None
-    except ModuleNotFoundError:
-        return False
+    return has_module("nemo.collections.llm")
 
 
 def modelopt_takes_local_layers() -> bool:
@@ -134,7 +138,7 @@ def check_training(what: str) -> None:
         )
 
 
-def tokenizer_class(folder: Path) -> Any:
+def tokenizer_class(folder: Path) -> "type[PreTrainedTokenizerBase] | type[AutoTokenizer]":
     """transformers' class that loads the tokenizer in `folder` as its tokenizer.json says.
 
     AutoTokenizer does in transformers 4. In 5 it takes the class that tokenizer_config.json names, and some of these (a

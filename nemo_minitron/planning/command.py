@@ -39,8 +39,8 @@ def plan(config: PlanConfig) -> None:
         CheckpointError: a checkpoint that is named is damaged.
         EngineError: the models cannot be divided as the layout asks.
     """
-    found = work_out(config)
-    print(json.dumps(found, indent=2) if config.json else table.render(found))
+    worked_out = work_out(config)
+    print(json.dumps(worked_out, indent=2) if config.json else table.render(worked_out))
 
 
 def work_out(config: PlanConfig) -> dict[str, Any]:
@@ -100,13 +100,13 @@ def on_this_machine(config: PlanConfig) -> PlanConfig:
     memory = machine.rank_bytes
     if memory is not None:
         memory /= 1e9 * (1 if machine.gpus else devices)
-    found = dataclasses.replace(
+    hardware = dataclasses.replace(
         hardware,
         devices=devices,
         accelerator="gpu" if machine.gpus else hardware.accelerator,
         memory_gb=hardware.memory_gb or (round(memory, 1) if memory else None),
     )
-    return dataclasses.replace(config, hardware=found)
+    return dataclasses.replace(config, hardware=hardware)
 
 
 def what_fits(config: PlanConfig, models: Models, run: Run, limit: float | None) -> Run:
@@ -139,13 +139,14 @@ def resolve_models(config: PlanConfig) -> Models:
     if config.architecture is not None:
         teacher = Architecture.from_settings(stated_fields(config.architecture, SOURCE), SOURCE)
     else:
+        assert config.model is not None, "problems() asks for one of the two"
         teacher = find(config.model, "model")
     if not config.has_student:
         return Models(teacher=teacher)
     if config.student.model:
         student = find(config.student.model, "student.model")
     else:
-        problems = SMALLER.problems(teacher, config.student.sizes())
+        problems = SMALLER.problems(teacher, {**config.student.sizes()})
         if problems:
             raise ConfigError([f"student.{problem}" for problem in problems], SOURCE)
         student = teacher.with_sizes(**config.student.sizes())
@@ -197,15 +198,15 @@ def _stage(config: PlanConfig, models: Models, run: Run, stage: str, limit: floa
         if problems:
             raise EngineError(f"{SOURCE}: " + "; ".join(problems))
     flops = stage_flops(stage, models.teacher, models.student, run.seq_length, statistics=run.statistics)
-    found = _memory(stage_memory(stage, models.teacher, models.student, run), limit)
-    found |= {"layout": _layout(run), "flops_per_token": flops}
-    found["teacher_forward_flops_per_token"] = forward_flops(models.teacher, run.seq_length)
+    needs = _memory(stage_memory(stage, models.teacher, models.student, run), limit)
+    needs |= {"layout": _layout(run), "flops_per_token": flops}
+    needs["teacher_forward_flops_per_token"] = forward_flops(models.teacher, run.seq_length)
     if config.tflops_per_gpu is not None:
         rate = config.tflops_per_gpu * 1e12 * run.layout.world_size / flops
-        found["tokens_per_second"] = rate
+        needs["tokens_per_second"] = rate
         if stage != "prune":
-            found["seconds_per_step"] = run.layout.global_batch_size * run.seq_length / rate
-    return found
+            needs["seconds_per_step"] = run.layout.global_batch_size * run.seq_length / rate
+    return needs
 
 
 def _memory(rank: RankMemory, limit: float | None) -> dict[str, Any]:

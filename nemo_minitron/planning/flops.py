@@ -56,6 +56,7 @@ def stage_flops(
     if stage == "prune":
         output = 2 * teacher.vocab_size * teacher.hidden_size
         return forward - output + (moment_flops(teacher) if statistics else 0)
+    assert student is not None, "distill has a student"
     return forward + training_flops(student, seq_length)
 
 

@@ -53,17 +53,17 @@ def layout_problems(models: Models, run: Run, stages: tuple[str, ...]) -> list[s
             f"world size {layout.world_size} = {layout.devices} x {layout.num_nodes} is not a multiple of tensor "
             f"{layout.tensor_parallel} x pipeline {layout.pipeline_parallel} = {per_replica}"
         ]
-    found = []
+    problems = []
     samples = layout.micro_batch_size * run.data_parallel
     if layout.global_batch_size % samples:
-        found.append(
+        problems.append(
             f"global_batch_size {layout.global_batch_size} is not a multiple of micro batch {layout.micro_batch_size} "
             f"x data parallel {run.data_parallel} = {samples}"
         )
     roles = {"model" if models.student is None else "teacher": models.teacher}
-    if "distill" in stages:
+    if "distill" in stages and models.student is not None:
         roles["student"] = models.student
-    return found + [problem for role, one in roles.items() if (problem := _unfit(one, layout, role))]
+    return problems + [problem for role, one in roles.items() if (problem := _unfit(one, layout, role))]
 
 
 def _unfit(architecture: Architecture, layout: Layout, role: str) -> str | None:
@@ -95,14 +95,14 @@ def candidates(models: Models, run: Run, stages: tuple[str, ...], limit: float |
         limit: bytes that a rank holds; None: everything fits.
         auto: whether the distillation loss is fused wherever it can be, that is without sequence parallel.
     """
-    found = []
+    listed = []
     for one in layouts(run):
         chosen = dataclasses.replace(one, fused_loss=not one.layout.sequence_parallel) if auto else one
-        found.append(_candidate(models, chosen, stages, limit))
-    return sorted(found, key=_rank)
+        listed.append(_candidate(models, chosen, stages, limit))
+    return sorted(listed, key=_rank)
 
 
-def _rank(candidate: Candidate) -> tuple:
+def _rank(candidate: Candidate) -> tuple[int, int, int, int]:
     layout = candidate.run.layout
     tier = 0 if candidate.problem is None else 1 if candidate.micro_batch else 2 if candidate.possible else 3
     return tier, layout.tensor_parallel * layout.pipeline_parallel, layout.pipeline_parallel, candidate.total
@@ -130,22 +130,22 @@ def _candidate(models: Models, run: Run, stages: tuple[str, ...], limit: float |
 
 def largest_micro_batch(models: Models, run: Run, stages: tuple[str, ...], limit: float) -> int:
     """The largest micro batch, a power of two, that divides the global batch and with which every stage fits."""
-    found, size = 0, 1
+    largest, size = 0, 1
     while run.layout.global_batch_size % (size * run.data_parallel) == 0:
         tried = dataclasses.replace(run, layout=dataclasses.replace(run.layout, micro_batch_size=size))
         if any(stage_memory(s, models.teacher, models.student, tried).peak.total > limit for s in stages):
             break
-        found, size = size, size * 2
-    return found
+        largest, size = size, size * 2
+    return largest
 
 
 def scoring_candidates(models: Models, run: Run, batch: int, limit: float | None) -> list[Candidate]:
     """Every number of ranks that can share the layers while scoring, with what it needs; fewest first."""
-    found = []
+    listed = []
     for stages in range(1, min(run.layout.world_size, models.teacher.num_layers) + 1):
         one = scoring_run(run, stages, batch)
-        found.append(_candidate(models, one, ("prune",), limit))
-    return sorted(found, key=_rank)
+        listed.append(_candidate(models, one, ("prune",), limit))
+    return sorted(listed, key=_rank)
 
 
 def scoring_run(run: Run, stages: int, batch: int) -> Run:

@@ -66,10 +66,10 @@ def free_memory(root: str | os.PathLike = "/") -> float | None:
     Args:
         root: where proc/ and sys/ are.
     """
-    found = []
+    amounts: list[float] = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = (Path(root) / "proc/meminfo").read_text().splitlines()
-        found.append(1024.0 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+        amounts.append(1024.0 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
     for folder, limit, used, cached in (
         ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
         ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -77,11 +77,11 @@ def free_memory(root: str | os.PathLike = "/") -> float | None:
         with contextlib.suppress(OSError, ValueError):  # `max` is no limit
             group = Path(root) / folder
             left = int((group / limit).read_text()) - int((group / used).read_text())
-            lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-            found.append(float(max(left, 0) + next((int(line[1]) for line in lines if line[0] == cached), 0)))
-    if not found and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
-    return min(found, default=None)
+            entries = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+            amounts.append(float(max(left, 0) + next((int(count) for name, count in entries if name == cached), 0)))
+    if not amounts and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        amounts.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+    return min(amounts, default=None)
 
 
 def assumed_tflops(machine: Machine, cuda: bool, ranks: int) -> tuple[float, str]:

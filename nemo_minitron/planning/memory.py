@@ -76,17 +76,17 @@ def stage_memory(stage: str, teacher: Architecture, student: Architecture | None
 
 def all_ranks(stage: str, teacher: Architecture, student: Architecture | None, run: Run) -> list[RankMemory]:
     """A rank of each pipeline stage, at its peak."""
-    trained = student if stage == "distill" else teacher
+    trained = student if student is not None and stage == "distill" else teacher
     layers = stage_layers(trained.num_layers, run.layout.pipeline_parallel)
-    found = []
+    ranks = []
     for number, count in enumerate(layers):
         if stage == "prune":
             moments = _scoring(teacher, run, number, count)
         else:
             moments = _training(trained, teacher if stage == "distill" else None, run, number, count)
         peak = max(moments, key=lambda moment: moment.total)
-        found.append(RankMemory(pipeline_stage=number, layers=count, peak=peak))
-    return found
+        ranks.append(RankMemory(pipeline_stage=number, layers=count, peak=peak))
+    return ranks
 
 
 def optimizer_bytes(parameters: int, run: Run) -> int:

@@ -19,6 +19,7 @@ from nemo_minitron.planning.command import work_out
 from nemo_minitron.published import KNOWN, stated_fields
 from nemo_minitron.training.finetune import finetune, random_architecture
 
+ROOT = Path(__file__).resolve().parents[2]
 MODELS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml") if path.stem != "auto")
 #: What NVIDIA's nvidia/Minitron-4B-Base says in config.json, but for the layers and the vocabulary.
 MINITRON_4B = {
@@ -70,9 +71,7 @@ def test_a_preset_fits_the_hardware_it_is_made_for(name):
 
 def test_the_demo_on_a_real_model_takes_an_hour_at_most():
     """On two cores of 0.05 TFLOP/s each, as the Makefile runs it."""
-    line = next(
-        line for line in (conf_dir().parent / "Makefile").read_text().splitlines() if "flow model=smollm2" in line
-    )
+    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "flow model=smollm2" in line)
     settings = [word for word in line.split() if "=" in word]
     config = compose("flow", [*settings, "hardware.tflops=0.1"])
     minutes = re.search(r"time: about (\d+) min in all", describe(settle(config)))

@@ -2,34 +2,39 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from nemo_minitron.errors import ConfigError
 
+T = TypeVar("T")
+
 
 class Config:
-    """Base of all configuration classes."""
+    """Base of all configuration classes, which are dataclasses."""
+
+    if TYPE_CHECKING:
+        __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def problems(self) -> list[str]:
         """One message for each thing that is wrong with these values on their own."""
         return []
 
 
-def all_problems(config: Any, prefix: str = "") -> list[str]:
+def all_problems(config: object, prefix: str = "") -> list[str]:
     """Problems of `config` and of every Config below it, each with the dotted name of the place."""
-    found = []
+    problems = []
     if isinstance(config, Config):
-        found += [f"{prefix}{problem}" for problem in config.problems()]
+        problems += [f"{prefix}{problem}" for problem in config.problems()]
         for entry in dataclasses.fields(config):
-            found += all_problems(getattr(config, entry.name), f"{prefix}{entry.name}.")
-    return found
+            problems += all_problems(getattr(config, entry.name), f"{prefix}{entry.name}.")
+    return problems
 
 
-def validated(config: Any, source: str = "configuration") -> Any:
+def validated(config: T, source: str = "configuration") -> T:
     """Returns `config`; raises one ConfigError with all its problems."""
-    found = all_problems(config)
-    if found:
-        raise ConfigError(found, source)
+    problems = all_problems(config)
+    if problems:
+        raise ConfigError(problems, source)
     return config
 
 
@@ -51,7 +56,7 @@ def above_zero(**values: float | None) -> list[str]:
     ]
 
 
-def one_of(name: str, value: Any, allowed: tuple) -> list[str]:
+def one_of(name: str, value: object, allowed: tuple[object, ...]) -> list[str]:
     """A problem unless `value` is among `allowed`."""
     return [] if value in allowed else [f"{name} = {value!r} must be one of {', '.join(map(str, allowed))}"]
 

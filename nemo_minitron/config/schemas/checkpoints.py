@@ -44,21 +44,21 @@ class ConvertConfig(Config):
         return output_format(self.output, self.to)
 
     def problems(self) -> list[str]:
-        found = missing_source(self.source, "the checkpoint to read, source=PATH")
+        problems = missing_source(self.source, "the checkpoint to read, source=PATH")
         if self.output == "???":
-            found.append("output is missing: name the checkpoint to make, output=PATH")
+            problems.append("output is missing: name the checkpoint to make, output=PATH")
         else:
-            found += unnamed(self.output) or format_problems(self.output, self.to)
+            problems += unnamed(self.output) or format_problems(self.output, self.to)
         if "???" not in (self.source, self.output):
-            found += overlap(self.source, self.output)
-        return found + self._choice_problems() + self._target_problems()
+            problems += overlap(self.source, self.output)
+        return problems + self._choice_problems() + self._target_problems()
 
     def _choice_problems(self) -> list[str]:
-        found = one_of("verify", self.verify, ("auto", "none", "tensors", "logits"))
-        found += one_of("weights", self.weights, ("torch_dist", "zarr"))
-        found += [] if self.dtype is None else one_of("dtype", self.dtype, ("bf16", "fp16", "32"))
-        found += at_least(1, vocab_size=self.vocab_size, pad_vocab_to_multiple_of=self.pad_vocab_to_multiple_of)
-        return found + ([] if self.shard_size_gb > 0 else [f"shard_size_gb = {self.shard_size_gb} must be above 0"])
+        problems = one_of("verify", self.verify, ("auto", "none", "tensors", "logits"))
+        problems += one_of("weights", self.weights, ("torch_dist", "zarr"))
+        problems += [] if self.dtype is None else one_of("dtype", self.dtype, ("bf16", "fp16", "32"))
+        problems += at_least(1, vocab_size=self.vocab_size, pad_vocab_to_multiple_of=self.pad_vocab_to_multiple_of)
+        return problems + ([] if self.shard_size_gb > 0 else [f"shard_size_gb = {self.shard_size_gb} must be above 0"])
 
     def _target_problems(self) -> list[str]:
         """Settings that the target format has no use for."""
@@ -142,16 +142,19 @@ class DownloadConfig(Config):
         """The folder that is made."""
         if self.output is not None:
             return self.output
-        ngc, wheel = NGC_SOURCE.fullmatch(self.source), WHEEL_SOURCE.fullmatch(self.source)
-        if ngc:
+        if ngc := NGC_SOURCE.fullmatch(self.source):
             return f"{ngc['model']}_v{ngc['version']}"
-        return wheel["name"] if wheel else HF_SOURCE.fullmatch(self.source)["model"]
+        if wheel := WHEEL_SOURCE.fullmatch(self.source):
+            return wheel["name"]
+        hub = HF_SOURCE.fullmatch(self.source)
+        assert hub is not None, "problems() lets no other source pass"
+        return hub["model"]
 
     def problems(self) -> list[str]:
         what = "the model, ngc://org/team/model:version, hf://org/name or wheel://name==version"
-        found = missing_source(self.source, what)
-        found += [] if self.output is None else unnamed(self.output)
-        return found or self._source_problems()
+        problems = missing_source(self.source, what)
+        problems += [] if self.output is None else unnamed(self.output)
+        return problems or self._source_problems()
 
     def _source_problems(self) -> list[str]:
         ngc = NGC_SOURCE.fullmatch(self.source)

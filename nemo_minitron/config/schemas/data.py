@@ -34,11 +34,13 @@ class DataConfig(Config):
     """Replace an output that was made from something else."""
 
     def problems(self) -> list[str]:
-        found = at_least(1, workers=self.workers, words=self.words, limit_documents=self.limit_documents)
-        found += one_of("domain", self.domain, ("broad", "encyclopedic"))
-        found += text_key_problems(self.text_key)
+        problems = at_least(1, workers=self.workers, words=self.words, limit_documents=self.limit_documents)
+        problems += one_of("domain", self.domain, ("broad", "encyclopedic"))
+        problems += text_key_problems(self.text_key)
         if self.tokenizer is None and self.vocab_size < 300:
-            found.append(f"vocab_size = {self.vocab_size} must be at least 300: 256 bytes, special tokens and merges")
+            problems.append(
+                f"vocab_size = {self.vocab_size} must be at least 300: 256 bytes, special tokens and merges"
+            )
         if self.output == "???":
-            found.append("output is missing: name the folder to make, output=DIR")
-        return found
+            problems.append("output is missing: name the folder to make, output=DIR")
+        return problems

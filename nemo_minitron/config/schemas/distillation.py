@@ -26,15 +26,17 @@ class HiddenLossConfig(Config):
     """`fixed`, or `dynamic`: times L_kd / L_hidden of the micro batch, which lifts them to the size of L_kd."""
 
     def problems(self) -> list[str]:
-        found = at_least(0, weight=self.weight)
-        found += one_of("loss", self.loss, ("cosine", "mse")) + one_of("scale", self.scale, ("fixed", "dynamic"))
+        problems = at_least(0, weight=self.weight)
+        problems += one_of("loss", self.loss, ("cosine", "mse")) + one_of("scale", self.scale, ("fixed", "dynamic"))
         listed = isinstance(self.pairs, list) and all(
             isinstance(pair, list) and len(pair) == 2 and all(type(layer) is int for layer in pair)
             for pair in self.pairs
         )
         if self.pairs not in ("outer", "auto") and not (listed and self.pairs):
-            found.append(f"pairs = {self.pairs!r} must be outer, auto, or a list of [student's layer, teacher's layer]")
-        return found
+            problems.append(
+                f"pairs = {self.pairs!r} must be outer, auto, or a list of [student's layer, teacher's layer]"
+            )
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -62,19 +64,19 @@ class KDConfig(Config):
     hidden: HiddenLossConfig = field(default_factory=HiddenLossConfig)
 
     def problems(self) -> list[str]:
-        found = [] if self.temperature > 0 else [f"temperature = {self.temperature} must be above 0"]
-        found += one_of("loss", self.loss, DIVERGENCES) + one_of("form", self.form, ("auto", "fused", "chunked"))
-        found += at_least(1, top_k=self.top_k)
+        problems = [] if self.temperature > 0 else [f"temperature = {self.temperature} must be above 0"]
+        problems += one_of("loss", self.loss, DIVERGENCES) + one_of("form", self.form, ("auto", "fused", "chunked"))
+        problems += at_least(1, top_k=self.top_k)
         if not 0 <= self.beta <= 1:
-            found.append(f"beta = {self.beta} must be from 0 to 1")
+            problems.append(f"beta = {self.beta} must be from 0 to 1")
         if self.top_k is not None and (self.loss != "forward_kl" or self.form == "fused"):
-            found.append("top_k goes with loss=forward_kl, and not with form=fused")
-        found += at_least(0, kd_weight=self.kd_weight, lm_weight=self.lm_weight)
+            problems.append("top_k goes with loss=forward_kl, and not with form=fused")
+        problems += at_least(0, kd_weight=self.kd_weight, lm_weight=self.lm_weight)
         if self.hidden.weight and not self.kd_weight:
-            found.append("hidden.weight needs the teacher: kd_weight must be above 0")
+            problems.append("hidden.weight needs the teacher: kd_weight must be above 0")
         if not self.kd_weight and not self.lm_weight:
-            found.append("kd_weight and lm_weight are both 0: there is no loss to train on")
-        return found
+            problems.append("kd_weight and lm_weight are both 0: there is no loss to train on")
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -89,27 +91,27 @@ class DistillConfig(StageConfig):
         return self.monitor or ("kd_loss" if self.kd.kd_weight else "lm_loss")
 
     def problems(self) -> list[str]:
-        found = super().problems()
+        problems = super().problems()
         if self.kd.kd_weight and not self.model.kd_teacher_restore_from_path:
-            found.append("model.kd_teacher_restore_from_path is missing: name the teacher's checkpoint")
+            problems.append("model.kd_teacher_restore_from_path is missing: name the teacher's checkpoint")
         if self.kd.form == "fused" and self.model.sequence_parallel:
-            found.append("kd.form = fused takes no model.sequence_parallel: give kd.form=chunked")
+            problems.append("kd.form = fused takes no model.sequence_parallel: give kd.form=chunked")
         if self.kd.hidden.weight:
-            found += self._hidden_problems()
+            problems += self._hidden_problems()
         if self.model.init == "random":
-            found.append("model.init = random: distill starts from a pruned checkpoint, model.restore_from_path")
-        return found
+            problems.append("model.init = random: distill starts from a pruned checkpoint, model.restore_from_path")
+        return problems
 
     def _hidden_problems(self) -> list[str]:
-        found = []
+        problems = []
         if self.model.pipeline_model_parallel_size > 1:
-            found.append(
+            problems.append(
                 "kd.hidden.weight needs model.pipeline_model_parallel_size=1: ModelOpt compares only what lies on the "
                 "last pipeline stage of both models"
             )
         if self.model.sequence_parallel:
-            found.append(
+            problems.append(
                 "kd.hidden.weight takes no model.sequence_parallel: a rank then has hidden states of other tokens than "
                 "its loss mask"
             )
-        return found
+        return problems

@@ -26,10 +26,10 @@ class InferenceSettings(Config):
     """Seed of everything random."""
 
     def problems(self) -> list[str]:
-        found = one_of("dtype", str(self.dtype), DTYPES)
+        problems = one_of("dtype", str(self.dtype), DTYPES)
         if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdecimal():
-            found.append(f"device = {self.device!r} must be auto, cpu, cuda or cuda:N")
-        return found
+            problems.append(f"device = {self.device!r} must be auto, cpu, cuda or cuda:N")
+        return problems
 
 
 def missing_models(models: list[str], what: str) -> list[str]:
@@ -116,13 +116,13 @@ class EvaluateConfig(InferenceSettings):
         return [str(task).strip() for task in chosen if str(task).strip()]
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        found += missing_models(self.models, "at least one checkpoint") + names_problems(self.names, self.models)
-        found += [] if self.output is None else unnamed(self.output)
-        found += text_key_problems(self.text_key) + text_problems(prompt_suffix=self.prompt_suffix)
-        found += [] if self.task_names else ["tasks is empty: name at least one, tasks=perplexity"]
-        found += one_of("split", self.split, SPLITS) + one_of("domain", self.domain, ("broad", "encyclopedic"))
-        found += at_least(
+        problems = super().problems()
+        problems += missing_models(self.models, "at least one checkpoint") + names_problems(self.names, self.models)
+        problems += [] if self.output is None else unnamed(self.output)
+        problems += text_key_problems(self.text_key) + text_problems(prompt_suffix=self.prompt_suffix)
+        problems += [] if self.task_names else ["tasks is empty: name at least one, tasks=perplexity"]
+        problems += one_of("split", self.split, SPLITS) + one_of("domain", self.domain, ("broad", "encyclopedic"))
+        problems += at_least(
             1,
             limit=self.limit,
             words=self.words,
@@ -131,11 +131,13 @@ class EvaluateConfig(InferenceSettings):
             max_new_tokens=self.max_new_tokens,
             max_input_tokens=self.max_input_tokens,
         )
-        found += at_least(0, num_fewshot=self.num_fewshot) + at_least(2, max_length=self.max_length, window=self.window)
-        found += [] if self.batch_memory_gb > 0 else [f"batch_memory_gb = {self.batch_memory_gb} must be above 0"]
+        problems += at_least(0, num_fewshot=self.num_fewshot) + at_least(
+            2, max_length=self.max_length, window=self.window
+        )
+        problems += [] if self.batch_memory_gb > 0 else [f"batch_memory_gb = {self.batch_memory_gb} must be above 0"]
         if self.task_data is not None and not Path(self.task_data).is_dir():
-            found.append(f"task_data = {self.task_data} is not a folder")
-        return found
+            problems.append(f"task_data = {self.task_data} is not a folder")
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -160,20 +162,20 @@ class GenerateConfig(InferenceSettings):
     """Print JSON: prompt, text, tokens, seconds."""
 
     def problems(self) -> list[str]:
-        found = super().problems()
+        problems = super().problems()
         if self.model in ("???", ""):
-            found.append("model is missing: name the checkpoint, model=PATH")
+            problems.append("model is missing: name the checkpoint, model=PATH")
         if self.prompt is None or not self.prompt.strip():
-            found.append('prompt is empty: give the text to continue, prompt="To be or not to be,"')
-        found += text_problems(prompt=self.prompt)
-        found += at_least(1, max_new_tokens=self.max_new_tokens, top_k=self.top_k)
-        found += [] if self.temperature > 0 else [f"temperature = {self.temperature} must be above 0"]
-        found += [] if 0 < self.top_p <= 1 else [f"top_p = {self.top_p} must be above 0 and at most 1"]
+            problems.append('prompt is empty: give the text to continue, prompt="To be or not to be,"')
+        problems += text_problems(prompt=self.prompt)
+        problems += at_least(1, max_new_tokens=self.max_new_tokens, top_k=self.top_k)
+        problems += [] if self.temperature > 0 else [f"temperature = {self.temperature} must be above 0"]
+        problems += [] if 0 < self.top_p <= 1 else [f"top_p = {self.top_p} must be above 0 and at most 1"]
         chosen = [name for name, default in (("temperature", 1.0), ("top_p", 1.0), ("top_k", None))
                   if getattr(self, name) != default]  # fmt: skip
         if chosen and not self.do_sample:
-            found.append(f"{', '.join(chosen)} has no effect on greedy decoding: do_sample=true draws tokens")
-        return found
+            problems.append(f"{', '.join(chosen)} has no effect on greedy decoding: do_sample=true draws tokens")
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -202,8 +204,8 @@ class BenchmarkConfig(InferenceSettings):
     """Print JSON instead of the table."""
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        found += missing_models(self.models, "at least one checkpoint") + names_problems(self.names, self.models)
-        found += [] if self.output is None else unnamed(self.output)
-        found += at_least(1, batch_size=self.batch_size, prompt_tokens=self.prompt_tokens, rounds=self.rounds)
-        return found + at_least(2, new_tokens=self.new_tokens) + at_least(0, warmup_rounds=self.warmup_rounds)
+        problems = super().problems()
+        problems += missing_models(self.models, "at least one checkpoint") + names_problems(self.names, self.models)
+        problems += [] if self.output is None else unnamed(self.output)
+        problems += at_least(1, batch_size=self.batch_size, prompt_tokens=self.prompt_tokens, rounds=self.rounds)
+        return problems + at_least(2, new_tokens=self.new_tokens) + at_least(0, warmup_rounds=self.warmup_rounds)

@@ -29,15 +29,15 @@ class FlowModelConfig(Config):
     """Tokens a sample, in every stage; null: what fits."""
 
     def problems(self) -> list[str]:
-        found = one_of("init", self.init, ("random", "checkpoint")) + at_least(2, seq_length=self.seq_length)
+        problems = one_of("init", self.init, ("random", "checkpoint")) + at_least(2, seq_length=self.seq_length)
         if self.init == "checkpoint" and not self.restore_from_path:
-            found.append("restore_from_path is missing: name the teacher's checkpoint")
+            problems.append("restore_from_path is missing: name the teacher's checkpoint")
         if self.init == "random" and self.restore_from_path:
-            found.append(
+            problems.append(
                 f"init = random makes a teacher, but restore_from_path = {self.restore_from_path} names one: give "
                 "model.init=checkpoint, or model.restore_from_path=null"
             )
-        return found
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -62,10 +62,10 @@ class FlowDataConfig(Config):
     """Processes that tokenise."""
 
     def problems(self) -> list[str]:
-        found = at_least(1, words=self.words, pretrain_words=self.pretrain_words, workers=self.workers)
+        problems = at_least(1, words=self.words, pretrain_words=self.pretrain_words, workers=self.workers)
         if self.source == "???":
-            found.append("source is missing: name the text to teach on, data.source=PATH")
-        return found + text_key_problems(self.text_key)
+            problems.append("source is missing: name the text to teach on, data.source=PATH")
+        return problems + text_key_problems(self.text_key)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -90,7 +90,7 @@ class RecipeConfig(Config):
     """Write to TensorBoard every so many steps."""
 
     def problems(self) -> list[str]:
-        found = at_least(
+        problems = at_least(
             1,
             max_steps=self.max_steps,
             global_batch_size=self.global_batch_size,
@@ -98,8 +98,8 @@ class RecipeConfig(Config):
             limit_val_batches=self.limit_val_batches,
         )
         if self.min_lr > self.lr:
-            found.append(f"min_lr = {self.min_lr} is above lr = {self.lr}")
-        return found
+            problems.append(f"min_lr = {self.min_lr} is above lr = {self.lr}")
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -151,7 +151,7 @@ class FlowPruneConfig(Config):
     (method, depth_by, depth_beam, depth_samples, merge_heads, untie, refit, choose_by, gain_tolerance)."""
 
     def problems(self) -> list[str]:
-        found = at_least(
+        problems = at_least(
             1,
             num_samples=self.num_samples,
             num_block_samples=self.num_block_samples,
@@ -161,10 +161,10 @@ class FlowPruneConfig(Config):
             num_layers_divisor=self.num_layers_divisor,
         )
         if not self.students:
-            found.append("students is empty: name at least one, students.depth.num_layers=N")
+            problems.append("students is empty: name at least one, students.depth.num_layers=N")
         for name, targets in self.students.items():
-            found += [f"students.{name}.{problem}" for problem in _student_problems(targets or {})]
-        return found
+            problems += [f"students.{name}.{problem}" for problem in _student_problems(targets or {})]
+        return problems
 
 
 COUNTS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
@@ -188,14 +188,14 @@ TARGETS = (
 
 def _student_problems(targets: dict[str, Any]) -> list[str]:
     """Targets that are not known, or of another kind than they have to be."""
-    found = [f"{key} is not a target; known are {', '.join(TARGETS)}" for key in targets if key not in TARGETS]
+    problems = [f"{key} is not a target; known are {', '.join(TARGETS)}" for key in targets if key not in TARGETS]
     for names, kind, words in ((COUNTS, int, "a whole number"), (SWITCHES, bool, "true or false")):
-        found += [
+        problems += [
             f"{name} = {targets[name]!r} is not {words}"
             for name in names
             if targets.get(name) is not None and type(targets[name]) is not kind
         ]
-    return found
+    return problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -226,5 +226,5 @@ class FlowConfig(Config):
     instruct: InstructRecipeConfig = field(default_factory=InstructRecipeConfig)
 
     def problems(self) -> list[str]:
-        found = at_least(1, limit_test_batches=self.limit_test_batches) + at_least(0, facts=self.facts)
-        return found + above_zero(minutes=self.minutes)
+        problems = at_least(1, limit_test_batches=self.limit_test_batches) + at_least(0, facts=self.facts)
+        return problems + above_zero(minutes=self.minutes)

@@ -27,6 +27,11 @@ SCORING: Mapping[str, str] = {
 }
 
 
+def is_bf16(precision: str, cuda: bool) -> bool:
+    """Whether parameters and activations are bf16: `auto` is bf16 on a GPU, 32 on a CPU."""
+    return precision.startswith("bf16") or (precision == "auto" and cuda)
+
+
 class Ranks(NamedTuple):
     """The processes that a command runs as.
 
@@ -71,7 +76,7 @@ class TrainerConfig(Config):
         return Ranks(self.num_nodes, self.devices, self.accelerator)
 
     def problems(self) -> list[str]:
-        found = at_least(
+        problems = at_least(
             1,
             devices=self.devices,
             num_nodes=self.num_nodes,
@@ -80,9 +85,9 @@ class TrainerConfig(Config):
             limit_val_batches=self.limit_val_batches,
             log_every_n_steps=self.log_every_n_steps,
         )
-        found += one_of("accelerator", self.accelerator, ("auto", "gpu", "cpu"))
-        found += one_of("precision", str(self.precision), ("auto", "bf16", "bf16-mixed", "32"))
-        return found
+        problems += one_of("accelerator", self.accelerator, ("auto", "gpu", "cpu"))
+        problems += one_of("precision", str(self.precision), ("auto", "bf16", "bf16-mixed", "32"))
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -144,7 +149,7 @@ class HardwareConfig(Config):
         tensor = self.tensor_model_parallel_size or 1
         return {
             "cuda": cuda,
-            "bf16": self.precision.startswith("bf16") or (self.precision == "auto" and cuda),
+            "bf16": is_bf16(self.precision, cuda),
             "devices": self.devices or 1,
             "num_nodes": self.num_nodes,
             "tensor_parallel": tensor,
@@ -172,7 +177,7 @@ class HardwareConfig(Config):
         return None if self.memory_gb is None else self.memory_gb * 1e9
 
     def problems(self) -> list[str]:
-        found = at_least(
+        problems = at_least(
             1,
             devices=self.devices,
             num_nodes=self.num_nodes,
@@ -181,4 +186,4 @@ class HardwareConfig(Config):
             prune_pipeline_model_parallel_size=self.prune_pipeline_model_parallel_size,
             micro_batch_size=self.micro_batch_size,
         )
-        return found + above_zero(memory_gb=self.memory_gb, tflops=self.tflops)
+        return problems + above_zero(memory_gb=self.memory_gb, tflops=self.tflops)

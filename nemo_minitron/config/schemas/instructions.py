@@ -29,11 +29,11 @@ class InstructConfig(Config):
     """Rows kept for validation, drawn by the seed, where there is no validation file."""
 
     def problems(self) -> list[str]:
-        found = one_of("format", self.format, ROW_FORMATS) + one_of("template", self.template, TEMPLATES)
-        found += one_of("too_long", self.too_long, ("truncate", "drop"))
+        problems = one_of("format", self.format, ROW_FORMATS) + one_of("template", self.template, TEMPLATES)
+        problems += one_of("too_long", self.too_long, ("truncate", "drop"))
         if not 0 < self.validation_share < 1:
-            found.append(f"validation_share = {self.validation_share} must be above 0 and below 1")
-        return found
+            problems.append(f"validation_share = {self.validation_share} must be above 0 and below 1")
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -54,13 +54,13 @@ class PeftConfig(Config):
     """Also leave the adapter in the result's folder adapter/, as Hugging Face PEFT reads it."""
 
     def problems(self) -> list[str]:
-        found = one_of("scheme", self.scheme, ("none", "lora")) + at_least(1, dim=self.dim, alpha=self.alpha)
+        problems = one_of("scheme", self.scheme, ("none", "lora")) + at_least(1, dim=self.dim, alpha=self.alpha)
         if not 0 <= self.dropout < 1:
-            found.append(f"dropout = {self.dropout} must be from 0 to below 1")
+            problems.append(f"dropout = {self.dropout} must be from 0 to below 1")
         for module in self.target_modules:
-            found += one_of("target_modules", module, TARGETS)
+            problems += one_of("target_modules", module, TARGETS)
         if not self.target_modules:
-            found.append(f"target_modules is empty: name some of {', '.join(TARGETS)}")
+            problems.append(f"target_modules is empty: name some of {', '.join(TARGETS)}")
         if self.keep_adapter and self.scheme == "none":
-            found.append("keep_adapter needs scheme=lora")
-        return found
+            problems.append("keep_adapter needs scheme=lora")
+        return problems

@@ -42,15 +42,17 @@ class SlurmConfig(Config):
     """Further srun options, in the same form."""
 
     def problems(self) -> list[str]:
-        found = [] if self.partition else ["partition is missing: name the partition to run in, slurm.partition=NAME"]
-        found += at_least(0, gpus_per_node=self.gpus_per_node, save_seconds=self.save_seconds, retries=self.retries)
+        problems = (
+            [] if self.partition else ["partition is missing: name the partition to run in, slurm.partition=NAME"]
+        )
+        problems += at_least(0, gpus_per_node=self.gpus_per_node, save_seconds=self.save_seconds, retries=self.retries)
         for place in self.mounts if self.container else []:
             source, _, target = place.partition(":")
             if not source.startswith("/") or (target and not target.startswith("/")):
-                found.append(f"mounts: {place!r} is neither /PATH nor /SRC:/DST")
+                problems.append(f"mounts: {place!r} is neither /PATH nor /SRC:/DST")
         if self.mounts and not self.container:
-            found.append("mounts are for a container: name its image, slurm.container=IMAGE")
-        return found
+            problems.append("mounts are for a container: name its image, slurm.container=IMAGE")
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -32,12 +32,12 @@ class PlanStudentConfig(Config):
         return {name: value for name, value in vars(self).items() if name != "model" and value is not None}
 
     def problems(self) -> list[str]:
-        found = at_least(1, **self.sizes())
+        problems = at_least(1, **self.sizes())
         if self.model and self.sizes():
-            found.append(
+            problems.append(
                 f"model and {', '.join(self.sizes())} are both given: name the student, or its sizes, not both"
             )
-        return found
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -90,9 +90,9 @@ class PlanConfig(Config):
         return self.micro_batch_size or self.hardware.micro_batch_size or FREE_MICRO_BATCH
 
     def problems(self) -> list[str]:
-        found = one_of("stage", self.stage, (*PLAN_STAGES, "all"))
-        found += one_of("kd_form", self.kd_form, ("auto", "fused", "chunked"))
-        found += at_least(
+        problems = one_of("stage", self.stage, (*PLAN_STAGES, "all"))
+        problems += one_of("kd_form", self.kd_form, ("auto", "fused", "chunked"))
+        problems += at_least(
             1,
             seq_length=self.seq_length,
             micro_batch_size=self.micro_batch_size,
@@ -100,16 +100,16 @@ class PlanConfig(Config):
             score_batch_size=self.score_batch_size,
         )
         if (self.model is None) == (self.architecture is None):
-            found.append(
+            problems.append(
                 "model is missing: name a checkpoint or a known model, minitron plan MODEL, or give its sizes, "
                 "architecture={num_layers:32,...}"
                 if self.model is None
                 else "model and architecture are both given: name one of them"
             )
         if self.stage == "distill" and not self.has_student:
-            found.append("student is missing: give its sizes, student.hidden_size=3072, or student.model=NAME")
+            problems.append("student is missing: give its sizes, student.hidden_size=3072, or student.model=NAME")
         if self.tflops_per_gpu is not None and self.tflops_per_gpu <= 0:
-            found.append(f"tflops_per_gpu = {self.tflops_per_gpu} must be above 0")
+            problems.append(f"tflops_per_gpu = {self.tflops_per_gpu} must be above 0")
         if self.kd_form == "fused" and self.hardware.sequence_parallel:
-            found.append("kd_form = fused takes no hardware.sequence_parallel: give kd_form=chunked, or leave it")
-        return found
+            problems.append("kd_form = fused takes no hardware.sequence_parallel: give kd_form=chunked, or leave it")
+        return problems

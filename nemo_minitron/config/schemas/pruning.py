@@ -100,7 +100,7 @@ class PruneTargets(Config):
         return self.chooses_block and self.depth_by == "compensated_loss"
 
     def problems(self) -> list[str]:
-        found = at_least(
+        problems = at_least(
             1,
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
@@ -114,26 +114,26 @@ class PruneTargets(Config):
             ffn_hidden_size_divisor=self.ffn_hidden_size_divisor,
             num_layers_divisor=self.num_layers_divisor,
         )
-        found += one_of("method", self.method or "minitron", METHODS)
-        found += one_of("choose_by", self.choose_by, CHOICES) + one_of("refit", self.refit or "once", REFITS)
+        problems += one_of("method", self.method or "minitron", METHODS)
+        problems += one_of("choose_by", self.choose_by, CHOICES) + one_of("refit", self.refit or "once", REFITS)
         if not 0 <= self.gain_tolerance <= 1:
-            found.append(f"gain_tolerance = {self.gain_tolerance} must lie from 0 to 1")
-        found += one_of("depth_by", self.depth_by, DEPTH_BY)
+            problems.append(f"gain_tolerance = {self.gain_tolerance} must lie from 0 to 1")
+        problems += one_of("depth_by", self.depth_by, DEPTH_BY)
         if self.method == "minitron" and self.chooses_block and self.depth_by == "compensated_loss":
-            found.append(
+            problems.append(
                 "depth_by = compensated_loss chooses layers with linear maps in their place, which method = minitron "
                 "leaves out: give method=compensated, or depth_by=block_loss"
             )
         if not 0 < self.ridge < 1:
-            found.append(f"ridge = {self.ridge} must be above 0 and below 1")
+            problems.append(f"ridge = {self.ridge} must be above 0 and below 1")
         if not self.drop_layers and not self.width and self.num_layers is None:
-            found.append(
+            problems.append(
                 "drop_layers is missing, and so are num_layers, hidden_size, ffn_hidden_size and num_attention_heads: "
                 "name at least one of them"
             )
         if self.drop_layers and self.num_layers is not None:
-            found.append("drop_layers and num_layers are both given: name the layers, or have them chosen, not both")
-        return found
+            problems.append("drop_layers and num_layers are both given: name the layers, or have them chosen, not both")
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -173,10 +173,10 @@ class PruneModelConfig(Config):
     data: ModelDataConfig = field(default_factory=ModelDataConfig)
 
     def problems(self) -> list[str]:
-        found = at_least(1, pipeline_model_parallel_size=self.pipeline_model_parallel_size)
+        problems = at_least(1, pipeline_model_parallel_size=self.pipeline_model_parallel_size)
         if not self.restore_from_path:
-            found.append("restore_from_path is missing: name the teacher's checkpoint")
-        return found
+            problems.append("restore_from_path is missing: name the teacher's checkpoint")
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -233,20 +233,22 @@ class PruneConfig(Config):
         return self.prune.chooses_block or (self.method == "compensated" and depth)
 
     def problems(self) -> list[str]:
-        found = [] if self.output == "???" else format_problems(self.output, self.to)
+        problems = [] if self.output == "???" else format_problems(self.output, self.to)
         if self.prune.refit == "sequential" and self.method == "minitron":
-            found.append("prune.refit=sequential is part of prune.method=compensated; method=minitron refits nothing")
+            problems.append(
+                "prune.refit=sequential is part of prune.method=compensated; method=minitron refits nothing"
+            )
         elif self.prune.refit == "sequential" and not self.model.data.data_prefix:
-            found.append(
+            problems.append(
                 "prune.refit=sequential needs text to run on, model.data.data_prefix; prune.refit=once needs none"
             )
         if self.prune.needs_scores and self.model.tensor_model_parallel_size != 1:
-            found.append(
+            problems.append(
                 f"model.tensor_model_parallel_size = {self.model.tensor_model_parallel_size}: ModelOpt scores with 1 "
                 "only; spread the layers instead, model.pipeline_model_parallel_size=N"
             )
-            return found
-        return found + self._rank_problems()
+            return problems
+        return problems + self._rank_problems()
 
     def _rank_problems(self) -> list[str]:
         """What is wrong with the ranks that run the teacher."""

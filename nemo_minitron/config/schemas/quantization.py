@@ -77,21 +77,23 @@ class QuantizeConfig(Config):
         return self.qformat != "bf16"
 
     def problems(self) -> list[str]:
-        found = missing_source(self.source, "the checkpoint to quantise, source=PATH")
+        problems = missing_source(self.source, "the checkpoint to quantise, source=PATH")
         if self.output == "???":
-            found.append("output is missing: name the folder to make, output=DIR")
+            problems.append("output is missing: name the folder to make, output=DIR")
         else:
-            found += unnamed(self.output)
+            problems += unnamed(self.output)
             if Path(self.output).suffix == ".nemo":
-                found.append(f"output = {self.output} is named like an archive, but a folder is made: leave .nemo off")
+                problems.append(
+                    f"output = {self.output} is named like an archive, but a folder is made: leave .nemo off"
+                )
         if "???" not in (self.source, self.output):
-            found += overlap(self.source, self.output)
+            problems += overlap(self.source, self.output)
         choices = one_of("qformat", self.qformat, QFORMATS) + one_of("export", self.export, EXPORTS)
         choices += [] if self.server is None else one_of("server", self.server, SERVERS)
-        found += one_of("accelerator", self.accelerator, ("auto", "gpu", "cpu"))
-        found += at_least(1, tp_size=self.tp_size, pp_size=self.pp_size, num_samples=self.num_samples)
-        found += at_least(1, batch_size=self.batch_size) + at_least(2, seq_length=self.seq_length)
-        return found + (choices or self._server_problems() + self._data_problems())
+        problems += one_of("accelerator", self.accelerator, ("auto", "gpu", "cpu"))
+        problems += at_least(1, tp_size=self.tp_size, pp_size=self.pp_size, num_samples=self.num_samples)
+        problems += at_least(1, batch_size=self.batch_size) + at_least(2, seq_length=self.seq_length)
+        return problems + (choices or self._server_problems() + self._data_problems())
 
     def _data_problems(self) -> list[str]:
         if self.data.source or not self.calibrates:

@@ -22,6 +22,6 @@ class ReportConfig(Config):
     def problems(self) -> list[str]:
         if not self.runs:
             return ["runs is missing: name a run's folder, minitron report RUN"]
-        found = [f"runs: {run!r} names no folder" for run in self.runs if not run.strip()]
+        problems = [f"runs: {run!r} names no folder" for run in self.runs if not run.strip()]
         twice = {run for run in self.runs if [Path(other) for other in self.runs].count(Path(run)) > 1}
-        return found + [f"runs: {run} is named twice" for run in sorted(twice)]
+        return problems + [f"runs: {run} is named twice" for run in sorted(twice)]

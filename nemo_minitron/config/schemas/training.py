@@ -24,8 +24,8 @@ class SchedConfig(Config):
     """Learning rate at the end."""
 
     def problems(self) -> list[str]:
-        found = one_of("name", self.name, ("CosineAnnealing",))
-        return found + at_least(0, warmup_steps=self.warmup_steps, constant_steps=self.constant_steps)
+        problems = one_of("name", self.name, ("CosineAnnealing",))
+        return problems + at_least(0, warmup_steps=self.warmup_steps, constant_steps=self.constant_steps)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,12 +43,12 @@ class OptimConfig(Config):
     sched: SchedConfig = field(default_factory=SchedConfig)
 
     def problems(self) -> list[str]:
-        found = [] if self.lr > 0 else [f"lr = {self.lr} must be above 0"]
+        problems = [] if self.lr > 0 else [f"lr = {self.lr} must be above 0"]
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            found.append(f"betas = {list(self.betas)} must be two numbers in [0, 1)")
+            problems.append(f"betas = {list(self.betas)} must be two numbers in [0, 1)")
         if self.sched.min_lr > self.lr:
-            found.append(f"sched.min_lr = {self.sched.min_lr} is above lr = {self.lr}")
-        return found
+            problems.append(f"sched.min_lr = {self.sched.min_lr} is above lr = {self.lr}")
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -112,7 +112,7 @@ class ModelConfig(Config):
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def problems(self) -> list[str]:
-        found = at_least(
+        problems = at_least(
             1,
             tensor_model_parallel_size=self.tensor_model_parallel_size,
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
@@ -120,12 +120,12 @@ class ModelConfig(Config):
             micro_batch_size=self.micro_batch_size,
             global_batch_size=self.global_batch_size,
         )
-        found += one_of("init", self.init, ("checkpoint", "random"))
+        problems += one_of("init", self.init, ("checkpoint", "random"))
         if self.init == "checkpoint" and not self.restore_from_path:
-            found.append("restore_from_path is missing: name the checkpoint to start from, or init=random")
+            problems.append("restore_from_path is missing: name the checkpoint to start from, or init=random")
         if self.init == "random" and not self.architecture:
-            found.append("architecture is missing: init=random needs the sizes of the model")
-        return found
+            problems.append("architecture is missing: init=random needs the sizes of the model")
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -171,8 +171,8 @@ class StageConfig(Config):
         return output_format(self.output, self.to)
 
     def problems(self) -> list[str]:
-        found = layout_problems(self.trainer, self.model) + self.data_problems()
-        return found + format_problems(self.output, self.to)
+        problems = layout_problems(self.trainer, self.model) + self.data_problems()
+        return problems + format_problems(self.output, self.to)
 
     def data_problems(self) -> list[str]:
         """What is wrong with the data that is named."""
@@ -181,25 +181,25 @@ class StageConfig(Config):
 
 def layout_problems(trainer: TrainerConfig, model: ModelConfig) -> list[str]:
     """What is wrong with the parallel layout: each problem with the equation that failed."""
-    found = []
+    problems = []
     world = trainer.devices * trainer.num_nodes
     sizes = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
     per_replica = sizes[0] * sizes[1] * sizes[2]
     if per_replica < 1 or world % per_replica:
-        found.append(
+        problems.append(
             f"world size {world} = trainer.devices {trainer.devices} x trainer.num_nodes {trainer.num_nodes} must be a "
             f"multiple of tensor {sizes[0]} x pipeline {sizes[1]} x context {sizes[2]} parallel = {per_replica}"
         )
-        return found
+        return problems
     samples = model.micro_batch_size * (world // per_replica)
     if samples < 1 or model.global_batch_size % samples:
-        found.append(
+        problems.append(
             f"model.global_batch_size {model.global_batch_size} must be a multiple of micro_batch_size "
             f"{model.micro_batch_size} x data parallel {world // per_replica} = {samples}"
         )
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
-        found.append("model.sequence_parallel needs tensor_model_parallel_size above 1")
-    return found
+        problems.append("model.sequence_parallel needs tensor_model_parallel_size above 1")
+    return problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -210,17 +210,17 @@ class FinetuneConfig(StageConfig):
     peft: PeftConfig = field(default_factory=PeftConfig)
 
     def problems(self) -> list[str]:
-        found = super().problems()
+        problems = super().problems()
         if self.peft.scheme != "none" and self.model.init == "random":
-            found.append("peft.scheme = lora trains adapters of a checkpoint: init=random has none")
+            problems.append("peft.scheme = lora trains adapters of a checkpoint: init=random has none")
         if self.peft.keep_adapter and makes_file(self.target_format):
-            found.append(f"peft.keep_adapter leaves a folder beside the weights, but {self.output} is an archive")
+            problems.append(f"peft.keep_adapter leaves a folder beside the weights, but {self.output} is an archive")
         if (
             self.peft.keep_adapter
             and self.model.tensor_model_parallel_size * self.model.pipeline_model_parallel_size > 1
         ):
-            found.append("peft.keep_adapter needs tensor_model_parallel_size = pipeline_model_parallel_size = 1")
-        return found
+            problems.append("peft.keep_adapter needs tensor_model_parallel_size = pipeline_model_parallel_size = 1")
+        return problems
 
     def data_problems(self) -> list[str]:
         data = self.model.data
@@ -239,7 +239,7 @@ class LossConfig(StageConfig):
     """Global batches of each split, from its start."""
 
     def problems(self) -> list[str]:
-        found = super().problems() + at_least(1, limit_batches=self.limit_batches)
+        problems = super().problems() + at_least(1, limit_batches=self.limit_batches)
         for split in self.splits:
-            found += one_of("splits", split, ("train", "validation", "test"))
-        return found
+            problems += one_of("splits", split, ("train", "validation", "test"))
+        return problems
