@@ -43,15 +43,15 @@ def measure(config: EvaluateConfig) -> tuple[dict[str, Any], Manifest | None]:
     suite.check_names(config.task_names, KNOWN)
     if config.output is None:
         return run_tasks(config, checkpoints, Prepared(config))[0], None
-    job = _job(config)
+    job = _job(config, config.output)
     if job.finished() is None:
         prepared = Prepared(config)
-        job.run(lambda partial: _work(partial, config, checkpoints, prepared))
+        job.run(lambda partial: write_results(partial, config, checkpoints, prepared))
     results = json.loads((Path(config.output) / RESULTS).read_text(encoding="utf-8"))
     return results, Manifest.read(config.output)
 
 
-def _job(config: EvaluateConfig) -> Job:
+def _job(config: EvaluateConfig, output: str) -> Job:
     inputs = {f"model{number}": path for number, path in enumerate(config.models, 1)}
     local = {"corpus": config.corpus, "articles": config.articles, "tokenizer": config.tokenizer}
     read = {name: path for name, path in local.items() if path is not None and Path(path).expanduser().exists()}
@@ -59,7 +59,7 @@ def _job(config: EvaluateConfig) -> Job:
     settings["names"] = display_names(config.models, config.names)
     return Job(
         stage="evaluate tasks",
-        output=Path(config.output),
+        output=Path(output),
         config=settings,
         inputs=inputs | {name: Path(path).expanduser() for name, path in read.items()},
         seed=config.seed,
@@ -69,7 +69,10 @@ def _job(config: EvaluateConfig) -> Job:
     )
 
 
-def _work(partial: Path, config: EvaluateConfig, checkpoints: list[Checkpoint], prepared: "Prepared") -> dict[str, Any]:
+def write_results(
+    partial: Path, config: EvaluateConfig, checkpoints: list[Checkpoint], prepared: "Prepared"
+) -> dict[str, Any]:
+    """The job's work: runs all tasks and writes results, table and answers."""
     started = time.perf_counter()
     results, samples = run_tasks(config, checkpoints, prepared)
     write_json(partial / RESULTS, results)
@@ -90,8 +93,8 @@ class Prepared:
     def __init__(self, config: EvaluateConfig):
         self.config = config
         names = config.task_names
-        own, self.notes = [], []
-        self.data: DataConfig | None = None
+        own: list[dict[str, Any]] = []
+        self.notes: list[str] = []
         self.questions: list[dict[str, Any]] = []
         self.documents: list[str] = []
         self.articles: list[summarization.Article] = []
@@ -177,7 +180,7 @@ def run_tasks(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Results of all checkpoints, one loaded after the other, and what each answered to each question."""
     names = display_names(config.models, config.names)
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
     right: dict[str, dict[str, list[float]]] = {}
     models = []
@@ -185,7 +188,7 @@ def run_tasks(
     for name, path, checkpoint in zip(names, config.models, checkpoints):
         started = time.perf_counter()
         loaded = load(checkpoint, config)
-        found[name], answers = run_model(config, loaded, prepared, name=name, window=window)
+        measured[name], answers = run_model(config, loaded, prepared, name=name, window=window)
         samples += [{"model": name} | answer for answer in answers]
         right[name] = {
             task: [answer["acc"] for answer in answers if answer["task"] == task]
@@ -204,8 +207,13 @@ def run_tasks(
         )
         del loaded
         gc.collect()  # the model, which the harness's view of it keeps in cycles
-    results = {"models": models, "reference": names[0], "results": found, "shown": rows_of(found, prepared.shown),
-               "notes": prepared.notes}  # fmt: skip
+    results: dict[str, Any] = {
+        "models": models,
+        "reference": names[0],
+        "results": measured,
+        "shown": rows_of(measured, prepared.shown),
+        "notes": prepared.notes,
+    }
     if prepared.has_windows:
         results["window"] = window
     if prepared.questions:
@@ -222,24 +230,24 @@ def run_model(
     config: EvaluateConfig, loaded: Loaded, prepared: Prepared, *, name: str, window: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One checkpoint: task -> metric -> value and standard error; and its answers."""
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     answers: list[dict[str, Any]] = []
     with quiet_transformers(), _to_stderr():
         if prepared.loaded["tasks"]:
             model = language_model(loaded, config, name=name, window=window)
-            found, answers = run_harness(model, prepared.loaded, config)
+            measured, answers = run_harness(model, prepared.loaded, config)
         if prepared.documents:
             tokens = [len(loaded.tokenizer(text, add_special_tokens=False).input_ids) for text in prepared.documents]
             documents = [answer for answer in answers if answer["task"] == perplexity.TASK]
-            found[perplexity.TASK] = perplexity.metrics(documents, tokens)
+            measured[perplexity.TASK] = perplexity.metrics(documents, tokens)
         if prepared.articles:
             made = summarization.summarize(loaded, prepared.articles, config, name)
-            found[summarization.TASK] = made["metrics"]
+            measured[summarization.TASK] = made["metrics"]
             answers += [
                 {"task": summarization.TASK, "doc_id": number, "answer": summary}
                 for number, summary in enumerate(made["summaries"])
             ]
-    return found, answers
+    return measured, answers
 
 
 def language_model(loaded: Loaded, config: EvaluateConfig, *, name: str, window: int) -> Any:
@@ -301,7 +309,7 @@ def run_harness(
         bootstrap_iters=1000,
         confirm_run_unsafe_code=config.allow_code,
     )
-    found = {name: _metrics(measured) for name, measured in done["results"].items()}
+    metrics = {name: _metrics(measured) for name, measured in done["results"].items()}
     answers = [
         {"task": task, "doc_id": sample["doc_id"], "target": sample["target"]}
         | {"answer": sample["filtered_resps"]}
@@ -312,20 +320,20 @@ def run_harness(
     for answer in answers:
         if answer["task"] == perplexity.TASK:
             del answer["target"]
-    return {name: measured for name, measured in found.items() if measured}, answers
+    return {name: values for name, values in metrics.items() if values}, answers
 
 
 def _metrics(measured: dict[str, Any]) -> dict[str, Any]:
     """`acc,none` and `acc_stderr,none` as one entry, `acc`; another filter than none stands behind the name."""
-    found = {}
+    metrics = {}
     for key, value in measured.items():
         metric, comma, kind = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = measured.get(f"{metric}_stderr,{kind}")
         name = metric if kind == "none" else f"{metric} ({kind})"
-        found[name] = {"value": value, "stderr": error if isinstance(error, int | float) else None}
-    return found
+        metrics[name] = {"value": value, "stderr": error if isinstance(error, int | float) else None}
+    return metrics
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def generate(config: GenerateConfig) -> None:
         print(text)
         return
     made = tokens[prompt_tokens:]
-    found = {
+    answer = {
         "model": config.model,
         "prompt": config.prompt,
         "text": text,
@@ -40,7 +40,7 @@ def generate(config: GenerateConfig) -> None:
         "device": str(loaded.model.device),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
-    print(json.dumps(found, indent=2, ensure_ascii=False))
+    print(json.dumps(answer, indent=2, ensure_ascii=False))
 
 
 def continuation(loaded: Loaded, config: GenerateConfig) -> tuple[list[int], int]:

@@ -73,10 +73,10 @@ def batches(lengths: Sequence[int], bytes_a_token: int, room: float, most: int |
         lengths: tokens of each sequence, the longest first.
         most: sequences a batch at most.
     """
-    found, first = [], 0
+    ranges, first = [], 0
     while first < len(lengths):
         fitting = max(1, int(room // (bytes_a_token * max(lengths[first], 1))))
         count = min(fitting, most or fitting, len(lengths) - first)
-        found.append(range(first, first + count))
+        ranges.append(range(first, first + count))
         first += count
-    return found
+    return ranges

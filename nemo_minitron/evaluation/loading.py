@@ -37,13 +37,13 @@ def open_all(paths: list[str], settings: InferenceSettings, *, tokenizers: bool 
         CheckpointError: one is missing or damaged, has no tokenizer, or transformers has no class for it.
         EngineError: the device is not there.
     """
-    found = [open_checkpoint(path, quantized=True) for path in paths]
-    for path, checkpoint in zip(paths, found):
+    checkpoints = [open_checkpoint(path, quantized=True) for path in paths]
+    for path, checkpoint in zip(paths, checkpoints):
         write_config(checkpoint.architecture, checkpoint.dtype)
         if tokenizers and settings.tokenizer is None and checkpoint.tokenizer_files is None:
             raise CheckpointError(f"the checkpoint {path} has no tokenizer: give one, tokenizer=DIR")
     resolve_device(settings.device)
-    return found
+    return checkpoints
 
 
 def resolve_device(name: str) -> str:
@@ -72,10 +72,10 @@ def load(checkpoint: Checkpoint, settings: InferenceSettings, *, tokenizer: bool
         DataError: the tokenizer cannot be loaded.
     """
     device = resolve_device(settings.device)
-    found = load_tokenizer_of(checkpoint, settings) if tokenizer else None
+    its_tokenizer = load_tokenizer_of(checkpoint, settings) if tokenizer else None
     with quiet_transformers():
         model = load_model(checkpoint, _dtype(checkpoint, settings, device))
-    return Loaded(model=model.to(device).eval(), tokenizer=found, checkpoint=checkpoint)
+    return Loaded(model=model.to(device).eval(), tokenizer=its_tokenizer, checkpoint=checkpoint)
 
 
 def load_tokenizer_of(checkpoint: Checkpoint, settings: InferenceSettings) -> Any:
@@ -130,7 +130,7 @@ def display_names(paths: list[str], names: list[str]) -> list[str]:
         return list(names)
     parts = [Path(path).absolute().parts for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
-        found = ["/".join(part[-count:]) for part in parts]
-        if len(set(found)) == len(found):
-            return found
+        endings = ["/".join(part[-count:]) for part in parts]
+        if len(set(endings)) == len(endings):
+            return endings
     return list(paths)

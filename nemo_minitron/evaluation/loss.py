@@ -11,7 +11,7 @@ from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.config import LossConfig
 from nemo_minitron.data.module import paths
 from nemo_minitron.jobs.progress import Progress, Silent
-from nemo_minitron.training.inputs import LOG, Inputs, training_inputs
+from nemo_minitron.training.inputs import LOG, Inputs, stated_path, training_inputs
 from nemo_minitron.training.stage import run_training_stage
 
 
@@ -24,13 +24,14 @@ def evaluate_loss(config: LossConfig) -> Manifest:
     Raises:
         ConfigError, CheckpointError, DataError, EngineError: before any work.
     """
-    checkpoint = open_checkpoint(config.model.restore_from_path, quantized=True)
+    path = stated_path(config.model.restore_from_path, "model.restore_from_path")
+    checkpoint = open_checkpoint(path, quantized=True)
     inputs = training_inputs(config, checkpoint.architecture, checkpoint.tokenizer)
     return run_training_stage(
         "evaluate",
         evaluate_loss,
         config,
-        {"checkpoint": config.model.restore_from_path} | inputs.files(),
+        {"checkpoint": path} | inputs.files(),
         lambda partial: measure_splits(partial, config, checkpoint, inputs),
         resumable=False,
     )

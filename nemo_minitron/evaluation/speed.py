@@ -11,6 +11,7 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Iterator, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def benchmark(config: BenchmarkConfig) -> Manifest | None:
     if config.output is None:
         results, manifest = measure(config, checkpoints), None
     else:
-        manifest = _job(config).run(lambda partial: _work(partial, config, checkpoints))
+        manifest = _job(config, config.output).run(lambda partial: write_results(partial, config, checkpoints))
         results = json.loads((Path(config.output) / RESULTS).read_text(encoding="utf-8"))
     print(json.dumps(results, indent=2) if config.json else render(results))
     return None if config.json else manifest
@@ -61,12 +62,12 @@ def with_lengths(config: BenchmarkConfig, checkpoints: Sequence[Checkpoint]) -> 
     return dataclasses.replace(config, prompt_tokens=prompt, new_tokens=new)
 
 
-def _job(config: BenchmarkConfig) -> Job:
-    inputs = {f"model{number}": path for number, path in enumerate(config.models, 1)}
+def _job(config: BenchmarkConfig, output: str) -> Job:
+    inputs: dict[str, str | PathLike[str]] = {f"model{number}": path for number, path in enumerate(config.models, 1)}
     settings = dataclasses.asdict(config) | {"names": display_names(config.models, config.names)}
     return Job(
         stage="benchmark",
-        output=Path(config.output),
+        output=Path(output),
         config=settings,
         inputs=inputs,
         seed=config.seed,
@@ -76,7 +77,8 @@ def _job(config: BenchmarkConfig) -> Job:
     )
 
 
-def _work(partial: Path, config: BenchmarkConfig, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+def write_results(partial: Path, config: BenchmarkConfig, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    """The job's work: measures, and writes results and table."""
     results = measure(config, checkpoints)
     write_json(partial / RESULTS, results)
     (partial / TABLE).write_text(render(results) + "\n", encoding="utf-8")
@@ -209,7 +211,8 @@ class Runner:
         from nemo_minitron.evaluation.loading import load, resolve_device
         from nemo_minitron.jobs.memory import reset_peak_memory
 
-        self.config = config
+        assert config.prompt_tokens is not None and config.new_tokens is not None, "with_lengths states them"
+        self.new_tokens, self.batch = config.new_tokens, config.batch_size
         device = resolve_device(config.device)
         self.cuda = device != "cpu"
         checkpoint = open_checkpoint(path, quantized=True)
@@ -227,19 +230,18 @@ class Runner:
         import torch
         from transformers import DynamicCache
 
-        config = self.config
         with torch.inference_mode():
             cache = DynamicCache()
             started = self._now()
             token = self._step(self.prompt, cache)
             first = self._now() - started
             started = self._now()
-            for _ in range(config.new_tokens - 1):
+            for _ in range(self.new_tokens - 1):
                 token = self._step(token, cache)
             rest = self._now() - started
         return {
             "prefill_tokens_per_second": self.prompt.numel() / first,
-            "decode_tokens_per_second": config.batch_size * (config.new_tokens - 1) / rest,
+            "decode_tokens_per_second": self.batch * (self.new_tokens - 1) / rest,
             "first_token_seconds": first,
         }
 

@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
 
 #: Papers: arXiv 2408.11796 v4, table 1, and 2407.14679; cards: nvidia/Minitron-8B-Base and its siblings.
-SUITES = {
+SUITES: dict[str, tuple[Part, ...]] = {
     "minitron": (
         Part("mmlu", 5, "cais/mmlu"),
         Part("hellaswag", 10, "Rowan/hellaswag"),
@@ -90,12 +90,12 @@ def load_tasks(names: list[str], *, task_data: str | None, shots: int | None, al
     for part in parts:
         try:
             with own_cache() if task_data is not None else contextlib.nullcontext():
-                found = _load(part, task_data)
+                tasks_of_part = _load(part, task_data)
         except _missing_data_errors() as error:
             missing |= dict.fromkeys(_datasets(part) or [f"the data of {part.name}"], first_line(error))
             continue
         for kind, entries in loaded.items():
-            entries |= found.get(kind, {})
+            entries |= tasks_of_part.get(kind, {})
     if missing:
         raise DataError(_missing_message(missing, task_data))
     if not allow_code:

@@ -123,12 +123,12 @@ def rouge(summaries: Sequence[str], references: Sequence[str]) -> dict[str, dict
 
     scorer = RougeScorer(list(ROUGE))
     scores = [scorer.score(reference, summary) for summary, reference in zip(summaries, references, strict=True)]
-    found = {}
+    measured = {}
     for kind in ROUGE:
         values = [100 * score[kind].fmeasure for score in scores]
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        found[kind] = {"value": statistics.fmean(values), "stderr": error}
-    return found
+        measured[kind] = {"value": statistics.fmean(values), "stderr": error}
+    return measured
 
 
 def _prompt(loaded: Loaded, article: Article, config: EvaluateConfig) -> Any:

@@ -24,7 +24,8 @@ def output_in_chunks(model: Any, *, losses: bool = True) -> Iterator[None]:
     if not model.post_process or (losses and model.config.sequence_parallel):
         yield
         return
-    layer, given = model.output_layer, {}
+    layer = model.output_layer
+    given: dict[str, Any] = {}
     logits_of, losses_of = layer.forward, model.compute_language_model_loss
 
     def hand_on(hidden: Any, *arguments: Any, **options: Any) -> tuple[Any, None]:
@@ -37,11 +38,11 @@ def output_in_chunks(model: Any, *, losses: bool = True) -> Iterator[None]:
         if not losses:
             return hidden.new_zeros(labels.shape)
         rows = max(1, CHUNK // (4 * hidden.shape[1] * layer.output_size_per_partition))
-        found = []
+        parts = []
         for first in range(0, len(hidden), rows):
             logits, _ = logits_of(hidden[first : first + rows], *given["arguments"], **given["options"])
-            found.append(losses_of(labels[:, first : first + rows], logits))
-        return torch.cat(found, dim=1)
+            parts.append(losses_of(labels[:, first : first + rows], logits))
+        return torch.cat(parts, dim=1)
 
     with _replaced(layer, "forward", hand_on), _replaced(model, "compute_language_model_loss", in_chunks):
         yield

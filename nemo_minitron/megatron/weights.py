@@ -5,7 +5,7 @@ import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints import names as canonical
@@ -23,11 +23,17 @@ from nemo_minitron.megatron.config import core_model
 from nemo_minitron.megatron.lora import trained_part
 from nemo_minitron.megatron.session import spread_layers
 
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+    from torch import Tensor
+
 NORM_WEIGHTS = ("layernorm.weight", "layer_norm_weight")
 BEFORE_CONVERSION = "megatron"
 
 
-def bare(module: Any) -> Any:
+def bare(module: Any) -> "GPTModel":
     """The Megatron model inside its wrappers (Lightning module, DDP, half-precision)."""
     from megatron.core.models.gpt import GPTModel
 
@@ -37,8 +43,12 @@ def bare(module: Any) -> Any:
 
 
 def build_model(
-    config: Any, architecture: Architecture, checkpoint: Checkpoint | None, tokenizer: Any = None, **stage: Any
-) -> Any:
+    config: "TransformerConfig",
+    architecture: Architecture,
+    checkpoint: Checkpoint | None,
+    tokenizer: Any = None,
+    **stage: Any,
+) -> "GPTModel":
     """The GPTModel of NeMo's (or Megatron Core's) `config` on this rank, with the weights of `checkpoint`.
 
     Args:
@@ -54,7 +64,7 @@ def build_model(
     return model
 
 
-def load_weights(model: Any, architecture: Architecture, checkpoint: Checkpoint, only: str = "") -> None:
+def load_weights(model: "GPTModel", architecture: Architecture, checkpoint: Checkpoint, only: str = "") -> None:
     """Loads a checkpoint of any format into a Megatron GPTModel; every rank calls it and reads its own shards.
 
     Args:
@@ -84,7 +94,7 @@ def load_weights(model: Any, architecture: Architecture, checkpoint: Checkpoint,
         )
 
 
-def load_strictly(model: Any, checkpoint: Checkpoint) -> None:
+def load_strictly(model: "GPTModel", checkpoint: Checkpoint) -> None:
     """Loads a NeMo-2 checkpoint by Megatron's own reader, with its strictest check; nothing of ours is in between.
 
     What is no weight is neither asked for nor missed: an optimizer's state, and extra states, of which there are other
@@ -118,7 +128,7 @@ def load_strictly(model: Any, checkpoint: Checkpoint) -> None:
     _shift_gamma(model, checkpoint.architecture, 1.0)
 
 
-def reload(model: Any, folder: Path) -> None:
+def reload(model: "GPTModel", folder: Path) -> None:
     """Puts the weights of a training checkpoint of this very model back into it; every rank calls it."""
     from megatron.core import dist_checkpointing
 
@@ -135,7 +145,8 @@ class _ShardReader:
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
-        self.name, self.value = "", None
+        self.name = ""
+        self.value: Tensor | None = None
 
     def __call__(self, shard: Any) -> Any:
         from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -145,28 +156,28 @@ class _ShardReader:
         name, axes = shard.key, shard.prepend_axis_num
         if axes:
             name = f"{LAYERS}{shard.global_offset[0]}.{name.removeprefix(LAYERS)}"
-        if name != self.name:
+        if name != self.name or self.value is None:
             if name not in self.checkpoint.tensors:
                 raise CheckpointError(f"{self.checkpoint.path} has no tensor {name}")
-            self.value = None
+            self.value = None  # before the next one is read
             self.name, self.value = name, self.checkpoint.tensors[name].read()
-        return self._cut(shard, shard.global_offset[axes:], shard.local_shape)
+        return self._cut(self.value, shard, shard.global_offset[axes:], shard.local_shape)
 
-    def _cut(self, shard: Any, start: tuple[int, ...], shape: tuple[int, ...]) -> Any:
+    def _cut(self, value: "Tensor", shard: "ShardedTensor", start: tuple[int, ...], shape: tuple[int, ...]) -> "Tensor":
         import torch
 
         box = tuple(slice(first, first + size) for first, size in zip(start, shape))
-        found = self.value[box]
-        if tuple(found.shape) == tuple(shape):
-            return found
+        part = value[box]
+        if tuple(part.shape) == tuple(shape):
+            return part
         if not shard.allow_shape_mismatch:
-            raise CheckpointError(f"{self.checkpoint.path}: {self.name} is {tuple(self.value.shape)}, too small")
-        padded = torch.zeros(shape, dtype=found.dtype)  # the vocabulary's padding differs with tensor parallel
-        padded[: found.shape[0]] = found
+            raise CheckpointError(f"{self.checkpoint.path}: {self.name} is {tuple(value.shape)}, too small")
+        padded = torch.zeros(shape, dtype=part.dtype)  # the vocabulary's padding differs with tensor parallel
+        padded[: part.shape[0]] = part
         return padded
 
 
-def save_weights(model: Any, architecture: Architecture, path: Path) -> None:
+def save_weights(model: "GPTModel", architecture: Architecture, path: Path) -> None:
     """Saves a Megatron GPTModel into `path`/weights, with the extra states that Megatron asks for with Transformer
     Engine; every rank calls it. No modelopt_state: a pruned student is an ordinary smaller model."""
     from megatron.core import dist_checkpointing
@@ -201,7 +212,7 @@ def _with_extra_states(shards: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    model: Any,
+    model: "GPTModel",
     architecture: Architecture,
     partial: Path,
     *,
@@ -224,14 +235,14 @@ def save_checkpoint(
     folder = partial if form == "nemo2" else partial / BEFORE_CONVERSION
     save_weights(model, architecture, folder)
     if torch.distributed.get_rank() == 0:
-        found = tokenizers.named(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        files = tokenizers.named(tokenizer) if isinstance(tokenizer, str) else tokenizer
         tensors = canonical.canonical(torch_dist.tensors(folder_files(folder / WEIGHTS)), folder)
         if form == "nemo2":
             dtype = tensors[canonical.EMBEDDING].dtype
-            write_context(folder, architecture, found, generation or {}, dtype)
+            write_context(folder, architecture, files, generation or {}, dtype)
         else:
             place = place_in(partial, output, form)
-            write_checkpoint(place, form, architecture, tensors, found, generation or {})
+            write_checkpoint(place, form, architecture, tensors, files, generation or {})
             shutil.rmtree(folder)
     torch.distributed.barrier()
 
@@ -251,7 +262,7 @@ def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     }
 
 
-def check_shapes(model: Any, architecture: Architecture) -> None:
+def check_shapes(model: "GPTModel", architecture: Architecture) -> None:
     """Checks the number of layers and every weight's shape against `architecture` (global shapes, any layout).
 
     Raises:
@@ -275,12 +286,12 @@ def check_shapes(model: Any, architecture: Architecture) -> None:
         raise CheckpointError("the weights disagree with the architecture: " + "; ".join(wrong))
 
 
-def _gamma_is_shifted(model: Any, architecture: Architecture) -> bool:
+def _gamma_is_shifted(model: "GPTModel", architecture: Architecture) -> bool:
     """Checkpoints of zero-centred LayerNorms hold gamma - 1; Megatron's local norm wants gamma itself."""
     return architecture.layernorm_zero_centered_gamma and not model.config.layernorm_zero_centered_gamma
 
 
-def _shift_gamma(model: Any, architecture: Architecture, by: float) -> None:
+def _shift_gamma(model: "GPTModel", architecture: Architecture, by: float) -> None:
     """Adds `by` to the gains of a model whose checkpoints hold others."""
     import torch
 

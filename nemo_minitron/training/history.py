@@ -172,7 +172,7 @@ class History(pl.Callback):
         """The validated step with the least of the metric that the configuration names; None where none counts."""
         metric = self.config.metric
         known = [entry for entry in self.validation if metric in entry]
-        return min(known, key=lambda entry: entry[metric])["step"] if known else None
+        return int(min(known, key=lambda entry: entry[metric])["step"]) if known else None
 
     def close(self) -> None:
         self.stop.close()

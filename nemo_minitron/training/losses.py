@@ -117,8 +117,7 @@ def token_loss_reduction(
             sums = torch.stack([output["sums"] for output in outputs]).sum(dim=0)
             torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
             keep_sums(sums)
-            weighed_sum: torch.Tensor = sum(weights.get(name, 0.0) * sums[i] for i, name in enumerate(names))
-            return weighed_sum / sums[-1]
+            return sum(weights.get(name, 0.0) * sums[i] for i, name in enumerate(names)) / sums[-1]
 
     return TokenLossReduction()
 

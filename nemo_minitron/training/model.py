@@ -25,7 +25,7 @@ def gpt_module(
     """
     from nemo.collections import llm
 
-    adapted = peft is not None and peft.scheme == "lora"
+    adapters = peft if peft is not None and peft.scheme == "lora" else None
 
     class MinitronGPTModel(TokenLossesMixin, llm.GPTModel):
         loss_names = (LM_LOSS,)
@@ -35,8 +35,8 @@ def gpt_module(
             if hasattr(self, "module"):
                 return
             self.module = build_model(self.config, architecture, weights, self.tokenizer, vp_stage=vp_stage)
-            if adapted:
-                add_adapters(self, peft)
+            if adapters is not None:
+                add_adapters(self, adapters)
 
         def token_losses(self, batch: Batch, output: Any) -> Losses:
             return weighed({LM_LOSS: output}, self.loss_weights, batch["loss_mask"].float())
@@ -47,4 +47,4 @@ def gpt_module(
         def sharded_state_dict(self, prefix: str = "", **options: Any) -> dict[str, Any]:
             return trained_part(bare(self).sharded_state_dict(prefix=f"{prefix}module.", **options))
 
-    return (AdaptedGPTModel if adapted else MinitronGPTModel)(config, optim=optim, tokenizer=tokenizer)
+    return (MinitronGPTModel if adapters is None else AdaptedGPTModel)(config, optim=optim, tokenizer=tokenizer)

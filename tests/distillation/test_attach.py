@@ -69,7 +69,7 @@ def test_what_is_detached_is_what_was_attached_to(models, kd, pairs):
     names = [name for name, _ in student.named_parameters()]
     distillation = Distillation(teacher, kd, pairs)
     model = distillation.attach(student, config)
-    attached = distillation.teacher
+    attached = distillation.attached.teacher
     plain_teacher = type(attached)
     assert model is student and put_on(student) != before
     model.set_student_input_tensor_shape([(16, 2, 96)])  # as NeMo does between pipeline stages
