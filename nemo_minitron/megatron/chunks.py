@@ -4,15 +4,20 @@ Legend: s sequence, b micro batch, v vocabulary rows of this rank, h hidden.
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from torch import Tensor
+    from torch.nn import Module
 
 #: Bytes of logits in float32 that are worked out at once.
 CHUNK = 64 << 20
 
 
 @contextlib.contextmanager
-def output_in_chunks(model: Any, *, losses: bool = True) -> Iterator[None]:
+def output_in_chunks(model: "GPTModel", *, losses: bool = True) -> Iterator[None]:
     """In the body, passes of `model` with labels give the same losses a token [b, s], and keep no logits [s, b, v].
 
     Where the sequence is spread over tensor-parallel ranks, the output layer gathers it, and logits stay whole; each
@@ -28,11 +33,11 @@ def output_in_chunks(model: Any, *, losses: bool = True) -> Iterator[None]:
     given: dict[str, Any] = {}
     logits_of, losses_of = layer.forward, model.compute_language_model_loss
 
-    def hand_on(hidden: Any, *arguments: Any, **options: Any) -> tuple[Any, None]:
+    def hand_on(hidden: "Tensor", *arguments: Any, **options: Any) -> "tuple[Tensor, None]":
         given.update(arguments=arguments, options=options)
         return hidden, None
 
-    def in_chunks(labels: Any, hidden: Any) -> Any:
+    def in_chunks(labels: "Tensor", hidden: "Tensor") -> "Tensor":
         import torch
 
         if not losses:
@@ -49,7 +54,7 @@ def output_in_chunks(model: Any, *, losses: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced(module: Any, name: str, function: Any) -> Iterator[None]:
+def _replaced(module: "Module", name: str, function: Callable[..., Any]) -> Iterator[None]:
     """The module with `function` in its method's place."""
     own = vars(module)
     before = own.get(name)

@@ -3,16 +3,22 @@
 It runs forward (scores, scans of blocks, logits); training is NeMo's. Megatron's local layer spec without fusions.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture, RopeScaling
 from nemo_minitron.checkpoints.formats.nemo2 import SAME_NAME, activation_functions
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from torch import Tensor
 
 #: Fields of Architecture that are arguments of GPTModel and no fields of its config.
 OF_THE_MODEL = ("seq_length", "share_embeddings_and_output_weights", "rotary_base", "rotary_percent")
 
 
-def core_config(architecture: Architecture, **engine: Any) -> Any:
+def core_config(architecture: Architecture, **engine: Any) -> "TransformerConfig":
     """Megatron Core's config of `architecture`, with the values that NeMo's config of it has.
 
     Args:
@@ -32,7 +38,7 @@ def core_config(architecture: Architecture, **engine: Any) -> Any:
     return TransformerConfig(**{**fields, **engine})
 
 
-def torch_layers(config: Any) -> Any:
+def torch_layers(config: "TransformerConfig") -> "TransformerBlockSubmodules":
     """Megatron's local layer spec with norms, gates and attention of ours: this stage's layers and the final norm.
 
     Left to itself Megatron takes Apex's LayerNorm and Transformer Engine's final norm wherever these are installed,
@@ -53,7 +59,7 @@ def torch_layers(config: Any) -> Any:
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=LocalNorm)
 
 
-def core_model(config: Any, architecture: Architecture) -> Any:
+def core_model(config: "TransformerConfig", architecture: Architecture) -> "GPTModel":
     """This pipeline stage's part of the GPTModel; call it inside ``parallel_ranks()``."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -76,7 +82,7 @@ def core_model(config: Any, architecture: Architecture) -> Any:
     return model
 
 
-def scaled_frequencies(frequencies: Any, scaling: RopeScaling) -> Any:
+def scaled_frequencies(frequencies: "Tensor", scaling: RopeScaling) -> "Tensor":
     """Rotary frequencies of Llama 3.1 and later [d/2]; Megatron's own `rope_scaling` fixes all values but the factor.
 
     With wavelength w = 2 pi / f, original length L, low and high frequency factors a and b:

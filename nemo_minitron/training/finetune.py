@@ -2,8 +2,9 @@
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture, padded_vocab_size
 from nemo_minitron.artifacts import Manifest
@@ -25,6 +26,9 @@ from nemo_minitron.training.inputs import (
     training_inputs,
 )
 from nemo_minitron.training.stage import run_training_stage
+
+if TYPE_CHECKING:
+    from nemo.collections.llm import GPTModel
 
 
 def finetune(config: FinetuneConfig) -> Manifest:
@@ -107,7 +111,12 @@ def train_model(
 
 
 def _save(
-    module: Any, architecture: Architecture, config: FinetuneConfig, inputs: Inputs, partial: Path, generation: Any
+    module: "GPTModel",
+    architecture: Architecture,
+    config: FinetuneConfig,
+    inputs: Inputs,
+    partial: Path,
+    generation: Mapping[str, Any] | None,
 ) -> None:
     """Writes the trained model as an ordinary checkpoint, adapters merged, and the adapter where it is to stay."""
     from nemo_minitron.megatron.lora import merge_adapters

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.tokenizer import loadable
@@ -13,6 +13,10 @@ from nemo_minitron.data.module import check_fits as check_data
 from nemo_minitron.data.module import data_module, paths, resolve_prefixes
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.megatron.layout import Layout, check_fits, check_length, layout_of
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
 LOG = "logs/engine.log"
 TOKENIZER, CHECKPOINTS, TENSORBOARD = "tokenizer", "checkpoints", "tensorboard"
@@ -29,7 +33,7 @@ class Inputs:
         samples: of instructions, in place of prefixes.
     """
 
-    prefixes: dict[str, list]
+    prefixes: dict[str, list[str]]
     seq_length: int
     tokenizer: str
     layout: Layout
@@ -41,7 +45,7 @@ class Inputs:
         return files | ({"tokenizer": self.tokenizer} if Path(self.tokenizer).is_dir() else {})
 
 
-def data_files(prefixes: dict[str, list]) -> dict[str, str]:
+def data_files(prefixes: dict[str, list[str]]) -> dict[str, str]:
     """Name -> file of the tokens of each split, for the manifest."""
     return {
         f"{split}{number}": f"{path}.bin"
@@ -106,14 +110,16 @@ def _samples(
     return samples
 
 
-def nemo_tokenizer(name: str) -> Any:
+def nemo_tokenizer(name: str) -> "AutoTokenizer":
     """NeMo's wrapper of a Hugging Face tokenizer."""
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
     return AutoTokenizer(loadable(name), use_fast=True)
 
 
-def build_data(config: StageConfig, inputs: Inputs, tokenizer: Any, partial: Path) -> Any:
+def build_data(
+    config: StageConfig, inputs: Inputs, tokenizer: "AutoTokenizer", partial: Path
+) -> "pl.LightningDataModule":
     """NeMo's data module for a training stage."""
     if inputs.samples is not None:
         from nemo_minitron.data.instruction_module import InstructionDataModule

@@ -1,6 +1,6 @@
 """The Lightning module that trains and validates one GPT model."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
@@ -9,16 +9,22 @@ from nemo_minitron.megatron.lora import add_adapters, trained_part
 from nemo_minitron.megatron.weights import bare, build_model
 from nemo_minitron.training.losses import LM_LOSS, Batch, Losses, TokenLossesMixin, weighed
 
+if TYPE_CHECKING:
+    from nemo.collections import llm
+    from nemo.collections.llm import GPTConfig
+    from nemo.lightning import MegatronOptimizerModule
+    from torch import Tensor
+
 
 def gpt_module(
-    config: Any,
+    config: "GPTConfig",
     architecture: Architecture,
     *,
     weights: Checkpoint | None,
-    optim: Any = None,
+    optim: "MegatronOptimizerModule | None" = None,
     tokenizer: Any = None,
     peft: PeftConfig | None = None,
-) -> Any:
+) -> "llm.GPTModel":
     """NeMo's GPTModel that starts from the checkpoint `weights` (or at random), which shows its loss.
 
     With `peft` of scheme lora only adapters train, and only they are in the checkpoints to resume from.
@@ -38,7 +44,7 @@ def gpt_module(
             if adapters is not None:
                 add_adapters(self, adapters)
 
-        def token_losses(self, batch: Batch, output: Any) -> Losses:
+        def token_losses(self, batch: Batch, output: "Tensor") -> Losses:
             return weighed({LM_LOSS: output}, self.loss_weights, batch["loss_mask"].float())
 
     class AdaptedGPTModel(MinitronGPTModel):
