@@ -40,7 +40,7 @@ def evaluate_loss(config: LossConfig) -> Manifest:
 def measure_splits(partial: Path, config: LossConfig, checkpoint: Checkpoint, inputs: Inputs) -> dict[str, Any]:
     """The job's work: the loss on each split; every rank calls it."""
     from nemo_minitron.data.samples import consecutive_sequences
-    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     limit = config.limit_batches * config.model.global_batch_size
@@ -76,7 +76,7 @@ def mean_loss(model: Any, sequences: Any, batch: int, watched: Callable[[int], P
     import torch
     from megatron.core import parallel_state
 
-    from nemo_minitron.megatron.ranks import run_forward
+    from nemo_minitron.megatron.forward import run_forward
     from nemo_minitron.training.losses import from_last_stage
 
     ranks = parallel_state.get_data_parallel_world_size()

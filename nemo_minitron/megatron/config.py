@@ -48,7 +48,7 @@ def torch_layers(config: "TransformerConfig") -> "TransformerBlockSubmodules":
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
     from nemo_minitron.megatron.attention import TorchAttention
-    from nemo_minitron.megatron.lean import LocalNorm, SwiGLU
+    from nemo_minitron.megatron.local_layers import LocalNorm, SwiGLU
 
     layer = get_gpt_layer_local_spec(normalization=config.normalization)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalNorm

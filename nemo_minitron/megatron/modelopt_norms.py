@@ -24,7 +24,7 @@ def local_norms_prunable() -> Iterator[None]:
     from torch import nn
 
     from nemo_minitron.megatron.attention import TorchAttention
-    from nemo_minitron.megatron.lean import RMSNorm
+    from nemo_minitron.megatron.local_layers import RMSNorm
 
     class _DynamicTorchNorm(_DynamicLayerNorm):
         def _setup(self, *, num_features: TracedHp | None = None) -> None:

@@ -179,7 +179,7 @@ def model_config(architecture: Architecture, layout: Layout, *, local_spec: bool
     if local_spec or not (nemo and transformer_engine_runs(layout.cuda)):
         engine_fields |= WITHOUT_FUSIONS | ({"transformer_layer_spec": torch_layers} if nemo else {})
         if architecture.gated_linear_unit and architecture.activation == "silu" and versions.ffn_takes_activation():
-            engine_fields["use_te_activation_func"] = True  # the layer spec's, megatron.lean.SwiGLU
+            engine_fields["use_te_activation_func"] = True  # the layer spec's, megatron.local_layers.SwiGLU
         if architecture.layernorm_zero_centered_gamma:
             # Megatron's local LayerNorm has no zero-centred gamma: megatron.weights adds the 1 on load instead.
             engine_fields["layernorm_zero_centered_gamma"] = False

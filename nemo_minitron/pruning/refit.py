@@ -83,7 +83,7 @@ def _work(
 ) -> dict[str, Any]:
     import time
 
-    from nemo_minitron.megatron.ranks import parallel_ranks
+    from nemo_minitron.megatron.forward import parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     sequences, samples = calibration.sequences(config.prune.num_block_samples, config.seed)

@@ -46,7 +46,7 @@ class _Reached(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """What runtime.weights asks of a checkpoint: one of its layers as the only one."""
+    """What megatron.weights asks of a checkpoint: one of its layers as the only one."""
 
     path: Path
     tensors: Mapping[str, Lazy]
@@ -61,7 +61,7 @@ class OneLayer:
     """
 
     def __init__(self, architecture: Architecture, tensors: Mapping[str, Lazy], layout: Layout, path: Path):
-        from nemo_minitron.megatron.ranks import load_model
+        from nemo_minitron.megatron.forward import load_model
 
         self.tensors, self.path = tensors, path
         self.architecture = architecture.with_sizes(num_layers=1)

@@ -16,7 +16,7 @@ LAYOUT = Layout(cuda=False, bf16=False)
 @pytest.fixture
 def models(tiny, tmp_path):
     """A narrower student with random weights, the config of the teacher, and the teacher's checkpoint."""
-    from nemo_minitron.megatron.ranks import parallel_ranks
+    from nemo_minitron.megatron.forward import parallel_ranks
     from nemo_minitron.megatron.session import engine, model_config
     from nemo_minitron.megatron.weights import build_model
 

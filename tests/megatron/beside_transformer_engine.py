@@ -13,7 +13,7 @@ import torch
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.launch.ranks import _load, from_dict
-from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+from nemo_minitron.megatron.forward import load_model, parallel_ranks
 from nemo_minitron.megatron.session import engine
 from nemo_trainer import CPU, restore, train_and_save, weights_of
 

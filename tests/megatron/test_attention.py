@@ -15,7 +15,7 @@ CPU = Layout(cuda=False, bf16=False)
 @pytest.fixture(scope="module")
 def megatron(tmp_path_factory):
     """Makes attentions of one rank: (class or name, changes of the config, changes of the call) -> module."""
-    from nemo_minitron.megatron.ranks import parallel_ranks
+    from nemo_minitron.megatron.forward import parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     with engine(1, tmp_path_factory.mktemp("engine") / "log"), parallel_ranks(CPU, 1):

@@ -6,8 +6,8 @@ import torch
 import models
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.megatron import chunks
+from nemo_minitron.megatron.forward import load_model, parallel_ranks, run_forward
 from nemo_minitron.megatron.layout import Layout
-from nemo_minitron.megatron.ranks import load_model, parallel_ranks, run_forward
 from nemo_minitron.megatron.session import engine
 
 VOCABULARY, LENGTH = 259, 24

@@ -202,8 +202,8 @@ def gpt(experts: int | None) -> torch.nn.Module:
 
 def test_a_mixture_of_equal_experts_is_the_dense_model_forward_and_backward(tmp_path):
     """A token's two experts weigh 1 together: so do their gradients."""
+    from nemo_minitron.megatron.forward import parallel_ranks
     from nemo_minitron.megatron.layout import Layout
-    from nemo_minitron.megatron.ranks import parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     with engine(3, tmp_path / "log"), parallel_ranks(Layout(cuda=False, bf16=False), 3):

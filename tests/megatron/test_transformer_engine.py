@@ -169,7 +169,7 @@ def test_every_extra_state_that_any_version_asks_for_is_there_and_empty(tiny, tm
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    from nemo_minitron.megatron.ranks import parallel_ranks
+    from nemo_minitron.megatron.forward import parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     root, _ = container

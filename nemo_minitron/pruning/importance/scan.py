@@ -109,7 +109,7 @@ def _work(
 ) -> dict[str, Any]:
     import time
 
-    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     sequences, samples = calibration.sequences(config.prune.num_block_samples, config.seed)

@@ -1,4 +1,4 @@
-"""Megatron's parallel state without a trainer: for scoring, cutting and evaluating."""
+"""Models that run forward without a trainer, on Megatron's parallel state: for scoring, cutting and evaluating."""
 
 import contextlib
 import os
