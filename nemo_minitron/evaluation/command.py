@@ -13,15 +13,14 @@ from typing import Any
 
 from nemo_minitron.artifacts import Manifest, write_json
 from nemo_minitron.checkpoints.checkpoint import FORMATS, Checkpoint
-from nemo_minitron.config import DataConfig, EvaluateConfig
-from nemo_minitron.errors import ConfigError, DataError
+from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.evaluation import facts, likelihoods, lm_eval_api, perplexity, suite, summarization
 from nemo_minitron.evaluation.loading import Loaded, check_tokens, display_names, load, open_all, quiet_transformers
 from nemo_minitron.evaluation.results import render, rows_of
+from nemo_minitron.evaluation.tasks import OWN, PreparedTasks
 from nemo_minitron.jobs.job import Job
 from nemo_minitron.jobs.progress import Progress
 
-KNOWN = (perplexity.TASK, "facts", summarization.TASK)
 RESULTS, TABLE, SAMPLES = "results.json", "table.txt", "samples.jsonl"
 
 
@@ -40,12 +39,12 @@ def evaluate(config: EvaluateConfig) -> Manifest | None:
 def measure(config: EvaluateConfig) -> tuple[dict[str, Any], Manifest | None]:
     """As evaluate, and prints nothing: the results, and their manifest where there is an output."""
     checkpoints = open_all(config.models, config)
-    suite.check_names(config.task_names, KNOWN)
+    suite.check_names(config.task_names, OWN)
     if config.output is None:
-        return run_tasks(config, checkpoints, Prepared(config))[0], None
+        return run_tasks(config, checkpoints, PreparedTasks(config))[0], None
     job = _job(config, config.output)
     if job.finished() is None:
-        prepared = Prepared(config)
+        prepared = PreparedTasks(config)
         job.run(lambda partial: write_results(partial, config, checkpoints, prepared))
     results = json.loads((Path(config.output) / RESULTS).read_text(encoding="utf-8"))
     return results, Manifest.read(config.output)
@@ -70,7 +69,7 @@ def _job(config: EvaluateConfig, output: str) -> Job:
 
 
 def write_results(
-    partial: Path, config: EvaluateConfig, checkpoints: list[Checkpoint], prepared: "Prepared"
+    partial: Path, config: EvaluateConfig, checkpoints: list[Checkpoint], prepared: PreparedTasks
 ) -> dict[str, Any]:
     """The job's work: runs all tasks and writes results, table and answers."""
     started = time.perf_counter()
@@ -83,100 +82,8 @@ def write_results(
     return {"metrics": results, "timings": {"evaluation_seconds": seconds}}
 
 
-class Prepared:
-    """Every task with its data, loaded once for all checkpoints.
-
-    Raises:
-        ConfigError, DataError: a task's data is missing or unusable.
-    """
-
-    def __init__(self, config: EvaluateConfig):
-        self.config = config
-        names = config.task_names
-        own: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-        self.questions: list[dict[str, Any]] = []
-        self.documents: list[str] = []
-        self.articles: list[summarization.Article] = []
-        with quiet_transformers():
-            if "facts" in names:
-                self.questions = self._questions()
-                own += facts.tasks(self.questions)
-            if perplexity.TASK in names:
-                self.documents = self._documents()
-                own.append(perplexity.task(self.documents))
-            if summarization.TASK in names:
-                self.articles = summarization.load_articles(config)
-            self.loaded = self._loaded(own, [name for name in names if name not in KNOWN])
-
-    def _loaded(self, own: list[dict[str, Any]], others: list[str]) -> dict[str, Any]:
-        loaded = lm_eval_api.load(lm_eval_api.task_manager(include_defaults=False), own) if own else {"tasks": {}}
-        loaded = {"tasks": {}, "groups": {}, "group_map": {}} | loaded
-        self.shown = [task["task"] for task in own]
-        if others:
-            config = self.config
-            asked = suite.load_tasks(
-                others, task_data=config.task_data, shots=config.num_fewshot, allow_code=config.allow_code
-            )
-            self.shown += asked.names
-            self.notes += [f"{name} is left out: {why}" for name, why in asked.left_out.items()]
-            for kind, entries in asked.loaded.items():
-                loaded[kind] |= entries
-        for task in loaded["tasks"].values():
-            if task.get_config("num_fewshot") is None:
-                task.set_config(key="num_fewshot", value=0)
-            task.set_fewshot_seed(seed=self.config.seed)
-        return loaded
-
-    @property
-    def has_windows(self) -> bool:
-        """Whether a task scores texts whole, window by window."""
-        return any(task.get_config("output_type") == "loglikelihood_rolling" for task in self.loaded["tasks"].values())
-
-    def _questions(self) -> list[dict[str, Any]]:
-        from nemo_minitron.data.sources import open_corpus
-
-        data = data_config(self.config)
-        if data.source != "embedded":
-            raise DataError(
-                f"tasks=facts asks about the embedded corpus, and {self.config.corpus} is {data.source}: give "
-                "corpus=embedded, or a folder that `minitron data source=embedded` made"
-            )
-        documents = open_corpus(data).splits["train"]()
-        return facts.stated_questions(data, documents, self.config.limit or facts.QUESTIONS, self.config.seed)
-
-    def _documents(self) -> list[str]:
-        import itertools
-
-        from nemo_minitron.data.sources import open_corpus
-
-        documents = open_corpus(data_config(self.config)).splits[self.config.split]()
-        return [text for text in itertools.islice(documents, self.config.limit) if text.strip()]
-
-
-def data_config(config: EvaluateConfig) -> DataConfig:
-    """The settings with which `minitron data` made, or would make, the corpus."""
-    place = Path(config.corpus).expanduser()
-    if not (place / "manifest.json").is_file():
-        return DataConfig(
-            source=config.corpus,
-            text_key=config.text_key,
-            domain=config.domain,
-            words=config.words,
-            seed=config.corpus_seed,
-            output="",
-        )
-    manifest = Manifest.read(place)
-    if manifest.stage != "data":
-        raise ConfigError(
-            f"corpus = {place} was made by `{manifest.stage}`, not by `minitron data`", "minitron evaluate"
-        )
-    known = {field.name for field in dataclasses.fields(DataConfig)}
-    return DataConfig(**{name: value for name, value in manifest.config.items() if name in known})
-
-
 def run_tasks(
-    config: EvaluateConfig, checkpoints: list[Checkpoint], prepared: Prepared
+    config: EvaluateConfig, checkpoints: list[Checkpoint], prepared: PreparedTasks
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Results of all checkpoints, one loaded after the other, and what each answered to each question."""
     names = display_names(config.models, config.names)
@@ -227,7 +134,7 @@ def run_tasks(
 
 
 def run_model(
-    config: EvaluateConfig, loaded: Loaded, prepared: Prepared, *, name: str, window: int
+    config: EvaluateConfig, loaded: Loaded, prepared: PreparedTasks, *, name: str, window: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One checkpoint: task -> metric -> value and standard error; and its answers."""
     measured: dict[str, Any] = {}

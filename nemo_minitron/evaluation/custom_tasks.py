@@ -138,4 +138,4 @@ def pass_at_1(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 #: Name -> the task's configuration, from the folder with downloaded data or None.
-MADE: dict[str, Callable[[str | None], dict[str, Any]]] = {"xlsum_en": xlsum, "humaneval": humaneval}
+CUSTOM_TASKS: dict[str, Callable[[str | None], dict[str, Any]]] = {"xlsum_en": xlsum, "humaneval": humaneval}

@@ -2,13 +2,16 @@
 
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.formats.huggingface.transformers_model import last_line
 from nemo_minitron.checkpoints.tokenizer import SPECIAL_TOKENS
 from nemo_minitron.config import GenerateConfig
 from nemo_minitron.errors import CheckpointError, ConfigError
 from nemo_minitron.evaluation.loading import Loaded, check_tokens, load, open_all
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def generate(config: GenerateConfig) -> None:
@@ -65,7 +68,7 @@ def continuation(loaded: Loaded, config: GenerateConfig) -> tuple[list[int], int
     return generated(loaded, encoded.input_ids, encoded.attention_mask, **options), prompt_tokens
 
 
-def generated(loaded: Loaded, tokens: Any, mask: Any, **options: Any) -> list[int]:
+def generated(loaded: Loaded, tokens: "Tensor", mask: "Tensor", **options: Any) -> list[int]:
     """The tokens [1, s] and what the model makes of them.
 
     Args:

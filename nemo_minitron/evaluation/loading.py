@@ -4,13 +4,17 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.formats.huggingface.families import write_config
 from nemo_minitron.checkpoints.formats.huggingface.transformers_model import load_model, quiet_loading
 from nemo_minitron.config import InferenceSettings
 from nemo_minitron.errors import CheckpointError, DataError, EngineError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -21,12 +25,12 @@ class Loaded:
 
     Attributes:
         model: transformers' model.
-        tokenizer: its tokenizer, or None where none was asked for.
+        tokenizer: its tokenizer.
         checkpoint: where it came from.
     """
 
-    model: Any
-    tokenizer: Any
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
     checkpoint: Checkpoint
 
 
@@ -61,24 +65,31 @@ def resolve_device(name: str) -> str:
     return wanted
 
 
-def load(checkpoint: Checkpoint, settings: InferenceSettings, *, tokenizer: bool = True) -> Loaded:
+def load(checkpoint: Checkpoint, settings: InferenceSettings) -> Loaded:
     """Loads a checkpoint for inference.
-
-    Args:
-        tokenizer: load its tokenizer as well.
 
     Raises:
         CheckpointError: its weights do not fit its sizes, or it has no tokenizer.
         DataError: the tokenizer cannot be loaded.
     """
+    resolve_device(settings.device)
+    tokenizer = load_tokenizer_of(checkpoint, settings)
+    return Loaded(model=load_model_alone(checkpoint, settings), tokenizer=tokenizer, checkpoint=checkpoint)
+
+
+def load_model_alone(checkpoint: Checkpoint, settings: InferenceSettings) -> "PreTrainedModel":
+    """Loads a checkpoint's model for inference, without a tokenizer.
+
+    Raises:
+        CheckpointError: its weights do not fit its sizes.
+    """
     device = resolve_device(settings.device)
-    its_tokenizer = load_tokenizer_of(checkpoint, settings) if tokenizer else None
     with quiet_transformers():
         model = load_model(checkpoint, _dtype(checkpoint, settings, device))
-    return Loaded(model=model.to(device).eval(), tokenizer=its_tokenizer, checkpoint=checkpoint)
+    return model.to(device).eval()
 
 
-def load_tokenizer_of(checkpoint: Checkpoint, settings: InferenceSettings) -> Any:
+def load_tokenizer_of(checkpoint: Checkpoint, settings: InferenceSettings) -> "PreTrainedTokenizerBase":
     """The tokenizer that the settings name, or else the checkpoint's own."""
     from nemo_minitron.data.tokenizer import load_tokenizer
 
@@ -99,7 +110,7 @@ def check_tokens(ids: Iterable[int], loaded: Loaded) -> None:
         )
 
 
-def _dtype(checkpoint: Checkpoint, settings: InferenceSettings, device: str) -> Any:
+def _dtype(checkpoint: Checkpoint, settings: InferenceSettings, device: str) -> "torch.dtype":
     import torch
 
     if settings.dtype != "auto":

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -13,6 +13,10 @@ from nemo_minitron.data.module import paths
 from nemo_minitron.jobs.progress import Progress, Silent
 from nemo_minitron.training.inputs import LOG, Inputs, stated_path, training_inputs
 from nemo_minitron.training.stage import run_training_stage
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from torch import Tensor
 
 
 def evaluate_loss(config: LossConfig) -> Manifest:
@@ -66,7 +70,9 @@ def _progress(config: LossConfig, split: str) -> Callable[[int], Progress]:
     return lambda samples: Progress(name, samples, unit="sample", every=every)
 
 
-def mean_loss(model: Any, sequences: Any, batch: int, watched: Callable[[int], Progress] | None = None) -> float:
+def mean_loss(
+    model: "GPTModel", sequences: "Tensor", batch: int, watched: Callable[[int], Progress] | None = None
+) -> float:
     """Mean negative log-likelihood in nats a token over token sequences [n, s + 1], on every rank.
 
     Args:
@@ -83,7 +89,7 @@ def mean_loss(model: Any, sequences: Any, batch: int, watched: Callable[[int], P
     mine = sequences[parallel_state.get_data_parallel_rank() :: ranks]
     total = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
 
-    def take(losses: Any, index: int) -> None:
+    def take(losses: "Tensor", index: int) -> None:
         total[0] += losses.double().sum()
         total[1] += losses.numel()
 

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import human
 from nemo_minitron.artifacts import Manifest, write_json
@@ -23,6 +23,13 @@ from nemo_minitron.errors import ConfigError, EngineError
 from nemo_minitron.evaluation.loading import display_names, open_all
 from nemo_minitron.jobs.job import Job
 from nemo_minitron.report.table import aligned
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
+
+    from torch import Tensor
+    from transformers import DynamicCache
 
 RESULTS, TABLE = "results.json", "table.txt"
 PROMPT_TOKENS, NEW_TOKENS = 1024, 128
@@ -132,8 +139,8 @@ def _spread(values: list[float]) -> dict[str, float]:
 class _Worker:
     """A process that holds one checkpoint."""
 
-    process: Any
-    connection: Any
+    process: "BaseProcess"
+    connection: "Connection[Any, Any]"
     path: str
 
     def ask(self, what: str) -> dict[str, Any]:
@@ -177,7 +184,7 @@ def _workers(config: BenchmarkConfig) -> Iterator[list[_Worker]]:
                 worker.process.join()
 
 
-def _serve(connection: Any, path: str, config: BenchmarkConfig) -> None:
+def _serve(connection: "Connection[Any, Any]", path: str, config: BenchmarkConfig) -> None:
     """A worker's life: answers until nobody asks any more."""
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         runner = None
@@ -208,7 +215,7 @@ class Runner:
         import torch
 
         from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-        from nemo_minitron.evaluation.loading import load, resolve_device
+        from nemo_minitron.evaluation.loading import load_model_alone, resolve_device
         from nemo_minitron.jobs.memory import reset_peak_memory
 
         assert config.prompt_tokens is not None and config.new_tokens is not None, "with_lengths states them"
@@ -218,7 +225,7 @@ class Runner:
         checkpoint = open_checkpoint(path, quantized=True)
         _rehearse(checkpoint.architecture.family, device)
         self.before = 0 if self.cuda else _resident_bytes()
-        self.model = load(checkpoint, config, tokenizer=False).model
+        self.model = load_model_alone(checkpoint, config)
         reset_peak_memory()
         vocabulary = checkpoint.architecture.vocab_size - checkpoint.architecture.vocab_padding
         generator = torch.Generator().manual_seed(config.seed)
@@ -256,10 +263,11 @@ class Runner:
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
 
-    def _step(self, tokens: Any, cache: Any) -> Any:
+    def _step(self, tokens: "Tensor", cache: "DynamicCache") -> "Tensor":
         """The likeliest next token [b, 1]."""
-        out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].argmax(-1, keepdim=True)
+        output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token: Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
+        return token
 
     def _now(self) -> float:
         import time

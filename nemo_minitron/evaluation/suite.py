@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.evaluation import lm_eval_api
-from nemo_minitron.evaluation.custom_tasks import HUMANEVAL, MADE, XLSUM, first_line, folder_of, own_cache
+from nemo_minitron.evaluation.custom_tasks import CUSTOM_TASKS, HUMANEVAL, XLSUM, first_line, folder_of, own_cache
 
 
 class Part(NamedTuple):
@@ -125,8 +125,10 @@ def _parts(names: list[str], shots: int | None, allow_code: bool) -> tuple[list[
 def _load(part: Part, task_data: str | None) -> dict[str, Any]:
     """The task or group with its data, from the folder or the hub."""
     index = _index()
-    if part.dataset and part.name in MADE:
-        return lm_eval_api.load(index, [MADE[part.name](task_data) | {"task": part.name, "num_fewshot": part.shots}])
+    if part.dataset and part.name in CUSTOM_TASKS:
+        return lm_eval_api.load(
+            index, [CUSTOM_TASKS[part.name](task_data) | {"task": part.name, "num_fewshot": part.shots}]
+        )
     changes: dict[str, Any] = {} if part.shots < 0 else {"num_fewshot": part.shots}
     datasets = _datasets(part)
     if task_data is not None:
