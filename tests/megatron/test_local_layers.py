@@ -19,11 +19,11 @@ def drawn(*shape, dtype, seed=0):
 
 def kept(function, *inputs):
     """The result, and what its backward pass holds beside the inputs, in elements."""
-    found = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (found.append(tensor), tensor)[1], lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (saved.append(tensor), tensor)[1], lambda t: t):
         result = function(*inputs)
     known = {tensor.data_ptr() for tensor in (*inputs, result)}
-    return result, sum(tensor.numel() for tensor in found if tensor.data_ptr() not in known)
+    return result, sum(tensor.numel() for tensor in saved if tensor.data_ptr() not in known)
 
 
 def gradients(result, *leaves):
