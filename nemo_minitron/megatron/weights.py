@@ -94,7 +94,7 @@ def load_weights(model: "GPTModel", architecture: Architecture, checkpoint: Chec
         )
 
 
-def load_strictly(model: "GPTModel", checkpoint: Checkpoint) -> None:
+def load_strictly(model: Any, checkpoint: Checkpoint) -> None:
     """Loads a NeMo-2 checkpoint by Megatron's own reader, with its strictest check; nothing of ours is in between.
 
     What is no weight is neither asked for nor missed: an optimizer's state, and extra states, of which there are other
@@ -177,7 +177,7 @@ class _ShardReader:
         return padded
 
 
-def save_weights(model: "GPTModel", architecture: Architecture, path: Path) -> None:
+def save_weights(model: Any, architecture: Architecture, path: Path) -> None:
     """Saves a Megatron GPTModel into `path`/weights, with the extra states that Megatron asks for with Transformer
     Engine; every rank calls it. No modelopt_state: a pruned student is an ordinary smaller model."""
     from megatron.core import dist_checkpointing
@@ -235,14 +235,14 @@ def save_checkpoint(
     folder = partial if form == "nemo2" else partial / BEFORE_CONVERSION
     save_weights(model, architecture, folder)
     if torch.distributed.get_rank() == 0:
-        files = tokenizers.named(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        found = tokenizers.named(tokenizer) if isinstance(tokenizer, str) else tokenizer
         tensors = canonical.canonical(torch_dist.tensors(folder_files(folder / WEIGHTS)), folder)
         if form == "nemo2":
             dtype = tensors[canonical.EMBEDDING].dtype
-            write_context(folder, architecture, files, generation or {}, dtype)
+            write_context(folder, architecture, found, generation or {}, dtype)
         else:
             place = place_in(partial, output, form)
-            write_checkpoint(place, form, architecture, tensors, files, generation or {})
+            write_checkpoint(place, form, architecture, tensors, found, generation or {})
             shutil.rmtree(folder)
     torch.distributed.barrier()
 

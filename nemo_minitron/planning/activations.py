@@ -9,7 +9,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.planning.run import FUSED_GATE, Run
 
 FP32 = 4
-#: Queries of a block of a sliding window without Transformer Engine (megatron.attention).
+#: Queries of a block of a sliding window without Transformer Engine (runtime.attention).
 BLOCK = 1024
 
 
@@ -40,7 +40,7 @@ def _attention(a: Architecture, run: Run) -> float:
     """A token's queries, keys and values, the logarithm of each head's sum, and the input of linear_proj.
 
     With Transformer Engine the values are a view that keeps the whole output of linear_qkv. Without it they are a copy,
-    and a sliding window is worked out in blocks (megatron.attention), whose results are kept beside the joined one.
+    and a sliding window is worked out in blocks (runtime.attention), whose results are kept beside the joined one.
     """
     e, d, n, g = run.bytes, a.kv_channels, a.num_attention_heads, a.num_query_groups
     values = g * d if run.local_spec else a.qkv_rows()
@@ -61,7 +61,7 @@ def _ffn(a: Architecture, run: Run) -> float:
 
 def _gated(a: Architecture, run: Run) -> int:
     """Widths of a gated FFN that are kept: both halves of linear_fc1's output and their product; unless the gate is one
-    operation (fused, or megatron.local_layers) the activated half too, and the linear half with its offset."""
+    operation (fused, or runtime.lean's) the activated half too, and the linear half with its offset."""
     whole = run.core.takes_gate and a.activation == "silu" if run.local_spec else a.family in FUSED_GATE
     if whole:
         return 3

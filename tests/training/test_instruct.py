@@ -37,18 +37,18 @@ def students(tiny, tmp_path_factory) -> dict:
     import transformers
 
     folder = tmp_path_factory.mktemp("students")
-    folders = {"pruned": folder / "pruned"}
-    flow.prune(tiny.pruning(folders["pruned"], hidden_size=96, ffn_hidden_size=192, drop_layers=[3]))
+    found = {"pruned": folder / "pruned"}
+    flow.prune(tiny.pruning(found["pruned"], hidden_size=96, ffn_hidden_size=192, drop_layers=[3]))
     for name, kind, sizes in (
         ("mistral", "Mistral", {"head_dim": 24, "sliding_window": None}),
         ("nemotron", "Nemotron", {}),
     ):
         torch.manual_seed(1)
         settings = getattr(transformers, f"{kind}Config")(**{**SMALL, "vocab_size": 512, **sizes})
-        folders[name] = folder / name
-        getattr(transformers, f"{kind}ForCausalLM")(settings).save_pretrained(folders[name])
-        transformers.AutoTokenizer.from_pretrained(tiny.data / "tokenizer").save_pretrained(folders[name])
-    return folders
+        found[name] = folder / name
+        getattr(transformers, f"{kind}ForCausalLM")(settings).save_pretrained(found[name])
+        transformers.AutoTokenizer.from_pretrained(tiny.data / "tokenizer").save_pretrained(found[name])
+    return found
 
 
 def tuning(tiny, student, rows, output, steps=12, scheme="lora", dropout=0.0, keep=False, **fields) -> c.FinetuneConfig:
