@@ -137,7 +137,7 @@ def teacher_forward(distillation: Any, config: c.DistillConfig, length: int) -> 
     """Seconds of forward passes of the teacher, output layer included, without gradients."""
     import torch
 
-    teacher = distillation.teacher
+    teacher = distillation.attached.teacher
     distillation.detach()
     device = next(teacher.parameters()).device
     tokens = torch.randint(100, (config.model.micro_batch_size, length), device=device)

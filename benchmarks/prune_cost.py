@@ -87,9 +87,9 @@ def cut_in_memory(source: str, output: str, settings: str, scores: str) -> None:
 
     from nemo_minitron.artifacts import ImportanceScores
     from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+    from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.layout import Layout
     from nemo_minitron.megatron.modelopt_norms import local_norms_prunable
-    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
     from nemo_minitron.megatron.weights import save_checkpoint
 
@@ -148,9 +148,9 @@ def in_memory(config: Any) -> None:
     import modelopt.torch.prune as mtp
 
     from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+    from nemo_minitron.megatron.forward import load_model, parallel_ranks, run_forward
     from nemo_minitron.megatron.layout import layout_of
     from nemo_minitron.megatron.modelopt_norms import local_norms_prunable
-    from nemo_minitron.megatron.ranks import load_model, parallel_ranks, run_forward
     from nemo_minitron.megatron.session import engine
     from nemo_minitron.megatron.weights import save_checkpoint
     from nemo_minitron.pruning.calibration import calibration_of

@@ -108,8 +108,8 @@ def _by_megatron(checkpoint: Checkpoint, tokens: Any, seed: int) -> Any:
 
     import torch
 
+    from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.layout import Layout
-    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
     from nemo_minitron.megatron.weights import load_strictly
 

@@ -4,7 +4,7 @@ Legend: s sequence, b micro batch, v vocabulary rows of this rank, h hidden (stu
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.config import KDConfig
@@ -59,8 +59,6 @@ class Distillation:
     Attributes:
         names: of the losses, in the order in which they are shown.
         weights: of each loss in the sum that is trained on.
-        student: ModelOpt's model, the very object that was given to `attach`; None while nothing is attached.
-        teacher: frozen; None while it is not attached.
     """
 
     def __init__(self, checkpoint: Checkpoint, kd: KDConfig, pairs: Sequence[Pair] = ()):
@@ -69,9 +67,7 @@ class Distillation:
         self.names = (KD_LOSS, LM_LOSS, *self.hidden_names)
         self.weights = {KD_LOSS: kd.kd_weight, LM_LOSS: kd.lm_weight}
         self.weights |= {name: kd.hidden.weight / len(pairs) for name in self.hidden_names}
-        self.student: GPTModel | None = None
-        self.teacher: GPTModel | None = None
-        self.fused = False
+        self._attached: _Attached | None = None
 
     def weights_at(self, means: Mapping[str, float]) -> dict[str, float]:
         """The weight of each loss in a step whose losses have these means."""
@@ -86,7 +82,7 @@ class Distillation:
         import modelopt.torch.distill as mtd
         from nemo.collections.llm.modelopt.distill.utils import DistillationConfig, adjust_distillation_model_for_mcore
 
-        if self.student is not None:
+        if self._attached is not None:
             raise RuntimeError("a teacher is attached already; detach it first")
         for name in LAYOUT:
             setattr(config, name, getattr(student.config, name))
@@ -102,19 +98,26 @@ class Distillation:
         }
         model = mtd.convert(student, mode=[("kd_loss", mode)])
         adjust_distillation_model_for_mcore(model, distill_cfg=settings)
-        self.student, self.teacher = model, model.teacher_model
         model.forward = _teacher_then_student(model)
-        self.fused = model.post_process and self._is_fused(student.config.sequence_parallel)
-        if self.fused:
-            _pass_hidden_states_on(model, self.teacher)
+        fused = model.post_process and self._fuses(sequence_parallel=student.config.sequence_parallel)
+        if fused:
+            _pass_hidden_states_on(model, model.teacher_model)
         else:
             model.compute_language_model_loss = _loss_on_a_copy(model, trained_on=self.kd.lm_weight > 0)
+        self._attached = _Attached(model, model.teacher_model, fused)
         return model
 
-    def _is_fused(self, sequence_parallel: bool) -> bool:
+    def _fuses(self, *, sequence_parallel: bool) -> bool:
         """Whether the losses on logits take the output layers' place."""
         kd = self.kd
         return kd.form == "fused" or (kd.form == "auto" and kd.top_k is None and not sequence_parallel)
+
+    @property
+    def attached(self) -> "_Attached":
+        """What `attach` made; raises RuntimeError where no teacher is attached."""
+        if self._attached is None:
+            raise RuntimeError("no teacher is attached to a student")
+        return self._attached
 
     def losses(self, batch: Batch, output: "Tensor") -> Losses:
         """The losses of the forward pass that has just run, on the last pipeline stage.
@@ -123,26 +126,19 @@ class Distillation:
             output: of the student, its language-model loss a token [b, s].
         """
         mask = batch["loss_mask"].float()  # [b, s]
-        on_logits, *on_hidden = self._attached().items()
+        on_logits, *on_hidden = self.attached.criteria().items()
         hidden = {name: _popped_loss(*criterion) for name, criterion in zip(self.hidden_names, on_hidden)}
-        if self.fused:
+        if self.attached.fused:
             losses = self._fused_losses(batch, mask)
         else:
             losses = weighed({KD_LOSS: _popped_loss(*on_logits), LM_LOSS: output}, self.weights, mask)
         return with_hidden(losses, hidden, mask, self.kd.hidden) if hidden else losses
 
-    def _attached(self) -> "dict[tuple[Module, Module], Module]":
-        """(student's layer, teacher's layer) -> criterion, as ModelOpt has them: on logits, then on hidden states."""
-        if self.student is None:
-            raise RuntimeError("no teacher is attached to a student")
-        criteria: dict[tuple[Module, Module], Module] = self.student._layers_to_loss
-        return criteria
-
     def _fused_losses(self, batch: Batch, mask: "Tensor") -> Losses:
         """The losses on logits from what the output layers were given."""
         from nemo_minitron.distillation.losses.fused import fused_divergence
 
-        kd, student, teacher = self.kd, self.student, self.teacher
+        kd, (student, teacher, _) = self.kd, self.attached
         labels, mask = batch["labels"].t(), mask.t()  # [s, b]
         hidden, target = (pop_output(one.output_layer)[0] for one in (student, teacher))  # [s, b, h], [s, b, g]
         factor = kd.temperature**2 if kd.times_t_squared else 1.0
@@ -159,6 +155,7 @@ class Distillation:
             lm_weights=(mask * kd.lm_weight).flatten() if kd.lm_weight else None,
             group=vocabulary_group(),
         )
+        assert fused.lm is not None, "labels are given"
         shown = {KD_LOSS: fused.kd * factor, LM_LOSS: fused.lm}
         return Losses(fused.total, {name: value.view(mask.shape).t() for name, value in shown.items()})
 
@@ -168,19 +165,37 @@ class Distillation:
         Raises:
             RuntimeError: no teacher is attached.
         """
-        compared = self._attached()
-        student, teacher = self.student, self.teacher
+        student, teacher, _ = self.attached
+        layers = [layer for pair in self.attached.criteria() for layer in pair]
         for model, names in ((student, STUDENT_ATTRIBUTES), (teacher, TEACHER_ATTRIBUTES)):
             for name in names:
-                vars(model).pop(name, None)
+                model.__dict__.pop(name, None)
             if model.post_process:
-                vars(model.output_layer).pop("forward", None)
-        student.export()
-        for layers in compared:
-            for layer in layers:
-                vars(layer).pop(OUTPUT, None)
-        self.student = self.teacher = None
+                model.output_layer.__dict__.pop("forward", None)
+        student.export()  # ModelOpt's: its class, hooks, and what is in its modules' lists
+        for layer in layers:
+            layer.__dict__.pop(OUTPUT, None)
+        self._attached = None
         return student
+
+
+class _Attached(NamedTuple):
+    """The two models while they are together.
+
+    Attributes:
+        student: ModelOpt's DistillationModel, the very object that was given to `attach`.
+        teacher: frozen.
+        fused: whether the output layers only hand on the hidden states that they are given.
+    """
+
+    student: "GPTModel"
+    teacher: "GPTModel"
+    fused: bool
+
+    def criteria(self) -> "dict[tuple[Module, Module], Module]":
+        """(student's layer, teacher's) -> criterion, on logits, then on hidden states; on the last stage alone."""
+        criteria: dict[tuple[Module, Module], Module] = self.student._layers_to_loss
+        return criteria
 
 
 def pop_output(layer: "Module") -> Any:

@@ -14,7 +14,15 @@ from nemo_minitron.distillation.layer_pairs import Pair, layer_pairs
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.megatron.layout import check_fits
 from nemo_minitron.packages.versions import check_training
-from nemo_minitron.training.inputs import CHECKPOINTS, LOG, Inputs, build_data, nemo_tokenizer, training_inputs
+from nemo_minitron.training.inputs import (
+    CHECKPOINTS,
+    LOG,
+    Inputs,
+    build_data,
+    nemo_tokenizer,
+    stated_path,
+    training_inputs,
+)
 from nemo_minitron.training.stage import run_training_stage
 
 if TYPE_CHECKING:
@@ -32,13 +40,14 @@ def distill(config: DistillConfig) -> Manifest:
         NonFiniteLossError: a loss is not a number.
     """
     check_training("minitron distill")
-    student = open_checkpoint(config.model.restore_from_path, "student")
-    teacher = None
-    folders = {"student": config.model.restore_from_path}
+    folders = {"student": stated_path(config.model.restore_from_path, "model.restore_from_path")}
+    student, teacher = open_checkpoint(folders["student"], "student"), None
     if config.kd.kd_weight:
-        teacher = open_checkpoint(config.model.kd_teacher_restore_from_path, "teacher")
+        folders["teacher"] = stated_path(
+            config.model.kd_teacher_restore_from_path, "model.kd_teacher_restore_from_path"
+        )
+        teacher = open_checkpoint(folders["teacher"], "teacher")
         check_pair(teacher.architecture, student.architecture)
-        folders["teacher"] = config.model.kd_teacher_restore_from_path
     pairs = pairs_of(config, teacher, student)
     inputs = training_inputs(config, student.architecture, student.tokenizer)
     if teacher is not None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from nemo.collections.llm import GPTConfig
     from nemo.collections.llm.modelopt.distill.model import DistillationGPTModel
+    from nemo.lightning import MegatronOptimizerModule
+    from torch import Tensor
 
 
 def distillation_module(
@@ -21,7 +23,7 @@ def distillation_module(
     *,
     student_config: "GPTConfig",
     teacher_config: "GPTConfig",
-    optim: Any,
+    optim: "MegatronOptimizerModule",
     tokenizer: Any,
 ) -> "DistillationGPTModel":
     """A DistillationGPTModel whose validation, too, runs the teacher; the teacher is attached when it is configured.
@@ -43,7 +45,7 @@ def distillation_module(
         def weights_at(self, means: Mapping[str, float]) -> dict[str, float]:
             return self.distillation.weights_at(means)
 
-        def token_losses(self, batch: Batch, output: Any) -> Losses:
+        def token_losses(self, batch: Batch, output: "Tensor") -> Losses:
             return self.distillation.losses(batch, output)
 
     teacher = str(distillation.checkpoint.path)

@@ -13,15 +13,14 @@ from typing import Any
 
 from nemo_minitron.artifacts import Manifest, write_json
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
-from nemo_minitron.config import DataConfig, EvaluateConfig
-from nemo_minitron.errors import ConfigError, DataError
+from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.evaluation import facts, likelihoods, lm_eval_api, perplexity, suite, summarization
 from nemo_minitron.evaluation.loading import Loaded, check_tokens, display_names, load, open_all, quiet_transformers
 from nemo_minitron.evaluation.results import render, rows_of
+from nemo_minitron.evaluation.tasks import OWN, PreparedTasks
 from nemo_minitron.jobs.job import Job
 from nemo_minitron.jobs.progress import Progress
 
-KNOWN = (perplexity.TASK, "facts", summarization.TASK)
 RESULTS, TABLE, SAMPLES = "results.json", "table.txt", "samples.jsonl"
 
 
@@ -40,18 +39,18 @@ def evaluate(config: EvaluateConfig) -> Manifest | None:
 def measure(config: EvaluateConfig) -> tuple[dict[str, Any], Manifest | None]:
     """As evaluate, and prints nothing: the results, and their manifest where there is an output."""
     checkpoints = open_all(config.models, config)
-    suite.check_names(config.task_names, KNOWN)
+    suite.check_names(config.task_names, OWN)
     if config.output is None:
-        return run_tasks(config, checkpoints, Prepared(config))[0], None
-    job = _job(config)
+        return run_tasks(config, checkpoints, PreparedTasks(config))[0], None
+    job = _job(config, config.output)
     if job.finished() is None:
-        prepared = Prepared(config)
-        job.run(lambda partial: _work(partial, config, checkpoints, prepared))
+        prepared = PreparedTasks(config)
+        job.run(lambda partial: write_results(partial, config, checkpoints, prepared))
     results = json.loads((Path(config.output) / RESULTS).read_text(encoding="utf-8"))
     return results, Manifest.read(config.output)
 
 
-def _job(config: EvaluateConfig) -> Job:
+def _job(config: EvaluateConfig, output: str) -> Job:
     inputs = {f"model{number}": path for number, path in enumerate(config.models, 1)}
     local = {"corpus": config.corpus, "articles": config.articles, "tokenizer": config.tokenizer}
     read = {name: path for name, path in local.items() if path is not None and Path(path).expanduser().exists()}
@@ -59,7 +58,7 @@ def _job(config: EvaluateConfig) -> Job:
     settings["names"] = display_names(config.models, config.names)
     return Job(
         stage="evaluate tasks",
-        output=Path(config.output),
+        output=Path(output),
         config=settings,
         inputs=inputs | {name: Path(path).expanduser() for name, path in read.items()},
         seed=config.seed,
@@ -69,7 +68,10 @@ def _job(config: EvaluateConfig) -> Job:
     )
 
 
-def _work(partial: Path, config: EvaluateConfig, checkpoints: list[Checkpoint], prepared: "Prepared") -> dict[str, Any]:
+def write_results(
+    partial: Path, config: EvaluateConfig, checkpoints: list[Checkpoint], prepared: PreparedTasks
+) -> dict[str, Any]:
+    """The job's work: runs all tasks and writes results, table and answers."""
     started = time.perf_counter()
     results, samples = run_tasks(config, checkpoints, prepared)
     write_json(partial / RESULTS, results)
@@ -80,104 +82,12 @@ def _work(partial: Path, config: EvaluateConfig, checkpoints: list[Checkpoint], 
     return {"metrics": results, "timings": {"evaluation_seconds": seconds}}
 
 
-class Prepared:
-    """Every task with its data, loaded once for all checkpoints.
-
-    Raises:
-        ConfigError, DataError: a task's data is missing or unusable.
-    """
-
-    def __init__(self, config: EvaluateConfig):
-        self.config = config
-        names = config.task_names
-        own, self.notes = [], []
-        self.data: DataConfig | None = None
-        self.questions: list[dict[str, Any]] = []
-        self.documents: list[str] = []
-        self.articles: list[summarization.Article] = []
-        with quiet_transformers():
-            if "facts" in names:
-                self.questions = self._questions()
-                own += facts.tasks(self.questions)
-            if perplexity.TASK in names:
-                self.documents = self._documents()
-                own.append(perplexity.task(self.documents))
-            if summarization.TASK in names:
-                self.articles = summarization.load_articles(config)
-            self.loaded = self._loaded(own, [name for name in names if name not in KNOWN])
-
-    def _loaded(self, own: list[dict[str, Any]], others: list[str]) -> dict[str, Any]:
-        loaded = lm_eval_api.load(lm_eval_api.task_manager(include_defaults=False), own) if own else {"tasks": {}}
-        loaded = {"tasks": {}, "groups": {}, "group_map": {}} | loaded
-        self.shown = [task["task"] for task in own]
-        if others:
-            config = self.config
-            asked = suite.load_tasks(
-                others, task_data=config.task_data, shots=config.num_fewshot, allow_code=config.allow_code
-            )
-            self.shown += asked.names
-            self.notes += [f"{name} is left out: {why}" for name, why in asked.left_out.items()]
-            for kind, entries in asked.loaded.items():
-                loaded[kind] |= entries
-        for task in loaded["tasks"].values():
-            if task.get_config("num_fewshot") is None:
-                task.set_config(key="num_fewshot", value=0)
-            task.set_fewshot_seed(seed=self.config.seed)
-        return loaded
-
-    @property
-    def has_windows(self) -> bool:
-        """Whether a task scores texts whole, window by window."""
-        return any(task.get_config("output_type") == "loglikelihood_rolling" for task in self.loaded["tasks"].values())
-
-    def _questions(self) -> list[dict[str, Any]]:
-        from nemo_minitron.data.sources import open_corpus
-
-        data = data_config(self.config)
-        if data.source != "embedded":
-            raise DataError(
-                f"tasks=facts asks about the embedded corpus, and {self.config.corpus} is {data.source}: give "
-                "corpus=embedded, or a folder that `minitron data source=embedded` made"
-            )
-        documents = open_corpus(data).splits["train"]()
-        return facts.stated_questions(data, documents, self.config.limit or facts.QUESTIONS, self.config.seed)
-
-    def _documents(self) -> list[str]:
-        import itertools
-
-        from nemo_minitron.data.sources import open_corpus
-
-        documents = open_corpus(data_config(self.config)).splits[self.config.split]()
-        return [text for text in itertools.islice(documents, self.config.limit) if text.strip()]
-
-
-def data_config(config: EvaluateConfig) -> DataConfig:
-    """The settings with which `minitron data` made, or would make, the corpus."""
-    place = Path(config.corpus).expanduser()
-    if not (place / "manifest.json").is_file():
-        return DataConfig(
-            source=config.corpus,
-            text_key=config.text_key,
-            domain=config.domain,
-            words=config.words,
-            seed=config.corpus_seed,
-            output="",
-        )
-    manifest = Manifest.read(place)
-    if manifest.stage != "data":
-        raise ConfigError(
-            f"corpus = {place} was made by `{manifest.stage}`, not by `minitron data`", "minitron evaluate"
-        )
-    known = {field.name for field in dataclasses.fields(DataConfig)}
-    return DataConfig(**{name: value for name, value in manifest.config.items() if name in known})
-
-
 def run_tasks(
-    config: EvaluateConfig, checkpoints: list[Checkpoint], prepared: Prepared
+    config: EvaluateConfig, checkpoints: list[Checkpoint], prepared: PreparedTasks
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Results of all checkpoints, one loaded after the other, and what each answered to each question."""
     names = display_names(config.models, config.names)
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
     right: dict[str, dict[str, list[float]]] = {}
     models = []
@@ -185,7 +95,7 @@ def run_tasks(
     for name, path, checkpoint in zip(names, config.models, checkpoints):
         started = time.perf_counter()
         loaded = load(checkpoint, config)
-        found[name], answers = run_model(config, loaded, prepared, name=name, window=window)
+        measured[name], answers = run_model(config, loaded, prepared, name=name, window=window)
         samples += [{"model": name} | answer for answer in answers]
         right[name] = {
             task: [answer["acc"] for answer in answers if answer["task"] == task]
@@ -204,8 +114,13 @@ def run_tasks(
         )
         del loaded
         gc.collect()  # the model, which the harness's view of it keeps in cycles
-    results = {"models": models, "reference": names[0], "results": found, "shown": rows_of(found, prepared.shown),
-               "notes": prepared.notes}  # fmt: skip
+    results: dict[str, Any] = {
+        "models": models,
+        "reference": names[0],
+        "results": measured,
+        "shown": rows_of(measured, prepared.shown),
+        "notes": prepared.notes,
+    }
     if prepared.has_windows:
         results["window"] = window
     if prepared.questions:
@@ -219,27 +134,27 @@ def run_tasks(
 
 
 def run_model(
-    config: EvaluateConfig, loaded: Loaded, prepared: Prepared, *, name: str, window: int
+    config: EvaluateConfig, loaded: Loaded, prepared: PreparedTasks, *, name: str, window: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One checkpoint: task -> metric -> value and standard error; and its answers."""
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     answers: list[dict[str, Any]] = []
     with quiet_transformers(), _to_stderr():
         if prepared.loaded["tasks"]:
             model = language_model(loaded, config, name=name, window=window)
-            found, answers = run_harness(model, prepared.loaded, config)
+            measured, answers = run_harness(model, prepared.loaded, config)
         if prepared.documents:
             tokens = [len(loaded.tokenizer(text, add_special_tokens=False).input_ids) for text in prepared.documents]
             documents = [answer for answer in answers if answer["task"] == perplexity.TASK]
-            found[perplexity.TASK] = perplexity.metrics(documents, tokens)
+            measured[perplexity.TASK] = perplexity.metrics(documents, tokens)
         if prepared.articles:
             made = summarization.summarize(loaded, prepared.articles, config, name)
-            found[summarization.TASK] = made["metrics"]
+            measured[summarization.TASK] = made["metrics"]
             answers += [
                 {"task": summarization.TASK, "doc_id": number, "answer": summary}
                 for number, summary in enumerate(made["summaries"])
             ]
-    return found, answers
+    return measured, answers
 
 
 def language_model(loaded: Loaded, config: EvaluateConfig, *, name: str, window: int) -> Any:
@@ -301,7 +216,7 @@ def run_harness(
         bootstrap_iters=1000,
         confirm_run_unsafe_code=config.allow_code,
     )
-    found = {name: _metrics(measured) for name, measured in done["results"].items()}
+    metrics = {name: _metrics(measured) for name, measured in done["results"].items()}
     answers = [
         {"task": task, "doc_id": sample["doc_id"], "target": sample["target"]}
         | {"answer": sample["filtered_resps"]}
@@ -312,20 +227,20 @@ def run_harness(
     for answer in answers:
         if answer["task"] == perplexity.TASK:
             del answer["target"]
-    return {name: measured for name, measured in found.items() if measured}, answers
+    return {name: values for name, values in metrics.items() if values}, answers
 
 
 def _metrics(measured: dict[str, Any]) -> dict[str, Any]:
     """`acc,none` and `acc_stderr,none` as one entry, `acc`; another filter than none stands behind the name."""
-    found = {}
+    metrics = {}
     for key, value in measured.items():
         metric, comma, kind = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = measured.get(f"{metric}_stderr,{kind}")
         name = metric if kind == "none" else f"{metric} ({kind})"
-        found[name] = {"value": value, "stderr": error if isinstance(error, int | float) else None}
-    return found
+        metrics[name] = {"value": value, "stderr": error if isinstance(error, int | float) else None}
+    return metrics
 
 
 @contextlib.contextmanager

@@ -79,8 +79,8 @@ def _xlsum_rows(task_data: str | None, split: str) -> list[dict[str, str]]:
     import datasets
 
     if task_data is None:
-        found = datasets.load_dataset(XLSUM, "english", split=split, revision="refs/convert/parquet")
-        return [{"text": row["text"], "summary": row["summary"]} for row in found]
+        articles = datasets.load_dataset(XLSUM, "english", split=split, revision="refs/convert/parquet")
+        return [{"text": row["text"], "summary": row["summary"]} for row in articles]
     from nemo_minitron.data.files import files_in, kind
     from nemo_minitron.data.rows import records
     from nemo_minitron.data.sources import split_of
@@ -101,8 +101,8 @@ def _xlsum_rows(task_data: str | None, split: str) -> list[dict[str, str]]:
 def _given(rows: dict[str, list[dict[str, Any]]]) -> Callable[..., Any]:
     import datasets
 
-    found = datasets.DatasetDict({split: datasets.Dataset.from_list(given) for split, given in rows.items()})
-    return lambda **_: found
+    given_splits = datasets.DatasetDict({split: datasets.Dataset.from_list(given) for split, given in rows.items()})
+    return lambda **_: given_splits
 
 
 def humaneval(task_data: str | None) -> dict[str, Any]:
@@ -138,4 +138,4 @@ def pass_at_1(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 #: Name -> the task's configuration, from the folder with downloaded data or None.
-MADE: dict[str, Callable[[str | None], dict[str, Any]]] = {"xlsum_en": xlsum, "humaneval": humaneval}
+CUSTOM_TASKS: dict[str, Callable[[str | None], dict[str, Any]]] = {"xlsum_en": xlsum, "humaneval": humaneval}

@@ -6,7 +6,7 @@ retains of the text it was trained on, not what it can conclude about text that 
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nemo_minitron.config import DataConfig
@@ -39,9 +39,9 @@ def stated_questions(data: DataConfig, documents: Iterable[str], limit: int, see
     pairs = list(zip(world_for(data.words, data.seed).facts, embedded.questions(data.words, data.seed)))
     random.Random(f"facts/{seed}").shuffle(pairs)
     write = spelled if data.domain == "broad" else str
-    found: list[dict[str, Any]] = []
+    questions: list[dict[str, Any]] = []
     for fact, question in pairs:
-        if len(found) == limit:
+        if len(questions) == limit:
             break
         # Without their first letter, which is a capital at the start of a sentence.
         statements = {write(stem + end): write(stem) for stem, end in wordings(fact)}
@@ -49,22 +49,22 @@ def stated_questions(data: DataConfig, documents: Iterable[str], limit: int, see
         likeliest = max(times, key=times.__getitem__)
         if times[likeliest]:
             choices = [write(choice) for choice in question["choices"]]
-            found.append(question | {"context": capitalised(statements[likeliest]), "choices": choices})
-    if not found:
+            questions.append(question | {"context": capitalised(statements[likeliest]), "choices": choices})
+    if not questions:
         raise DataError("the training text states none of the facts of its world: there is nothing to ask")
-    return found
+    return questions
 
 
 def wordings(fact: Fact) -> list[tuple[str, str]]:
     """What the corpus says of a fact where it names the entity in full and ends with the object: stem and end."""
     entity = fact.entity
     slots = {"n": entity.name, "s": entity.name, "p": entity.possessive, "v": fact.value, "a": article_of(fact.value)}
-    found = []
+    ends = []
     for clause in FACTS[entity.kind][fact.attribute][1]:
         if clause.endswith(" {v}"):
             end = " {a} {v}" if clause.endswith(" {a} {v}") else " {v}"
-            found.append((clause.removesuffix(end).format(**slots), end.format(**slots)))
-    return found
+            ends.append((clause.removesuffix(end).format(**slots), end.format(**slots)))
+    return ends
 
 
 def tasks(questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -127,7 +127,7 @@ def known(accuracy: float, chance: float) -> float:
     return (accuracy - chance) / (1 - chance)
 
 
-def kept(right: dict[str, dict[str, Sequence[float]]], chance: float) -> dict[str, dict[str, Any]]:
+def kept(right: Mapping[str, Mapping[str, Sequence[float]]], chance: float) -> dict[str, dict[str, Any]]:
     """Model -> task -> what it kept of the first model's right answers.
 
     Args:

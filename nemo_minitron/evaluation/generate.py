@@ -2,13 +2,16 @@
 
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.tokenizer import SPECIAL_TOKENS
 from nemo_minitron.checkpoints.transformers_model import last_line
 from nemo_minitron.config import GenerateConfig
 from nemo_minitron.errors import CheckpointError, ConfigError
 from nemo_minitron.evaluation.loading import Loaded, check_tokens, load, open_all
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def generate(config: GenerateConfig) -> None:
@@ -27,7 +30,7 @@ def generate(config: GenerateConfig) -> None:
         print(text)
         return
     made = tokens[prompt_tokens:]
-    found = {
+    answer = {
         "model": config.model,
         "prompt": config.prompt,
         "text": text,
@@ -40,7 +43,7 @@ def generate(config: GenerateConfig) -> None:
         "device": str(loaded.model.device),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
-    print(json.dumps(found, indent=2, ensure_ascii=False))
+    print(json.dumps(answer, indent=2, ensure_ascii=False))
 
 
 def continuation(loaded: Loaded, config: GenerateConfig) -> tuple[list[int], int]:
@@ -65,7 +68,7 @@ def continuation(loaded: Loaded, config: GenerateConfig) -> tuple[list[int], int
     return generated(loaded, encoded.input_ids, encoded.attention_mask, **options), prompt_tokens
 
 
-def generated(loaded: Loaded, tokens: Any, mask: Any, **options: Any) -> list[int]:
+def generated(loaded: Loaded, tokens: "Tensor", mask: "Tensor", **options: Any) -> list[int]:
     """The tokens [1, s] and what the model makes of them.
 
     Args:

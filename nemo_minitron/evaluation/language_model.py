@@ -18,6 +18,8 @@ from nemo_minitron.errors import DataError
 from nemo_minitron.evaluation.likelihoods import batches, last_hidden, token_log_likelihoods
 from nemo_minitron.jobs.progress import Progress, Silent
 
+#: What a request is about, its context and its continuation, the latter two in tokens.
+TokenRequest = tuple[tuple[str | None, str | None], list[int], list[int]]
 #: Tokens that are written at most where a task does not say.
 NEW_TOKENS = 256
 
@@ -43,7 +45,7 @@ class Bounds:
     watched: Callable[[str, int], Progress] = lambda what, total: Silent()
 
 
-class Bounded:
+class Bounded(TemplateLM):
     """Log-likelihoods and texts of a language model batch by batch, as many sequences in one as `bounds` allow.
 
     Put it before a class of lm-evaluation-harness's: it answers what that class would, to rounding, and never holds the
@@ -60,7 +62,8 @@ class Bounded:
 
         A special token that the tokenizer puts before a text is the first window's context, and is not predicted.
         """
-        asked, owners = [], []
+        asked: list[TokenRequest] = []
+        owners: list[int] = []
         for number, (text,) in enumerate(request.args for request in requests):
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(text, add_special_tokens=False),
@@ -70,13 +73,13 @@ class Bounded:
             )
             asked += [((None, None), *make_disjoint_window(window)) for window in windows]
             owners += [number] * (len(asked) - len(owners))
-        found = [0.0] * len(requests)
+        totals = [0.0] * len(requests)
         for number, (value, _) in zip(owners, self._loglikelihood_tokens(asked)):
-            found[number] += value
-        return found
+            totals[number] += value
+        return totals
 
     @torch.no_grad()
-    def _loglikelihood_tokens(self, requests: Sequence[Any], *_: Any, **__: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[TokenRequest], *_: Any, **__: Any) -> list[tuple[float, bool]]:
         """Of each (texts, context, continuation) in tokens: the continuation's log-likelihood, and whether it is what
         the model would write. Requests for the same tokens share a forward pass."""
         wanted: dict[tuple[int, ...], list[int]] = {}
@@ -84,20 +87,20 @@ class Bounded:
             tokens = tuple((context + continuation)[-(self.max_length + 1) : -1])
             wanted.setdefault(tokens, []).append(number)
         sequences = sorted(wanted, key=len, reverse=True)
-        found: list[Any] = [None] * len(requests)
+        likelihoods: list[Any] = [None] * len(requests)
         with self.bounds.watched("log-likelihoods", len(sequences)) as progress:
             for batch in self._batches([len(tokens) for tokens in sequences], self.bounds.a_token):
                 some = [sequences[place] for place in batch]
                 for tokens, hidden in zip(some, self._hidden(some)):
                     for number in wanted[tokens]:
-                        found[number] = self._likelihood(hidden, requests[number][2])
+                        likelihoods[number] = self._likelihood(hidden, requests[number][2])
                 progress.advance(len(some), tokens=sum(map(len, some)))
-        return found
+        return likelihoods
 
     def _batches(self, lengths: Sequence[int], bytes_a_token: int) -> list[range]:
         return batches(lengths, bytes_a_token, self.bounds.room, self.bounds.most)
 
-    def _hidden(self, sequences: Sequence[Sequence[int]]) -> list[Any]:
+    def _hidden(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """What the output layer reads [s, h] of each sequence; shorter ones are filled up behind their end, where
         nothing looks."""
         tokens = [torch.tensor(sequence) for sequence in sequences]
@@ -105,7 +108,7 @@ class Bounded:
         hidden = last_hidden(self.model, inputs)  # [b, s, h]
         return [row[: len(sequence)] for row, sequence in zip(hidden, sequences)]
 
-    def _likelihood(self, hidden: Any, continuation: Sequence[int]) -> tuple[float, bool]:
+    def _likelihood(self, hidden: torch.Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
         """Log-likelihood of the last tokens of a sequence, and whether each is the likeliest."""
         if len(continuation) > len(hidden):
             raise DataError(
@@ -128,7 +131,7 @@ class Bounded:
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             alike.setdefault(repr(request.args[1]), []).append(number)
-        found = [""] * len(requests)
+        written = [""] * len(requests)
         a_token = self.bounds.a_token + self.bounds.cache
         with self.bounds.watched("texts", len(requests)) as progress:
             for numbers in alike.values():
@@ -138,9 +141,9 @@ class Bounded:
                     some = [numbers[place] for place in batch]
                     texts = super().generate_until([requests[number] for number in some], disable_tqdm=True)
                     for number, text in zip(some, texts):
-                        found[number] = text
+                        written[number] = text
                     progress.advance(len(some))
-        return found
+        return written
 
 
 class OneBatch(TemplateLM):
@@ -174,7 +177,7 @@ class OneBatch(TemplateLM):
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each context and continuation; a continuation without a context follows the prefix token."""
-        asked = []
+        asked: list[TokenRequest] = []
         for context, continuation in (request.args for request in requests):
             if context:
                 encoded = self._encode_pair(context, continuation)

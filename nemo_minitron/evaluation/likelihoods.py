@@ -5,9 +5,13 @@ Legend: b sequences, s sequence, t tokens, v vocabulary, h hidden, f FFN, n head
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.architecture import Architecture
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 #: Bytes of logits in float32 that are worked out at once.
 CHUNK = 64 << 20
@@ -33,7 +37,7 @@ def cache_bytes(a: Architecture, element: int) -> int:
     return 2 * a.num_layers * a.num_query_groups * a.kv_channels * element
 
 
-def last_hidden(model: Any, tokens: Any) -> Any:
+def last_hidden(model: "PreTrainedModel", tokens: "Tensor") -> "Tensor":
     """The hidden states [b, s, h] that the output layer reads, of tokens [b, s].
 
     The mask that hides nothing tells transformers that attention is causal and no more; without one and without a cache
@@ -41,10 +45,12 @@ def last_hidden(model: Any, tokens: Any) -> Any:
     """
     import torch
 
-    return model.base_model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).last_hidden_state
+    output = model.base_model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
 
 
-def token_log_likelihoods(model: Any, hidden: Any, targets: Any) -> tuple[Any, Any]:
+def token_log_likelihoods(model: "PreTrainedModel", hidden: "Tensor", targets: "Tensor") -> "tuple[Tensor, Tensor]":
     """Of each target, its log-likelihood and whether it is the likeliest token: [t] each.
 
     log p = z_target - log sum_v exp z_v of the logits z, which are in float32 at least.
@@ -73,10 +79,10 @@ def batches(lengths: Sequence[int], bytes_a_token: int, room: float, most: int |
         lengths: tokens of each sequence, the longest first.
         most: sequences a batch at most.
     """
-    found, first = [], 0
+    ranges, first = [], 0
     while first < len(lengths):
         fitting = max(1, int(room // (bytes_a_token * max(lengths[first], 1))))
         count = min(fitting, most or fitting, len(lengths) - first)
-        found.append(range(first, first + count))
+        ranges.append(range(first, first + count))
         first += count
-    return found
+    return ranges

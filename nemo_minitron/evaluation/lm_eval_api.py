@@ -96,9 +96,9 @@ def language_model(
     class BoundedHFLM(Bounded, HFLM):
         """HFLM, whose batches Bounded makes."""
 
-    found = _checked(BoundedHFLM, check)(**model, backend="causal", batch_size=bounds.most or LARGEST_BATCH)
-    found.bounds = bounds
-    return found
+    model_view = _checked(BoundedHFLM, check)(**model, backend="causal", batch_size=bounds.most or LARGEST_BATCH)
+    model_view.bounds = bounds
+    return model_view
 
 
 def _checked(kind: type, check: Callable[[Any], None]) -> type:
@@ -138,17 +138,17 @@ def _configuration(path: Any) -> dict[str, Any]:
 
 def _flat(nested: Mapping[Any, Any]) -> dict[str, Any]:
     """The fork's {group: {task name: task}} with the groups inside each other taken apart."""
-    found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    flat: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for key, value in nested.items():
         if not isinstance(value, Mapping):
-            found["tasks"][key] = value
+            flat["tasks"][key] = value
             continue
         inner = _flat(value)
         for kind, entries in inner.items():
-            found[kind] |= entries
-        found["groups"][key.group_name] = key
-        found["group_map"][key.group_name] = [getattr(member, "group_name", member) for member in value]
-    return found
+            flat[kind] |= entries
+        flat["groups"][key.group_name] = key
+        flat["group_map"][key.group_name] = [getattr(member, "group_name", member) for member in value]
+    return flat
 
 
 def _nested(loaded: Mapping[str, Any]) -> dict[Any, Any]:
@@ -157,16 +157,16 @@ def _nested(loaded: Mapping[str, Any]) -> dict[Any, Any]:
     inside = {member for listed in members_of.values() for member in listed}
 
     def group(name: str) -> dict[Any, Any]:
-        found: dict[Any, Any] = {}
+        inside_group: dict[Any, Any] = {}
         for member in members_of[name]:
             if member in groups:
-                found |= group(member)
+                inside_group |= group(member)
             elif member in tasks:
-                found[member] = tasks[member]
-        return {groups[name]: found} if found else {}
+                inside_group[member] = tasks[member]
+        return {groups[name]: inside_group} if inside_group else {}
 
-    found = {name: task for name, task in tasks.items() if name not in inside}
+    nested = {name: task for name, task in tasks.items() if name not in inside}
     for name in groups:
         if name not in inside:
-            found |= group(name)
-    return found
+            nested |= group(name)
+    return nested

@@ -4,13 +4,17 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.formats.huggingface.config import write_config
 from nemo_minitron.checkpoints.transformers_model import load_model, quiet_loading
 from nemo_minitron.config import InferenceSettings
 from nemo_minitron.errors import CheckpointError, DataError, EngineError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -21,12 +25,12 @@ class Loaded:
 
     Attributes:
         model: transformers' model.
-        tokenizer: its tokenizer, or None where none was asked for.
+        tokenizer: its tokenizer.
         checkpoint: where it came from.
     """
 
-    model: Any
-    tokenizer: Any
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
     checkpoint: Checkpoint
 
 
@@ -37,13 +41,13 @@ def open_all(paths: list[str], settings: InferenceSettings, *, tokenizers: bool 
         CheckpointError: one is missing or damaged, has no tokenizer, or transformers has no class for it.
         EngineError: the device is not there.
     """
-    found = [open_checkpoint(path, quantized=True) for path in paths]
-    for path, checkpoint in zip(paths, found):
+    checkpoints = [open_checkpoint(path, quantized=True) for path in paths]
+    for path, checkpoint in zip(paths, checkpoints):
         write_config(checkpoint.architecture, checkpoint.dtype)
         if tokenizers and settings.tokenizer is None and checkpoint.tokenizer_files is None:
             raise CheckpointError(f"the checkpoint {path} has no tokenizer: give one, tokenizer=DIR")
     resolve_device(settings.device)
-    return found
+    return checkpoints
 
 
 def resolve_device(name: str) -> str:
@@ -61,24 +65,31 @@ def resolve_device(name: str) -> str:
     return wanted
 
 
-def load(checkpoint: Checkpoint, settings: InferenceSettings, *, tokenizer: bool = True) -> Loaded:
+def load(checkpoint: Checkpoint, settings: InferenceSettings) -> Loaded:
     """Loads a checkpoint for inference.
-
-    Args:
-        tokenizer: load its tokenizer as well.
 
     Raises:
         CheckpointError: its weights do not fit its sizes, or it has no tokenizer.
         DataError: the tokenizer cannot be loaded.
     """
+    resolve_device(settings.device)
+    tokenizer = load_tokenizer_of(checkpoint, settings)
+    return Loaded(model=load_model_alone(checkpoint, settings), tokenizer=tokenizer, checkpoint=checkpoint)
+
+
+def load_model_alone(checkpoint: Checkpoint, settings: InferenceSettings) -> "PreTrainedModel":
+    """Loads a checkpoint's model for inference, without a tokenizer.
+
+    Raises:
+        CheckpointError: its weights do not fit its sizes.
+    """
     device = resolve_device(settings.device)
-    found = load_tokenizer_of(checkpoint, settings) if tokenizer else None
     with quiet_transformers():
         model = load_model(checkpoint, _dtype(checkpoint, settings, device))
-    return Loaded(model=model.to(device).eval(), tokenizer=found, checkpoint=checkpoint)
+    return model.to(device).eval()
 
 
-def load_tokenizer_of(checkpoint: Checkpoint, settings: InferenceSettings) -> Any:
+def load_tokenizer_of(checkpoint: Checkpoint, settings: InferenceSettings) -> "PreTrainedTokenizerBase":
     """The tokenizer that the settings name, or else the checkpoint's own."""
     from nemo_minitron.data.tokenizer import load_tokenizer
 
@@ -99,7 +110,7 @@ def check_tokens(ids: Iterable[int], loaded: Loaded) -> None:
         )
 
 
-def _dtype(checkpoint: Checkpoint, settings: InferenceSettings, device: str) -> Any:
+def _dtype(checkpoint: Checkpoint, settings: InferenceSettings, device: str) -> "torch.dtype":
     import torch
 
     if settings.dtype != "auto":
@@ -130,7 +141,7 @@ def display_names(paths: list[str], names: list[str]) -> list[str]:
         return list(names)
     parts = [Path(path).absolute().parts for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
-        found = ["/".join(part[-count:]) for part in parts]
-        if len(set(found)) == len(found):
-            return found
+        endings = ["/".join(part[-count:]) for part in parts]
+        if len(set(endings)) == len(endings):
+            return endings
     return list(paths)

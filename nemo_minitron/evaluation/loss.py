@@ -4,15 +4,19 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.config import LossConfig
 from nemo_minitron.data.module import paths
 from nemo_minitron.jobs.progress import Progress, Silent
-from nemo_minitron.training.inputs import LOG, Inputs, training_inputs
+from nemo_minitron.training.inputs import LOG, Inputs, stated_path, training_inputs
 from nemo_minitron.training.stage import run_training_stage
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from torch import Tensor
 
 
 def evaluate_loss(config: LossConfig) -> Manifest:
@@ -24,13 +28,14 @@ def evaluate_loss(config: LossConfig) -> Manifest:
     Raises:
         ConfigError, CheckpointError, DataError, EngineError: before any work.
     """
-    checkpoint = open_checkpoint(config.model.restore_from_path, quantized=True)
+    path = stated_path(config.model.restore_from_path, "model.restore_from_path")
+    checkpoint = open_checkpoint(path, quantized=True)
     inputs = training_inputs(config, checkpoint.architecture, checkpoint.tokenizer)
     return run_training_stage(
         "evaluate",
         evaluate_loss,
         config,
-        {"checkpoint": config.model.restore_from_path} | inputs.files(),
+        {"checkpoint": path} | inputs.files(),
         lambda partial: measure_splits(partial, config, checkpoint, inputs),
         resumable=False,
     )
@@ -39,7 +44,7 @@ def evaluate_loss(config: LossConfig) -> Manifest:
 def measure_splits(partial: Path, config: LossConfig, checkpoint: Checkpoint, inputs: Inputs) -> dict[str, Any]:
     """The job's work: the loss on each split; every rank calls it."""
     from nemo_minitron.data.samples import consecutive_sequences
-    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     limit = config.limit_batches * config.model.global_batch_size
@@ -65,7 +70,9 @@ def _progress(config: LossConfig, split: str) -> Callable[[int], Progress]:
     return lambda samples: Progress(name, samples, unit="sample", every=every)
 
 
-def mean_loss(model: Any, sequences: Any, batch: int, watched: Callable[[int], Progress] | None = None) -> float:
+def mean_loss(
+    model: "GPTModel", sequences: "Tensor", batch: int, watched: Callable[[int], Progress] | None = None
+) -> float:
     """Mean negative log-likelihood in nats a token over token sequences [n, s + 1], on every rank.
 
     Args:
@@ -75,14 +82,14 @@ def mean_loss(model: Any, sequences: Any, batch: int, watched: Callable[[int], P
     import torch
     from megatron.core import parallel_state
 
-    from nemo_minitron.megatron.ranks import run_forward
+    from nemo_minitron.megatron.forward import run_forward
     from nemo_minitron.training.losses import from_last_stage
 
     ranks = parallel_state.get_data_parallel_world_size()
     mine = sequences[parallel_state.get_data_parallel_rank() :: ranks]
     total = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
 
-    def take(losses: Any, index: int) -> None:
+    def take(losses: "Tensor", index: int) -> None:
         total[0] += losses.double().sum()
         total[1] += losses.numel()
 

@@ -14,9 +14,9 @@ FORMATS = {
 }  # fmt: skip
 
 
-def rows_of(found: dict[str, Any], shown: list[str]) -> list[tuple[str, str]]:
+def rows_of(results: dict[str, Any], shown: list[str]) -> list[tuple[str, str]]:
     """(task, metric) of each line: what was asked for, groups by their own figures and not by their parts'."""
-    measured = next(iter(found.values()))
+    measured = next(iter(results.values()))
     wanted = [name for name in shown if name in measured]
     asked_without_figures = [name for name in shown if name not in measured]
     if asked_without_figures:

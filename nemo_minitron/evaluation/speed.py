@@ -11,8 +11,9 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Iterator, Sequence
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import human
 from nemo_minitron.artifacts import Manifest, write_json
@@ -22,6 +23,13 @@ from nemo_minitron.errors import ConfigError, EngineError
 from nemo_minitron.evaluation.loading import display_names, open_all
 from nemo_minitron.jobs.job import Job
 from nemo_minitron.report.table import aligned
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
+
+    from torch import Tensor
+    from transformers import DynamicCache
 
 RESULTS, TABLE = "results.json", "table.txt"
 PROMPT_TOKENS, NEW_TOKENS = 1024, 128
@@ -41,7 +49,7 @@ def benchmark(config: BenchmarkConfig) -> Manifest | None:
     if config.output is None:
         results, manifest = measure(config, checkpoints), None
     else:
-        manifest = _job(config).run(lambda partial: _work(partial, config, checkpoints))
+        manifest = _job(config, config.output).run(lambda partial: write_results(partial, config, checkpoints))
         results = json.loads((Path(config.output) / RESULTS).read_text(encoding="utf-8"))
     print(json.dumps(results, indent=2) if config.json else render(results))
     return None if config.json else manifest
@@ -61,12 +69,12 @@ def with_lengths(config: BenchmarkConfig, checkpoints: Sequence[Checkpoint]) -> 
     return dataclasses.replace(config, prompt_tokens=prompt, new_tokens=new)
 
 
-def _job(config: BenchmarkConfig) -> Job:
-    inputs = {f"model{number}": path for number, path in enumerate(config.models, 1)}
+def _job(config: BenchmarkConfig, output: str) -> Job:
+    inputs: dict[str, str | PathLike[str]] = {f"model{number}": path for number, path in enumerate(config.models, 1)}
     settings = dataclasses.asdict(config) | {"names": display_names(config.models, config.names)}
     return Job(
         stage="benchmark",
-        output=Path(config.output),
+        output=Path(output),
         config=settings,
         inputs=inputs,
         seed=config.seed,
@@ -76,7 +84,8 @@ def _job(config: BenchmarkConfig) -> Job:
     )
 
 
-def _work(partial: Path, config: BenchmarkConfig, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+def write_results(partial: Path, config: BenchmarkConfig, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    """The job's work: measures, and writes results and table."""
     results = measure(config, checkpoints)
     write_json(partial / RESULTS, results)
     (partial / TABLE).write_text(render(results) + "\n", encoding="utf-8")
@@ -130,8 +139,8 @@ def _spread(values: list[float]) -> dict[str, float]:
 class _Worker:
     """A process that holds one checkpoint."""
 
-    process: Any
-    connection: Any
+    process: "BaseProcess"
+    connection: "Connection[Any, Any]"
     path: str
 
     def ask(self, what: str) -> dict[str, Any]:
@@ -175,7 +184,7 @@ def _workers(config: BenchmarkConfig) -> Iterator[list[_Worker]]:
                 worker.process.join()
 
 
-def _serve(connection: Any, path: str, config: BenchmarkConfig) -> None:
+def _serve(connection: "Connection[Any, Any]", path: str, config: BenchmarkConfig) -> None:
     """A worker's life: answers until nobody asks any more."""
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         runner = None
@@ -206,16 +215,17 @@ class Runner:
         import torch
 
         from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-        from nemo_minitron.evaluation.loading import load, resolve_device
+        from nemo_minitron.evaluation.loading import load_model_alone, resolve_device
         from nemo_minitron.jobs.memory import reset_peak_memory
 
-        self.config = config
+        assert config.prompt_tokens is not None and config.new_tokens is not None, "with_lengths states them"
+        self.new_tokens, self.batch = config.new_tokens, config.batch_size
         device = resolve_device(config.device)
         self.cuda = device != "cpu"
         checkpoint = open_checkpoint(path, quantized=True)
         _rehearse(checkpoint.architecture.family, device)
         self.before = 0 if self.cuda else _resident_bytes()
-        self.model = load(checkpoint, config, tokenizer=False).model
+        self.model = load_model_alone(checkpoint, config)
         reset_peak_memory()
         vocabulary = checkpoint.architecture.vocab_size - checkpoint.architecture.vocab_padding
         generator = torch.Generator().manual_seed(config.seed)
@@ -227,19 +237,18 @@ class Runner:
         import torch
         from transformers import DynamicCache
 
-        config = self.config
         with torch.inference_mode():
             cache = DynamicCache()
             started = self._now()
             token = self._step(self.prompt, cache)
             first = self._now() - started
             started = self._now()
-            for _ in range(config.new_tokens - 1):
+            for _ in range(self.new_tokens - 1):
                 token = self._step(token, cache)
             rest = self._now() - started
         return {
             "prefill_tokens_per_second": self.prompt.numel() / first,
-            "decode_tokens_per_second": config.batch_size * (config.new_tokens - 1) / rest,
+            "decode_tokens_per_second": self.batch * (self.new_tokens - 1) / rest,
             "first_token_seconds": first,
         }
 
@@ -254,10 +263,11 @@ class Runner:
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
 
-    def _step(self, tokens: Any, cache: Any) -> Any:
+    def _step(self, tokens: "Tensor", cache: "DynamicCache") -> "Tensor":
         """The likeliest next token [b, 1]."""
-        out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].argmax(-1, keepdim=True)
+        output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token: Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
+        return token
 
     def _now(self) -> float:
         import time

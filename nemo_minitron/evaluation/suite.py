@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.evaluation import lm_eval_api
-from nemo_minitron.evaluation.custom_tasks import HUMANEVAL, MADE, XLSUM, first_line, folder_of, own_cache
+from nemo_minitron.evaluation.custom_tasks import CUSTOM_TASKS, HUMANEVAL, XLSUM, first_line, folder_of, own_cache
 
 
 class Part(NamedTuple):
@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
 
 #: Papers: arXiv 2408.11796 v4, table 1, and 2407.14679; cards: nvidia/Minitron-8B-Base and its siblings.
-SUITES = {
+SUITES: dict[str, tuple[Part, ...]] = {
     "minitron": (
         Part("mmlu", 5, "cais/mmlu"),
         Part("hellaswag", 10, "Rowan/hellaswag"),
@@ -90,12 +90,12 @@ def load_tasks(names: list[str], *, task_data: str | None, shots: int | None, al
     for part in parts:
         try:
             with own_cache() if task_data is not None else contextlib.nullcontext():
-                found = _load(part, task_data)
+                tasks_of_part = _load(part, task_data)
         except _missing_data_errors() as error:
             missing |= dict.fromkeys(_datasets(part) or [f"the data of {part.name}"], first_line(error))
             continue
         for kind, entries in loaded.items():
-            entries |= found.get(kind, {})
+            entries |= tasks_of_part.get(kind, {})
     if missing:
         raise DataError(_missing_message(missing, task_data))
     if not allow_code:
@@ -125,8 +125,10 @@ def _parts(names: list[str], shots: int | None, allow_code: bool) -> tuple[list[
 def _load(part: Part, task_data: str | None) -> dict[str, Any]:
     """The task or group with its data, from the folder or the hub."""
     index = _index()
-    if part.dataset and part.name in MADE:
-        return lm_eval_api.load(index, [MADE[part.name](task_data) | {"task": part.name, "num_fewshot": part.shots}])
+    if part.dataset and part.name in CUSTOM_TASKS:
+        return lm_eval_api.load(
+            index, [CUSTOM_TASKS[part.name](task_data) | {"task": part.name, "num_fewshot": part.shots}]
+        )
     changes: dict[str, Any] = {} if part.shots < 0 else {"num_fewshot": part.shots}
     datasets = _datasets(part)
     if task_data is not None:

@@ -5,13 +5,16 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_minitron.config import EvaluateConfig
 from nemo_minitron.errors import DataError
 from nemo_minitron.evaluation.custom_tasks import first_line, folder_of, own_cache
 from nemo_minitron.evaluation.loading import Loaded, check_tokens
 from nemo_minitron.jobs.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TASK = "summarization"
 DATASET = "abisee/cnn_dailymail"
@@ -123,15 +126,15 @@ def rouge(summaries: Sequence[str], references: Sequence[str]) -> dict[str, dict
 
     scorer = RougeScorer(list(ROUGE))
     scores = [scorer.score(reference, summary) for summary, reference in zip(summaries, references, strict=True)]
-    found = {}
+    measured = {}
     for kind in ROUGE:
         values = [100 * score[kind].fmeasure for score in scores]
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        found[kind] = {"value": statistics.fmean(values), "stderr": error}
-    return found
+        measured[kind] = {"value": statistics.fmean(values), "stderr": error}
+    return measured
 
 
-def _prompt(loaded: Loaded, article: Article, config: EvaluateConfig) -> Any:
+def _prompt(loaded: Loaded, article: Article, config: EvaluateConfig) -> "Tensor":
     """Tokens [1, s] of the article, cut at its end where it is too long, and of what follows it."""
     import torch
 
@@ -148,7 +151,7 @@ def _prompt(loaded: Loaded, article: Article, config: EvaluateConfig) -> Any:
     return torch.tensor([article_tokens + suffix], device=loaded.model.device)
 
 
-def _generate(loaded: Loaded, prompt: Any, config: EvaluateConfig) -> list[int]:
+def _generate(loaded: Loaded, prompt: "Tensor", config: EvaluateConfig) -> list[int]:
     import torch
 
     from nemo_minitron.evaluation.generate import ends_and_padding, generated

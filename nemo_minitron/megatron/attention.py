@@ -67,7 +67,7 @@ class TorchAttention(DotProductAttention):
         if attention_bias is not None:
             raise EngineError("an attention bias needs Transformer Engine")
         dropout = self.attention_dropout.p if self.training else 0.0
-        options = {
+        options: dict[str, Any] = {
             "causal": self.attn_mask_type.name in ("causal", "padding_causal"),
             "before": self.before,
             "scale": self.softmax_scale * (self.scale_mask_softmax.scale or 1.0),
@@ -78,13 +78,14 @@ class TorchAttention(DotProductAttention):
                 return packed_attention(query, key, value, _lengths(packed_seq_params), **options)
             return attention(query, key, value, mask=attention_mask, **options)
 
-    def _random(self, dropout: float) -> Any:
+    def _random(self, dropout: float) -> contextlib.AbstractContextManager[None]:
         """Megatron's random state for what differs between tensor-parallel ranks."""
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
         if not dropout or self.config.sequence_parallel:
             return contextlib.nullcontext()
-        return get_cuda_rng_tracker().fork()
+        forked: contextlib.AbstractContextManager[None] = get_cuda_rng_tracker().fork()
+        return forked
 
 
 def _is_windowed(config: Any, layer_number: int) -> bool:
@@ -132,20 +133,20 @@ def attention(
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
     samples = 1 if mask is None or mask.shape[:2] == (1, 1) else query.shape[1]
-    heads = [_as_heads(tensor, samples) for tensor in (query, key, value)]
-    options = {"scale": scale, "dropout": dropout}
+    q, k, v = (_as_heads(tensor, samples) for tensor in (query, key, value))
     queries, keys = len(query), len(key)
-    windowed = before is not None and keys > before + 1
+    window = before if before is not None and keys > before + 1 else None
     if mask is not None:
-        hidden = mask | outside(queries, keys, before, query.device) if windowed else mask
-        found = _attend(*heads, _added(hidden, query.dtype), **options)
-    elif windowed:
-        found = _in_blocks(*heads, before, **options)
+        hidden = mask if window is None else mask | outside(queries, keys, window, query.device)
+        result = _attend(q, k, v, _added(hidden, query.dtype), scale=scale, dropout=dropout)
+    elif window is not None:
+        result = _in_blocks(q, k, v, window, scale=scale, dropout=dropout)
     elif causal and queries not in (1, keys):
-        found = _attend(*heads, _hidden(queries, keys, keys, query.dtype, query.device), **options)
+        hidden_keys = _hidden(queries, keys, keys, query.dtype, query.device)
+        result = _attend(q, k, v, hidden_keys, scale=scale, dropout=dropout)
     else:
-        found = _attend(*heads, None, causal=causal and queries > 1, **options)
-    return found.permute(2, 0, 1, 3).reshape(queries, query.shape[1], -1)
+        result = _attend(q, k, v, None, scale=scale, dropout=dropout, causal=causal and queries > 1)
+    return result.permute(2, 0, 1, 3).reshape(queries, query.shape[1], -1)
 
 
 def _as_heads(tensor: Tensor, samples: int) -> Tensor:
@@ -153,16 +154,17 @@ def _as_heads(tensor: Tensor, samples: int) -> Tensor:
     return tensor.reshape(len(tensor), samples, -1, tensor.shape[-1]).permute(1, 2, 0, 3)
 
 
-def _in_blocks(query: Tensor, key: Tensor, value: Tensor, before: int, **options: Any) -> Tensor:
+def _in_blocks(query: Tensor, key: Tensor, value: Tensor, before: int, *, scale: float, dropout: float) -> Tensor:
     """A sliding window, block by block: each block's queries and the keys that any of them sees."""
     queries, keys = query.shape[2], key.shape[2]
-    found = []
+    blocks = []
     for start in range(0, queries, BLOCK):
         stop = min(start + BLOCK, queries)
         seen = slice(max(0, start + keys - queries - before), stop + keys - queries)
         mask = _hidden(stop - start, seen.stop - seen.start, before, query.dtype, query.device)
-        found.append(_attend(query[:, :, start:stop], key[:, :, seen], value[:, :, seen], mask, **options))
-    return found[0] if len(found) == 1 else _joined(found)
+        one = (query[:, :, start:stop], key[:, :, seen], value[:, :, seen])
+        blocks.append(_attend(*one, mask, scale=scale, dropout=dropout))
+    return blocks[0] if len(blocks) == 1 else _joined(blocks)
 
 
 def _joined(blocks: list[Tensor]) -> Tensor:
@@ -201,18 +203,18 @@ def _takes_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 
 
 @functools.lru_cache(maxsize=8)
-def _hidden(queries: int, keys: int, before: int, dtype: Any, device: Any) -> Tensor:
+def _hidden(queries: int, keys: int, before: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What a window adds to the scores [s, t]; kept for the next layer."""
     with torch.inference_mode(False):
         return _added(outside(queries, keys, before, device), dtype)
 
 
-def _added(hidden: Tensor, dtype: Any) -> Tensor:
+def _added(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """What a mask (True where a key is hidden) adds to the scores."""
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, MASKED)
 
 
-def outside(queries: int, keys: int, before: int, device: Any) -> Tensor:
+def outside(queries: int, keys: int, before: int, device: torch.device) -> Tensor:
     """True [s, t] where a key lies after its query, or more than `before` tokens in front of it; the last query's own
     key is the last."""
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)

@@ -4,15 +4,20 @@ Legend: s sequence, b micro batch, v vocabulary rows of this rank, h hidden.
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from torch import Tensor
+    from torch.nn import Module
 
 #: Bytes of logits in float32 that are worked out at once.
 CHUNK = 64 << 20
 
 
 @contextlib.contextmanager
-def output_in_chunks(model: Any, *, losses: bool = True) -> Iterator[None]:
+def output_in_chunks(model: "GPTModel", *, losses: bool = True) -> Iterator[None]:
     """In the body, passes of `model` with labels give the same losses a token [b, s], and keep no logits [s, b, v].
 
     Where the sequence is spread over tensor-parallel ranks, the output layer gathers it, and logits stay whole; each
@@ -24,31 +29,32 @@ def output_in_chunks(model: Any, *, losses: bool = True) -> Iterator[None]:
     if not model.post_process or (losses and model.config.sequence_parallel):
         yield
         return
-    layer, given = model.output_layer, {}
+    layer = model.output_layer
+    given: dict[str, Any] = {}
     logits_of, losses_of = layer.forward, model.compute_language_model_loss
 
-    def hand_on(hidden: Any, *arguments: Any, **options: Any) -> tuple[Any, None]:
+    def hand_on(hidden: "Tensor", *arguments: Any, **options: Any) -> "tuple[Tensor, None]":
         given.update(arguments=arguments, options=options)
         return hidden, None
 
-    def in_chunks(labels: Any, hidden: Any) -> Any:
+    def in_chunks(labels: "Tensor", hidden: "Tensor") -> "Tensor":
         import torch
 
         if not losses:
             return hidden.new_zeros(labels.shape)
         rows = max(1, CHUNK // (4 * hidden.shape[1] * layer.output_size_per_partition))
-        found = []
+        parts = []
         for first in range(0, len(hidden), rows):
             logits, _ = logits_of(hidden[first : first + rows], *given["arguments"], **given["options"])
-            found.append(losses_of(labels[:, first : first + rows], logits))
-        return torch.cat(found, dim=1)
+            parts.append(losses_of(labels[:, first : first + rows], logits))
+        return torch.cat(parts, dim=1)
 
     with _replaced(layer, "forward", hand_on), _replaced(model, "compute_language_model_loss", in_chunks):
         yield
 
 
 @contextlib.contextmanager
-def _replaced(module: Any, name: str, function: Any) -> Iterator[None]:
+def _replaced(module: "Module", name: str, function: Callable[..., Any]) -> Iterator[None]:
     """The module with `function` in its method's place."""
     own = vars(module)
     before = own.get(name)

@@ -3,17 +3,23 @@
 It runs forward (scores, scans of blocks, logits); training is NeMo's. Megatron's local layer spec without fusions.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture, RopeScaling
 from nemo_minitron.checkpoints.formats.nemo2.classes import SAME_NAME
 from nemo_minitron.checkpoints.formats.nemo2.engine import activation_functions
 
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from torch import Tensor
+
 #: Fields of Architecture that are arguments of GPTModel and no fields of its config.
 OF_THE_MODEL = ("seq_length", "share_embeddings_and_output_weights", "rotary_base", "rotary_percent")
 
 
-def core_config(architecture: Architecture, **engine: Any) -> Any:
+def core_config(architecture: Architecture, **engine: Any) -> "TransformerConfig":
     """Megatron Core's config of `architecture`, with the values that NeMo's config of it has.
 
     Args:
@@ -33,7 +39,7 @@ def core_config(architecture: Architecture, **engine: Any) -> Any:
     return TransformerConfig(**{**fields, **engine})
 
 
-def torch_layers(config: Any) -> Any:
+def torch_layers(config: "TransformerConfig") -> "TransformerBlockSubmodules":
     """Megatron's local layer spec with norms, gates and attention of ours: this stage's layers and the final norm.
 
     Left to itself Megatron takes Apex's LayerNorm and Transformer Engine's final norm wherever these are installed,
@@ -43,7 +49,7 @@ def torch_layers(config: Any) -> Any:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
     from nemo_minitron.megatron.attention import TorchAttention
-    from nemo_minitron.megatron.lean import LocalNorm, SwiGLU
+    from nemo_minitron.megatron.local_layers import LocalNorm, SwiGLU
 
     layer = get_gpt_layer_local_spec(normalization=config.normalization)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalNorm
@@ -54,7 +60,7 @@ def torch_layers(config: Any) -> Any:
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=LocalNorm)
 
 
-def core_model(config: Any, architecture: Architecture) -> Any:
+def core_model(config: "TransformerConfig", architecture: Architecture) -> "GPTModel":
     """This pipeline stage's part of the GPTModel; call it inside ``parallel_ranks()``."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -77,7 +83,7 @@ def core_model(config: Any, architecture: Architecture) -> Any:
     return model
 
 
-def scaled_frequencies(frequencies: Any, scaling: RopeScaling) -> Any:
+def scaled_frequencies(frequencies: "Tensor", scaling: RopeScaling) -> "Tensor":
     """Rotary frequencies of Llama 3.1 and later [d/2]; Megatron's own `rope_scaling` fixes all values but the factor.
 
     With wavelength w = 2 pi / f, original length L, low and high frequency factors a and b:

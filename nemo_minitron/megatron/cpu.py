@@ -185,10 +185,10 @@ def _memory(pages: str) -> int:
 
 def _properties(original: Callable) -> Callable:
     """What is asked of a device's properties, answered for this machine, which has no compute capability."""
-    found = types.SimpleNamespace(
+    properties = types.SimpleNamespace(
         name="cpu", major=0, minor=0, total_memory=_memory("SC_PHYS_PAGES"), multi_processor_count=os.cpu_count() or 1
     )
-    return _returns(found)(original)
+    return _returns(properties)(original)
 
 
 def _free_memory(original: Callable) -> Callable:

@@ -9,16 +9,23 @@ Merged, W' = W + (alpha / r) B A.
 import contextlib
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import PeftConfig
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from nemo.collections.llm import GPTModel
+    from nemo.collections.llm.peft.lora import LoRALinear
+    from torch import Tensor
+    from torch.nn import Module
 
 ADAPTER = ".adapter."
 #: Rows of a weight that are merged at once.
 ROWS = 2048
 
 
-def add_adapters(module: Any, config: PeftConfig) -> None:
+def add_adapters(module: "GPTModel", config: PeftConfig) -> None:
     """Freezes NeMo's GPTModel `module`, whose Megatron model has its weights already, and wraps the target layers."""
     from nemo.collections.llm.peft import LoRA
 
@@ -50,7 +57,7 @@ def _known_without_transformer_engine() -> Iterator[None]:
         lora.te, utils.HAVE_TE = before
 
 
-def wrapped_layers(model: Any) -> dict[str, Any]:
+def wrapped_layers(model: "Module") -> "dict[str, LoRALinear]":
     """Name -> NeMo's wrapper (`to_wrap` and `adapter`) of each layer that has an adapter."""
     from nemo.collections.llm.peft.lora import LoRALinear
 
@@ -62,7 +69,7 @@ def trained_part(shards: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in shards.items() if ADAPTER in name} or shards
 
 
-def merge_adapters(model: Any) -> None:
+def merge_adapters(model: "Module") -> None:
     """Adds each adapter's product to the weight it stands beside and takes the wrapper out; every rank calls it.
 
     The sum is worked out in float64 and rounded once, to the weight's own type.
@@ -80,7 +87,7 @@ def merge_adapters(model: Any) -> None:
         setattr(model.get_submodule(parent), last, wrapper.to_wrap)
 
 
-def factors(wrapper: Any) -> tuple[Any, Any, float]:
+def factors(wrapper: "LoRALinear") -> "tuple[Tensor, Tensor, float]":
     """A and B of an adapter, as they stand beside this rank's share of the weight, and the scale of their product.
 
     Megatron cuts A of a column-parallel layer by its rows, and B of a row-parallel one: those are put together.
@@ -94,7 +101,7 @@ def factors(wrapper: Any) -> tuple[Any, Any, float]:
     return down, up, adapter.alpha / adapter.dim
 
 
-def _gathered(part: Any) -> Any:
+def _gathered(part: "Tensor") -> "Tensor":
     """The rows of all tensor-parallel ranks."""
     import torch
     from megatron.core import parallel_state
@@ -107,14 +114,14 @@ def _gathered(part: Any) -> Any:
     return torch.cat(parts)
 
 
-def reseeding(seed: int) -> Any:
+def reseeding(seed: int) -> "pl.Callback":
     """A callback that seeds each step by its number, so that a resumed run drops out what one left alone would have."""
     import lightning.pytorch as pl
     import torch
     from megatron.core import parallel_state
 
     class Reseeding(pl.Callback):
-        def on_train_batch_start(self, trainer: Any, *arguments: Any) -> None:
+        def on_train_batch_start(self, trainer: "pl.Trainer", *arguments: Any) -> None:
             ranks = parallel_state.get_data_parallel_world_size()
             own = parallel_state.get_data_parallel_rank()
             torch.manual_seed((seed * 1_000_003 + int(trainer.global_step)) * ranks + own)

@@ -24,10 +24,10 @@ def local_norms_prunable() -> Iterator[None]:
     from torch import nn
 
     from nemo_minitron.megatron.attention import TorchAttention
-    from nemo_minitron.megatron.lean import RMSNorm
+    from nemo_minitron.megatron.local_layers import RMSNorm
 
     class _DynamicTorchNorm(_DynamicLayerNorm):
-        def _setup(self, *, num_features: TracedHp | None = None):
+        def _setup(self, *, num_features: TracedHp | None = None) -> None:
             own = TracedHp(list(range(1, self.normalized_shape[-1] + 1)))
             self._register_hparam("num_features", own if num_features is None else num_features)
             for name in ("weight", "bias"):

@@ -1,7 +1,7 @@
 """The one place that builds configs and trainers for a model on the hardware at hand.
 
 Transformer Engine's layer spec where it is installed and runs on the hardware at hand, Megatron's local spec otherwise.
-Without NeMo models run forward, by Megatron Core alone (runtime.gpt).
+Without NeMo models run forward, by Megatron Core alone (megatron.config).
 """
 
 import contextlib
@@ -9,9 +9,10 @@ import gc
 import importlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.formats.nemo2.engine import nemo_config
@@ -20,6 +21,13 @@ from nemo_minitron.megatron.cpu import megatron_on_cpu, without_toolkit
 from nemo_minitron.megatron.layout import Layout, transformer_engine_runs
 from nemo_minitron.packages import versions
 from nemo_minitron.packages.versions import has_nemo
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    import torch
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+    from torch import Tensor
 
 #: Fields of NeMo's configs that need Transformer Engine or CUDA kernels, and their values without them.
 WITHOUT_FUSIONS = {
@@ -137,7 +145,7 @@ def quiet(log: Path | None) -> Iterator[None]:
                 logger.handlers, logger.propagate = handlers, propagate
 
 
-def _import_apart(*names: str) -> Any:
+def _import_apart(*names: str) -> ModuleType:
     """Imports modules in a thread of its own; returns the first.
 
     NeMo keeps the errors of what could not be imported, and they keep the frames above them: in this thread those of a
@@ -149,14 +157,14 @@ def _import_apart(*names: str) -> Any:
         return list(apart.map(importlib.import_module, names))[0]
 
 
-def _send_to(handler: logging.Handler, logger: logging.Logger) -> tuple[logging.Logger, list, bool]:
+def _send_to(handler: logging.Handler, logger: logging.Logger) -> tuple[logging.Logger, list[logging.Handler], bool]:
     """Makes `handler` the logger's only one; returns what was there before."""
     before = logger, logger.handlers[:], logger.propagate
     logger.handlers, logger.propagate = [handler], False
     return before
 
 
-def model_config(architecture: Architecture, layout: Layout, *, local_spec: bool = False) -> Any:
+def model_config(architecture: Architecture, layout: Layout, *, local_spec: bool = False) -> "TransformerConfig":
     """NeMo's config of `architecture`, with the layer spec, fusions and precision for the hardware at hand.
 
     Without NeMo it is Megatron Core's, for the local layer spec.
@@ -171,9 +179,9 @@ def model_config(architecture: Architecture, layout: Layout, *, local_spec: bool
     if local_spec or not (nemo and transformer_engine_runs(layout.cuda)):
         engine_fields |= WITHOUT_FUSIONS | ({"transformer_layer_spec": torch_layers} if nemo else {})
         if architecture.gated_linear_unit and architecture.activation == "silu" and versions.ffn_takes_activation():
-            engine_fields["use_te_activation_func"] = True  # the layer spec's, runtime.lean.SwiGLU
+            engine_fields["use_te_activation_func"] = True  # the layer spec's, megatron.local_layers.SwiGLU
         if architecture.layernorm_zero_centered_gamma:
-            # Megatron's local LayerNorm has no zero-centred gamma: runtime.weights adds the 1 on load instead.
+            # Megatron's local LayerNorm has no zero-centred gamma: megatron.weights adds the 1 on load instead.
             engine_fields["layernorm_zero_centered_gamma"] = False
     if not layout.cuda:
         engine_fields["use_cpu_initialization"] = True
@@ -191,7 +199,7 @@ def model_config(architecture: Architecture, layout: Layout, *, local_spec: bool
     return config
 
 
-def spread_layers(config: Any) -> None:
+def spread_layers(config: "TransformerConfig") -> None:
     """Tells Megatron how layers that do not divide evenly lie over the pipeline stages; call it before building.
 
     NeMo's strategy resets these fields of a model's config to its own, which are one for student and teacher.
@@ -214,20 +222,21 @@ def uneven_stages(num_layers: int, stages: int) -> dict[str, int]:
     }
 
 
-def forward_step(model: Any, batch: dict[str, Any]) -> Any:
+def forward_step(model: "GPTModel", batch: Mapping[str, Any]) -> "Tensor":
     """Forward pass of a GPT model on a batch of NeMo's data module; the causal mask is the layers' own.
 
     Without Transformer Engine NeMo's own step insists on a mask in the batch, which Megatron then does not need.
     """
-    return model(
+    output: Tensor = model(
         input_ids=batch["tokens"],  # [b, s]
         position_ids=batch["position_ids"],  # [b, s]
         attention_mask=batch.get("attention_mask"),
         labels=batch["labels"],  # [b, s]
     )
+    return output
 
 
-def build_trainer(layout: Layout, *, callbacks: list | None = None, **arguments: Any) -> Any:
+def build_trainer(layout: Layout, *, callbacks: "list[pl.Callback] | None" = None, **arguments: Any) -> "pl.Trainer":
     """NeMo's trainer for `layout`: no logger, bar or checkpoints of its own, they are callbacks here.
 
     Args:
@@ -283,7 +292,7 @@ def _in_notebooks_too() -> Iterator[None]:
         accelerator_connector._IS_INTERACTIVE = interactive
 
 
-def _dtype(layout: Layout) -> Any:
+def _dtype(layout: Layout) -> "torch.dtype":
     import torch
 
     return torch.bfloat16 if layout.bf16 else torch.float32

@@ -5,7 +5,7 @@ import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints import tokenizer as tokenizers
@@ -32,13 +32,19 @@ from nemo_minitron.megatron.config import core_model
 from nemo_minitron.megatron.lora import trained_part
 from nemo_minitron.megatron.session import spread_layers
 
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+    from torch import Tensor
+
 NORM_WEIGHTS = ("layernorm.weight", "layer_norm_weight")
 BEFORE_CONVERSION = "megatron"
 #: How Megatron saves where the result is of a format that it does not write itself.
 NATIVE = Nemo2()
 
 
-def bare(module: Any) -> Any:
+def bare(module: Any) -> "GPTModel":
     """The Megatron model inside its wrappers (Lightning module, DDP, half-precision)."""
     from megatron.core.models.gpt import GPTModel
 
@@ -48,8 +54,12 @@ def bare(module: Any) -> Any:
 
 
 def build_model(
-    config: Any, architecture: Architecture, checkpoint: Checkpoint | None, tokenizer: Any = None, **stage: Any
-) -> Any:
+    config: "TransformerConfig",
+    architecture: Architecture,
+    checkpoint: Checkpoint | None,
+    tokenizer: Any = None,
+    **stage: Any,
+) -> "GPTModel":
     """The GPTModel of NeMo's (or Megatron Core's) `config` on this rank, with the weights of `checkpoint`.
 
     Args:
@@ -65,7 +75,7 @@ def build_model(
     return model
 
 
-def load_weights(model: Any, architecture: Architecture, checkpoint: Checkpoint, only: str = "") -> None:
+def load_weights(model: "GPTModel", architecture: Architecture, checkpoint: Checkpoint, only: str = "") -> None:
     """Loads a checkpoint of any format into a Megatron GPTModel; every rank calls it and reads its own shards.
 
     Args:
@@ -131,7 +141,7 @@ def load_strictly(model: Any, checkpoint: Checkpoint) -> None:
     _shift_gamma(model, checkpoint.architecture, 1.0)
 
 
-def reload(model: Any, folder: Path) -> None:
+def reload(model: "GPTModel", folder: Path) -> None:
     """Puts the weights of a training checkpoint of this very model back into it; every rank calls it."""
     from megatron.core import dist_checkpointing
 
@@ -148,7 +158,8 @@ class _ShardReader:
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
-        self.name, self.value = "", None
+        self.name = ""
+        self.value: Tensor | None = None
 
     def __call__(self, shard: Any) -> Any:
         from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -158,24 +169,24 @@ class _ShardReader:
         name, axes = shard.key, shard.prepend_axis_num
         if axes:
             name = f"{LAYERS}{shard.global_offset[0]}.{name.removeprefix(LAYERS)}"
-        if name != self.name:
+        if name != self.name or self.value is None:
             if name not in self.checkpoint.tensors:
                 raise CheckpointError(f"{self.checkpoint.path} has no tensor {name}")
-            self.value = None
+            self.value = None  # before the next one is read
             self.name, self.value = name, self.checkpoint.tensors[name].read()
-        return self._cut(shard, shard.global_offset[axes:], shard.local_shape)
+        return self._cut(self.value, shard, shard.global_offset[axes:], shard.local_shape)
 
-    def _cut(self, shard: Any, start: tuple[int, ...], shape: tuple[int, ...]) -> Any:
+    def _cut(self, value: "Tensor", shard: "ShardedTensor", start: tuple[int, ...], shape: tuple[int, ...]) -> "Tensor":
         import torch
 
         box = tuple(slice(first, first + size) for first, size in zip(start, shape))
-        found = self.value[box]
-        if tuple(found.shape) == tuple(shape):
-            return found
+        part = value[box]
+        if tuple(part.shape) == tuple(shape):
+            return part
         if not shard.allow_shape_mismatch:
-            raise CheckpointError(f"{self.checkpoint.path}: {self.name} is {tuple(self.value.shape)}, too small")
-        padded = torch.zeros(shape, dtype=found.dtype)  # the vocabulary's padding differs with tensor parallel
-        padded[: found.shape[0]] = found
+            raise CheckpointError(f"{self.checkpoint.path}: {self.name} is {tuple(value.shape)}, too small")
+        padded = torch.zeros(shape, dtype=part.dtype)  # the vocabulary's padding differs with tensor parallel
+        padded[: part.shape[0]] = part
         return padded
 
 
@@ -216,7 +227,7 @@ def _with_extra_states(shards: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    model: Any,
+    model: "GPTModel",
     architecture: Architecture,
     partial: Path,
     *,
@@ -272,7 +283,7 @@ def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     }
 
 
-def check_shapes(model: Any, architecture: Architecture) -> None:
+def check_shapes(model: "GPTModel", architecture: Architecture) -> None:
     """Checks the number of layers and every weight's shape against `architecture` (global shapes, any layout).
 
     Raises:
@@ -296,12 +307,12 @@ def check_shapes(model: Any, architecture: Architecture) -> None:
         raise CheckpointError("the weights disagree with the architecture: " + "; ".join(wrong))
 
 
-def _gamma_is_shifted(model: Any, architecture: Architecture) -> bool:
+def _gamma_is_shifted(model: "GPTModel", architecture: Architecture) -> bool:
     """Checkpoints of zero-centred LayerNorms hold gamma - 1; Megatron's local norm wants gamma itself."""
     return architecture.layernorm_zero_centered_gamma and not model.config.layernorm_zero_centered_gamma
 
 
-def _shift_gamma(model: Any, architecture: Architecture, by: float) -> None:
+def _shift_gamma(model: "GPTModel", architecture: Architecture, by: float) -> None:
     """Adds `by` to the gains of a model whose checkpoints hold others."""
     import torch
 

@@ -74,7 +74,7 @@ def write_refit(
     """Refits on this rank's share of the samples and writes the matrices; returns what the manifest says."""
     import time
 
-    from nemo_minitron.megatron.ranks import parallel_ranks
+    from nemo_minitron.megatron.forward import parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     cut = compensated_cut(teacher, measured, config.prune)

@@ -66,7 +66,7 @@ class OneLayer:
     """
 
     def __init__(self, architecture: Architecture, tensors: Mapping[str, Lazy], layout: Layout, path: Path):
-        from nemo_minitron.megatron.ranks import load_model
+        from nemo_minitron.megatron.forward import load_model
 
         self.tensors, self.path = tensors, path
         self.architecture = architecture.with_sizes(num_layers=1)

@@ -4,7 +4,7 @@ Megatron's fused layers are several of Hugging Face's: each of those gets A [r, 
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import write_json
@@ -12,11 +12,15 @@ from nemo_minitron.checkpoints.formats.huggingface import mapping as huggingface
 from nemo_minitron.config import PeftConfig
 from nemo_minitron.megatron.lora import factors, wrapped_layers
 
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from torch import Tensor
+
 ADAPTER = "adapter"
 PREFIX = "base_model.model."
 
 
-def keep_adapter(model: Any, architecture: Architecture, config: PeftConfig, folder: Path, base: str) -> None:
+def keep_adapter(model: "GPTModel", architecture: Architecture, config: PeftConfig, folder: Path, base: str) -> None:
     """Writes the adapters of a Megatron model, before they are merged, to `folder`; rank 0 does.
 
     Args:
@@ -53,7 +57,7 @@ def keep_adapter(model: Any, architecture: Architecture, config: PeftConfig, fol
     write_json(folder / "adapter_config.json", settings)
 
 
-def rows_of(architecture: Architecture, parts: int, tensor: Any) -> list[Any]:
+def rows_of(architecture: Architecture, parts: int, tensor: "Tensor") -> "list[Tensor]":
     """The rows of each of Hugging Face's `parts` layers in a tensor of Megatron's fused one."""
     import torch
 

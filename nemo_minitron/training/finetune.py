@@ -2,8 +2,9 @@
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture, padded_vocab_size
 from nemo_minitron.artifacts import Manifest
@@ -21,9 +22,13 @@ from nemo_minitron.training.inputs import (
     build_data,
     data_tokenizer,
     nemo_tokenizer,
+    stated_path,
     training_inputs,
 )
 from nemo_minitron.training.stage import run_training_stage
+
+if TYPE_CHECKING:
+    from nemo.collections.llm import GPTModel
 
 
 def finetune(config: FinetuneConfig) -> Manifest:
@@ -36,12 +41,13 @@ def finetune(config: FinetuneConfig) -> Manifest:
     """
     check_training("minitron finetune")
     folders: dict[str, str] = {}
+    weights: Checkpoint | None = None
     if config.model.init == "checkpoint":
-        checkpoint = open_checkpoint(config.model.restore_from_path, "checkpoint to start from")
-        architecture, own_tokenizer, weights = checkpoint.architecture, checkpoint.tokenizer, checkpoint
-        folders["checkpoint"] = config.model.restore_from_path
+        folders["checkpoint"] = stated_path(config.model.restore_from_path, "model.restore_from_path")
+        weights = open_checkpoint(folders["checkpoint"], "checkpoint to start from")
+        architecture, own_tokenizer = weights.architecture, weights.tokenizer
     else:
-        architecture, own_tokenizer, weights = random_architecture(config), None, None
+        architecture, own_tokenizer = random_architecture(config), None
     inputs = training_inputs(config, architecture, own_tokenizer)
     architecture = dataclasses.replace(architecture, seq_length=max(inputs.seq_length, architecture.seq_length))
     return run_training_stage(
@@ -55,7 +61,7 @@ def finetune(config: FinetuneConfig) -> Manifest:
 
 def random_architecture(config: FinetuneConfig) -> Architecture:
     """The sizes given in model.architecture, the vocabulary from the tokenizer where it is null."""
-    fields = stated_fields(config.model.architecture, "configuration")
+    fields = stated_fields(config.model.architecture or {}, "configuration")
     if fields.get("vocab_size") is None:
         name = config.model.tokenizer or data_tokenizer(config)
         if name is None:
@@ -105,7 +111,12 @@ def train_model(
 
 
 def _save(
-    module: Any, architecture: Architecture, config: FinetuneConfig, inputs: Inputs, partial: Path, generation: Any
+    module: "GPTModel",
+    architecture: Architecture,
+    config: FinetuneConfig,
+    inputs: Inputs,
+    partial: Path,
+    generation: Mapping[str, Any] | None,
 ) -> None:
     """Writes the trained model as an ordinary checkpoint, adapters merged, and the adapter where it is to stay."""
     from nemo_minitron.megatron.lora import merge_adapters

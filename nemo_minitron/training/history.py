@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 
@@ -17,7 +17,11 @@ from nemo_minitron.jobs.progress import Progress
 from nemo_minitron.launch.preemption import StopRequest
 from nemo_minitron.launch.ranks import rank
 from nemo_minitron.training.inputs import CHECKPOINTS, TENSORBOARD
-from nemo_minitron.training.losses import from_last_stage
+from nemo_minitron.training.losses import TokenLossesMixin, from_last_stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.tensorboard import SummaryWriter
 
 #: Lightning's number of batches between validations for none of them.
 NEVER = float("inf")
@@ -37,10 +41,10 @@ class History(pl.Callback):
         self.config, self.partial = config, partial
         self.train: list[dict[str, float]] = []
         self.validation: list[dict[str, float]] = []
-        self.sums: Any = None
+        self.sums: Tensor | None = None
         self.started = self.validation_started = time.perf_counter()
-        self.writer: Any = None
-        self.progress: Any = None
+        self.writer: SummaryWriter | None = None
+        self.progress: Progress | None = None
         self.stop, self.stopping = StopRequest(), False
         self.tokens, self.seconds = 0.0, 0.0
 
@@ -51,7 +55,7 @@ class History(pl.Callback):
         saved = json.loads(state["history"])
         self.train, self.validation = saved["train"], saved["validation"]
 
-    def on_train_start(self, trainer: Any, module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: TokenLossesMixin) -> None:
         self.stop.listen()
         trainer.val_check_batch = NEVER
         if rank() != 0:
@@ -68,7 +72,7 @@ class History(pl.Callback):
             every=self.config.trainer.log_every_n_steps,
         )
 
-    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         # Lightning counts batches from where a run was resumed; validations belong to steps.
         trainer.val_check_batch = 1 if self.validates(trainer.global_step + 1) else NEVER
         self.started = time.perf_counter()
@@ -78,7 +82,7 @@ class History(pl.Callback):
         settings = self.config.trainer
         return step % min(settings.val_check_interval, settings.max_steps) == 0
 
-    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: TokenLossesMixin, *args: Any) -> None:
         means, tokens = self.means(module)
         step = int(trainer.global_step)
         self.check_finite(means, step, f"step {step} (batch {step - 1})")
@@ -87,7 +91,7 @@ class History(pl.Callback):
         lr = float(trainer.optimizers[0].param_groups[0]["lr"])
         self.train.append({"step": step, **means, "lr": lr})
         if self.progress is not None:
-            self.progress.advance(step=step, tokens=tokens, seconds=seconds, **shown(means), lr=f"{lr:.1e}")
+            self.progress.advance(1, step=step, tokens=tokens, seconds=seconds, **shown(means), lr=f"{lr:.1e}")
         if self.writer is not None and (step % self.config.trainer.log_every_n_steps == 0 or step == 1):
             self.scalars("train", {**means, "lr": lr, "tokens_per_second": tokens / seconds}, step)
             self.scalars("weight", module.weights_at(means), step)
@@ -96,7 +100,7 @@ class History(pl.Callback):
             self.save(trainer, step)
             self.give_way(trainer, step)
 
-    def give_way(self, trainer: Any, step: int) -> None:
+    def give_way(self, trainer: pl.Trainer, step: int) -> None:
         """Ends a run that was asked to stop, once it is saved."""
         raise PreemptedError(
             f"stopped by SIGTERM after step {step} of {trainer.max_steps}; the same command goes on from there "
@@ -118,11 +122,11 @@ class History(pl.Callback):
         self.sums = None
         self.validation_started = time.perf_counter()
 
-    def on_validation_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, module: TokenLossesMixin, *args: Any) -> None:
         sums = from_last_stage(module.sums, len(module.loss_names) + 1).double()
         self.sums = sums if self.sums is None else self.sums + sums
 
-    def on_validation_end(self, trainer: Any, module: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, module: TokenLossesMixin) -> None:
         if self.sums is None:
             return
         means = dict(zip(module.loss_names, (self.sums[:-1] / self.sums[-1]).tolist()))
@@ -141,16 +145,17 @@ class History(pl.Callback):
             if self.stopping:
                 self.give_way(trainer, step)
 
-    def means(self, module: Any) -> tuple[dict[str, float], float]:
+    def means(self, module: TokenLossesMixin) -> tuple[dict[str, float], float]:
         sums = from_last_stage(module.sums, len(module.loss_names) + 1).tolist()
         tokens = max(sums[-1], 1.0)
         return {name: value / tokens for name, value in zip(module.loss_names, sums)}, tokens
 
     def scalars(self, split: str, values: dict[str, float], step: int) -> None:
+        assert self.writer is not None
         for name, value in values.items():
             self.writer.add_scalar(f"{split}/{name}", value, step)
 
-    def save(self, trainer: Any, step: int) -> None:
+    def save(self, trainer: pl.Trainer, step: int) -> None:
         """Saves a checkpoint to resume from, beside and renamed; the newest and the best are kept."""
         folder = self.partial / CHECKPOINTS
         unfinished = folder / "unfinished"
@@ -172,7 +177,7 @@ class History(pl.Callback):
         """The validated step with the least of the metric that the configuration names; None where none counts."""
         metric = self.config.metric
         known = [entry for entry in self.validation if metric in entry]
-        return min(known, key=lambda entry: entry[metric])["step"] if known else None
+        return int(min(known, key=lambda entry: entry[metric])["step"]) if known else None
 
     def close(self) -> None:
         self.stop.close()

@@ -2,17 +2,21 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.tokenizer import loadable
-from nemo_minitron.config import StageConfig
+from nemo_minitron.config import FinetuneConfig, StageConfig
 from nemo_minitron.data.instruction_samples import Samples, check_vocabulary, make_samples, padded_length
 from nemo_minitron.data.instructions import read_instructions
 from nemo_minitron.data.module import check_fits as check_data
 from nemo_minitron.data.module import data_module, paths, resolve_prefixes
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.megatron.layout import Layout, check_fits, check_length, layout_of
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
 LOG = "logs/engine.log"
 TOKENIZER, CHECKPOINTS, TENSORBOARD = "tokenizer", "checkpoints", "tensorboard"
@@ -29,7 +33,7 @@ class Inputs:
         samples: of instructions, in place of prefixes.
     """
 
-    prefixes: dict[str, list]
+    prefixes: dict[str, list[str]]
     seq_length: int
     tokenizer: str
     layout: Layout
@@ -41,7 +45,7 @@ class Inputs:
         return files | ({"tokenizer": self.tokenizer} if Path(self.tokenizer).is_dir() else {})
 
 
-def data_files(prefixes: dict[str, list]) -> dict[str, str]:
+def data_files(prefixes: dict[str, list[str]]) -> dict[str, str]:
     """Name -> file of the tokens of each split, for the manifest."""
     return {
         f"{split}{number}": f"{path}.bin"
@@ -56,6 +60,13 @@ def data_tokenizer(config: StageConfig) -> str | None:
     if isinstance(prefix, str) and (Path(prefix) / TOKENIZER).is_dir():
         return str(Path(prefix) / TOKENIZER)
     return None
+
+
+def stated_path(path: str | None, field: str) -> str:
+    """The path in a field of the configuration; raises ConfigError where it is not stated."""
+    if path is None:
+        raise ConfigError(f"{field} is missing: name a checkpoint")
+    return path
 
 
 def training_inputs(config: StageConfig, architecture: Architecture, own_tokenizer: str | None) -> Inputs:
@@ -73,8 +84,11 @@ def training_inputs(config: StageConfig, architecture: Architecture, own_tokeniz
     if tokenizer is None:
         raise ConfigError("no tokenizer: neither checkpoint nor data folder has one; give model.tokenizer=DIR")
     length = config.model.data.seq_length or config.model.encoder_seq_length or architecture.seq_length
-    if config.model.data.instructions:
-        return _instruction_inputs(config, architecture, tokenizer, layout, length)
+    if config.model.data.instructions and isinstance(config, FinetuneConfig):
+        samples = _samples(config, config.model.data.instructions, architecture, tokenizer, length)
+        padded = padded_length(samples, length)
+        check_length(padded, layout)
+        return Inputs(prefixes={}, seq_length=padded, tokenizer=tokenizer, layout=layout, samples=samples)
     prefixes = resolve_prefixes(config.model.data.data_prefix)
     missing = [split for split in ("train", "validation") if split not in prefixes]
     if missing:
@@ -84,28 +98,28 @@ def training_inputs(config: StageConfig, architecture: Architecture, own_tokeniz
     return Inputs(prefixes=prefixes, seq_length=length, tokenizer=tokenizer, layout=layout)
 
 
-def _instruction_inputs(
-    config: StageConfig, architecture: Architecture, tokenizer: str, layout: Layout, length: int
-) -> Inputs:
+def _samples(
+    config: FinetuneConfig, instructions: str, architecture: Architecture, tokenizer: str, length: int
+) -> Samples:
     """Reads and tokenises the instructions; a sample is as long as the longest of them, `length` at most."""
     from nemo_minitron.data.tokenizer import load_tokenizer
 
-    rows = read_instructions(config.model.data.instructions, config.instruct, config.seed)
+    rows = read_instructions(instructions, config.instruct, config.seed)
     samples = make_samples(rows, config.instruct, load_tokenizer(tokenizer), length)
     check_vocabulary(samples, architecture.vocab_size)
-    padded = padded_length(samples, length)
-    check_length(padded, layout)
-    return Inputs(prefixes={}, seq_length=padded, tokenizer=tokenizer, layout=layout, samples=samples)
+    return samples
 
 
-def nemo_tokenizer(name: str) -> Any:
+def nemo_tokenizer(name: str) -> "AutoTokenizer":
     """NeMo's wrapper of a Hugging Face tokenizer."""
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
     return AutoTokenizer(loadable(name), use_fast=True)
 
 
-def build_data(config: StageConfig, inputs: Inputs, tokenizer: Any, partial: Path) -> Any:
+def build_data(
+    config: StageConfig, inputs: Inputs, tokenizer: "AutoTokenizer", partial: Path
+) -> "pl.LightningDataModule":
     """NeMo's data module for a training stage."""
     if inputs.samples is not None:
         from nemo_minitron.data.instruction_module import InstructionDataModule

@@ -4,13 +4,20 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.config import OptimConfig, StageConfig
 from nemo_minitron.megatron.layout import Layout
 from nemo_minitron.megatron.session import build_trainer
 from nemo_minitron.training.inputs import CHECKPOINTS
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from nemo.collections.llm import GPTModel
+    from nemo.lightning import MegatronOptimizerModule
+
+    from nemo_minitron.training.history import History
 
 #: Fields of a model's config where NeMo and Megatron put methods of the model and the optimizer.
 ENGINES_FUNCTIONS = (
@@ -54,7 +61,7 @@ class Trained:
         }
 
 
-def optimizer(config: OptimConfig, max_steps: int, clip: float, layout: Layout) -> Any:
+def optimizer(config: OptimConfig, max_steps: int, clip: float, layout: Layout) -> "MegatronOptimizerModule":
     """Megatron's Adam with linear warm-up and cosine decay; biases and norms do not decay."""
     import torch
     from megatron.core.optimizer import OptimizerConfig
@@ -83,7 +90,12 @@ def optimizer(config: OptimConfig, max_steps: int, clip: float, layout: Layout) 
 
 
 def train_and_validate(
-    module: Any, data: Any, config: StageConfig, layout: Layout, partial: Path, callbacks: Sequence[Any] = ()
+    module: "GPTModel",
+    data: "pl.LightningDataModule",
+    config: StageConfig,
+    layout: Layout,
+    partial: Path,
+    callbacks: "Sequence[pl.Callback]" = (),
 ) -> Trained:
     """Trains `module` (a GPTModel with TokenLossesMixin) to trainer.max_steps.
 
@@ -123,7 +135,7 @@ def train_and_validate(
     )
 
 
-def let_go(module: Any) -> None:
+def let_go(module: "GPTModel") -> None:
     """Takes the trained model's and optimizer's functions off the configs, so that their memory can be freed.
 
     fiddle, in which NeMo registers each class of modules, keeps those classes for ever, and with them the configs that
@@ -135,7 +147,7 @@ def let_go(module: Any) -> None:
                 setattr(config, name, None)
 
 
-def take_best(module: Any, history: Any, last: int, checkpoints: Path) -> int:
+def take_best(module: "GPTModel", history: "History", last: int, checkpoints: Path) -> int:
     """Puts the weights of the best validated step into `module`; returns the step that they are of.
 
     The last step's stay where the configuration says so, where they are the best, or where the run did not end with a
@@ -151,7 +163,7 @@ def take_best(module: Any, history: Any, last: int, checkpoints: Path) -> int:
     return best
 
 
-def history_callback(config: StageConfig, partial: Path) -> Any:
+def history_callback(config: StageConfig, partial: Path) -> "History":
     """The callback that shows progress, keeps the history, logs to TensorBoard and saves checkpoints to resume from."""
     from nemo_minitron.training.history import History
 

@@ -48,7 +48,7 @@ def masked_sum(losses: "Tensor", mask: "Tensor") -> "Tensor":
 
 
 #: The losses of a batch and the model's output.
-LossFunction = Callable[[Batch, Any], Losses]
+LossFunction = Callable[[Batch, "Tensor"], Losses]
 
 
 class TokenLossesMixin:
@@ -65,7 +65,7 @@ class TokenLossesMixin:
     loss_weights: dict[str, float]
     sums: "Tensor | None" = None
 
-    def token_losses(self, batch: Batch, output: Any) -> Losses:
+    def token_losses(self, batch: Batch, output: "Tensor") -> Losses:
         """The losses of a batch and the model's output; a module's own."""
         raise NotImplementedError
 
@@ -105,7 +105,7 @@ def token_loss_reduction(
     from nemo.lightning.megatron_parallel import MegatronLossReduction
 
     class TokenLossReduction(MegatronLossReduction):
-        def forward(self, batch: Batch, forward_out: Any) -> tuple["Tensor", "Tensor", dict[str, "Tensor"]]:
+        def forward(self, batch: Batch, forward_out: "Tensor") -> tuple["Tensor", "Tensor", dict[str, "Tensor"]]:
             mask = batch["loss_mask"].float()  # [b, s]
             losses = token_losses(batch, forward_out)
             tokens = mask.sum()
@@ -117,8 +117,7 @@ def token_loss_reduction(
             sums = torch.stack([output["sums"] for output in outputs]).sum(dim=0)
             torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
             keep_sums(sums)
-            weighed_sum: torch.Tensor = sum(weights.get(name, 0.0) * sums[i] for i, name in enumerate(names))
-            return weighed_sum / sums[-1]
+            return sum(weights.get(name, 0.0) * sums[i] for i, name in enumerate(names)) / sums[-1]
 
     return TokenLossReduction()
 

@@ -1,6 +1,6 @@
 """The Lightning module that trains and validates one GPT model."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
@@ -9,23 +9,29 @@ from nemo_minitron.megatron.lora import add_adapters, trained_part
 from nemo_minitron.megatron.weights import bare, build_model
 from nemo_minitron.training.losses import LM_LOSS, Batch, Losses, TokenLossesMixin, weighed
 
+if TYPE_CHECKING:
+    from nemo.collections import llm
+    from nemo.collections.llm import GPTConfig
+    from nemo.lightning import MegatronOptimizerModule
+    from torch import Tensor
+
 
 def gpt_module(
-    config: Any,
+    config: "GPTConfig",
     architecture: Architecture,
     *,
     weights: Checkpoint | None,
-    optim: Any = None,
+    optim: "MegatronOptimizerModule | None" = None,
     tokenizer: Any = None,
     peft: PeftConfig | None = None,
-) -> Any:
+) -> "llm.GPTModel":
     """NeMo's GPTModel that starts from the checkpoint `weights` (or at random), which shows its loss.
 
     With `peft` of scheme lora only adapters train, and only they are in the checkpoints to resume from.
     """
     from nemo.collections import llm
 
-    adapted = peft is not None and peft.scheme == "lora"
+    adapters = peft if peft is not None and peft.scheme == "lora" else None
 
     class MinitronGPTModel(TokenLossesMixin, llm.GPTModel):
         loss_names = (LM_LOSS,)
@@ -35,10 +41,10 @@ def gpt_module(
             if hasattr(self, "module"):
                 return
             self.module = build_model(self.config, architecture, weights, self.tokenizer, vp_stage=vp_stage)
-            if adapted:
-                add_adapters(self, peft)
+            if adapters is not None:
+                add_adapters(self, adapters)
 
-        def token_losses(self, batch: Batch, output: Any) -> Losses:
+        def token_losses(self, batch: Batch, output: "Tensor") -> Losses:
             return weighed({LM_LOSS: output}, self.loss_weights, batch["loss_mask"].float())
 
     class AdaptedGPTModel(MinitronGPTModel):
@@ -47,4 +53,4 @@ def gpt_module(
         def sharded_state_dict(self, prefix: str = "", **options: Any) -> dict[str, Any]:
             return trained_part(bare(self).sharded_state_dict(prefix=f"{prefix}module.", **options))
 
-    return (AdaptedGPTModel if adapted else MinitronGPTModel)(config, optim=optim, tokenizer=tokenizer)
+    return (MinitronGPTModel if adapters is None else AdaptedGPTModel)(config, optim=optim, tokenizer=tokenizer)

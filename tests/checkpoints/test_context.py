@@ -159,8 +159,8 @@ def test_nemo_builds_just_the_rows_that_there_are(name, tokenizer, tmp_path):
     from nemo.lightning import get_vocab_size
     from nemo.lightning.io import load_context
 
+    from nemo_minitron.megatron.forward import parallel_ranks
     from nemo_minitron.megatron.layout import Layout
-    from nemo_minitron.megatron.ranks import parallel_ranks
     from nemo_minitron.megatron.session import WITHOUT_FUSIONS, engine
 
     made = architecture_of(name)

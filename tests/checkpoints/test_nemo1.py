@@ -36,7 +36,7 @@ def saved(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 
-    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     root = tmp_path_factory.mktemp("nemo1")

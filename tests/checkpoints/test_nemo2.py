@@ -73,7 +73,7 @@ print(type(model).__name__, type(model.tokenizer).__name__)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_round_trip_is_bit_exact_and_keeps_the_architecture(family, tmp_path):
-    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
     from nemo_minitron.megatron.weights import save_checkpoint
 

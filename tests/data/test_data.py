@@ -348,8 +348,8 @@ def test_consecutive_windows_predict_each_token_once(made):
 
 @pytest.fixture
 def parallel():
+    from nemo_minitron.megatron.forward import parallel_ranks
     from nemo_minitron.megatron.layout import Layout
-    from nemo_minitron.megatron.ranks import parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     with engine(1), parallel_ranks(Layout(cuda=False, bf16=False), 1):

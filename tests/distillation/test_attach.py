@@ -16,7 +16,7 @@ LAYOUT = Layout(cuda=False, bf16=False)
 @pytest.fixture
 def models(tiny, tmp_path):
     """A narrower student with random weights, the config of the teacher, and the teacher's checkpoint."""
-    from nemo_minitron.megatron.ranks import parallel_ranks
+    from nemo_minitron.megatron.forward import parallel_ranks
     from nemo_minitron.megatron.session import engine, model_config
     from nemo_minitron.megatron.weights import build_model
 
@@ -69,7 +69,7 @@ def test_what_is_detached_is_what_was_attached_to(models, kd, pairs):
     names = [name for name, _ in student.named_parameters()]
     distillation = Distillation(teacher, kd, pairs)
     model = distillation.attach(student, config)
-    attached = distillation.teacher
+    attached = distillation.attached.teacher
     plain_teacher = type(attached)
     assert model is student and put_on(student) != before
     model.set_student_input_tensor_shape([(16, 2, 96)])  # as NeMo does between pipeline stages

@@ -67,14 +67,14 @@ def test_both_losses_equal_float64_arithmetic(tiny, student, tmp_path, monkeypat
     ids=["default", "mixed", "jsd"],
 )
 def test_the_fused_form_trains_as_the_one_on_logits(tiny, student, tmp_path, kd):
-    found = {
+    manifests = {
         form: distill(config(tiny, student, tmp_path / form, steps=3, kd=KDConfig(form=form, **kd)))
         for form in ("fused", "chunked")
     }
-    for one, other in zip(found["fused"].metrics["train"], found["chunked"].metrics["train"]):
+    for one, other in zip(manifests["fused"].metrics["train"], manifests["chunked"].metrics["train"]):
         assert one == pytest.approx(other, abs=2e-5)
-    assert found["fused"].metrics["validation"][-1] == pytest.approx(
-        found["chunked"].metrics["validation"][-1], abs=2e-5
+    assert manifests["fused"].metrics["validation"][-1] == pytest.approx(
+        manifests["chunked"].metrics["validation"][-1], abs=2e-5
     )
     one, other = read_weights(tmp_path / "fused"), read_weights(tmp_path / "chunked")
     assert all(torch.allclose(other[name], value, atol=2e-4) for name, value in one.items())

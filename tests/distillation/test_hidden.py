@@ -60,14 +60,14 @@ def first_batch(tiny, students, tmp_path_factory):
 def states(path, tokens) -> list[torch.Tensor]:
     """Embeddings and each block's output [b, s, h], by transformers in float64."""
     model = llama(path, open_checkpoint(path).architecture).double()
-    found = []
+    outputs = []
     for module in (model.model.embed_tokens, *model.model.layers):
         module.register_forward_hook(
-            lambda _, __, output: found.append(output[0] if isinstance(output, tuple) else output)
+            lambda _, __, output: outputs.append(output[0] if isinstance(output, tuple) else output)
         )
     with torch.no_grad():
         model(tokens)
-    return found
+    return outputs
 
 
 @pytest.mark.parametrize("form", ["fused", "chunked"])

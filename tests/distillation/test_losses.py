@@ -119,13 +119,13 @@ def test_the_fused_loss_with_compiled_passes_is_that_of_the_loops(monkeypatch, r
     inputs, labels, kd_weights, lm_weights = layers()
     options = {"labels": labels, "kd_weights": kd_weights, "chunk_tokens": 6}
 
-    def found(**more):
+    def losses_and_gradients(**more):
         loss = fused.fused_divergence(*inputs, **options, **more)
         return loss.kd, loss.lm, *torch.autograd.grad(loss.total, inputs[:2])
 
-    expected = [found(), found(lm_weights=lm_weights)]
+    expected = [losses_and_gradients(), losses_and_gradients(lm_weights=lm_weights)]
     calls = request.getfixturevalue("on_expressions")
-    torch.testing.assert_close([found(), found(lm_weights=lm_weights)], expected)
+    torch.testing.assert_close([losses_and_gradients(), losses_and_gradients(lm_weights=lm_weights)], expected)
     assert "gradient" in calls
 
 
@@ -388,16 +388,16 @@ def plain_output(inputs, labels, kind, temperature):
 def test_the_fused_loss_is_output_layer_and_loss(kind, chunk, temperature, trained):
     inputs, labels, kd_weights, lm_weights = layers()
     options = {"lm_weights": lm_weights} if trained else {}
-    found = fused.fused_divergence(
+    fused_loss = fused.fused_divergence(
         *inputs, kind=kind, beta=BETA, temperature=temperature, kd_weights=kd_weights, labels=labels,
         chunk_tokens=chunk, **options,
     )  # fmt: skip
     kd, lm = plain_output(inputs, labels, kind, temperature)
     kd_sum, lm_sum = (kd * kd_weights).sum(), (lm * lm_weights).sum() * trained
-    for own, expected in zip(found, (kd_sum + lm_sum, kd_sum, lm_sum, kd, lm)):
+    for own, expected in zip(fused_loss, (kd_sum + lm_sum, kd_sum, lm_sum, kd, lm)):
         torch.testing.assert_close(own, expected.to(own.dtype))
-    assert not any(part.requires_grad for part in found[1:])
-    ours = torch.autograd.grad(-3 * found.total, inputs[:2])
+    assert not any(part.requires_grad for part in fused_loss[1:])
+    ours = torch.autograd.grad(-3 * fused_loss.total, inputs[:2])
     for own, expected in zip(ours, torch.autograd.grad(-3 * (kd_sum + lm_sum), inputs[:2])):
         torch.testing.assert_close(own, expected)
     assert trained or (ours[0][2] == 0).all()
@@ -406,14 +406,14 @@ def test_the_fused_loss_is_output_layer_and_loss(kind, chunk, temperature, train
 def test_the_fused_loss_in_float32_and_bf16():
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         inputs, labels, kd_weights, lm_weights = layers(dtype)
-        found = fused.fused_divergence(
+        fused_loss = fused.fused_divergence(
             *inputs, kd_weights=kd_weights, labels=labels, lm_weights=lm_weights, chunk_tokens=4
         )
         kd, lm = plain_output(inputs, labels, "forward_kl", 1.0)
         total = (kd * kd_weights).sum() + (lm * lm_weights).sum()
-        torch.testing.assert_close(found.total, total.float(), rtol=tolerance, atol=0.0)
+        torch.testing.assert_close(fused_loss.total, total.float(), rtol=tolerance, atol=0.0)
         reference = torch.autograd.grad(total, inputs[:2])
-        for own, expected in zip(torch.autograd.grad(found.total, inputs[:2]), reference):
+        for own, expected in zip(torch.autograd.grad(fused_loss.total, inputs[:2]), reference):
             assert own.dtype == dtype
             assert (own.double() - expected.double()).norm() < tolerance * expected.double().norm()
 
@@ -421,11 +421,11 @@ def test_the_fused_loss_in_float32_and_bf16():
 def test_the_fused_loss_gives_what_is_wanted_and_no_more():
     inputs, labels, _, lm_weights = layers()
     frozen = (inputs[0], inputs[1].detach(), *inputs[2:])
-    found = fused.fused_divergence(*frozen, chunk_tokens=4)
-    torch.testing.assert_close(found.kd_sum, found.kd.sum())
+    fused_loss = fused.fused_divergence(*frozen, chunk_tokens=4)
+    torch.testing.assert_close(fused_loss.kd_sum, fused_loss.kd.sum())
     expected = torch.autograd.grad(plain_output(inputs, labels, "forward_kl", 1.0)[0].sum(), inputs[0])
-    torch.testing.assert_close(torch.autograd.grad(found.total, inputs[0]), expected)
-    assert found.lm is None and found.lm_sum == 0
+    torch.testing.assert_close(torch.autograd.grad(fused_loss.total, inputs[0]), expected)
+    assert fused_loss.lm is None and fused_loss.lm_sum == 0
     labels[1] = V
     assert fused.fused_divergence(*inputs, labels=labels).lm[1] == torch.inf
     with pytest.raises(ValueError, match="lm_weights without labels"):
@@ -443,26 +443,26 @@ def test_the_fused_evaluation_works_out_no_gradient(monkeypatch):
     expected = fused.fused_divergence(*inputs)
     monkeypatch.setattr(fused, "scaled_gradient", None)
     with torch.no_grad():
-        found = fused.fused_divergence(*inputs)
-    assert torch.equal(found.kd, expected.kd) and not found.total.requires_grad
+        fused_loss = fused.fused_divergence(*inputs)
+    assert torch.equal(fused_loss.kd, expected.kd) and not fused_loss.total.requires_grad
 
 
 def test_a_masked_token_may_hold_anything_in_the_fused_loss():
     inputs, labels, kd_weights, _ = layers()
     expected = fused.fused_divergence(*inputs, kd_weights=kd_weights, chunk_tokens=4)
     inputs[2][2] = torch.nan
-    found = fused.fused_divergence(*inputs, kd_weights=kd_weights, chunk_tokens=4)
-    torch.testing.assert_close(found[:2], expected[:2])
-    gradients = [torch.autograd.grad(loss.total, inputs[:2]) for loss in (found, expected)]
+    fused_loss = fused.fused_divergence(*inputs, kd_weights=kd_weights, chunk_tokens=4)
+    torch.testing.assert_close(fused_loss[:2], expected[:2])
+    gradients = [torch.autograd.grad(loss.total, inputs[:2]) for loss in (fused_loss, expected)]
     torch.testing.assert_close(*gradients)
 
 
 def test_a_fully_masked_fused_batch_has_no_loss():
     inputs, labels, _, _ = layers()
     nothing = torch.zeros(T)
-    found = fused.fused_divergence(*inputs, kd_weights=nothing, labels=labels, lm_weights=nothing, chunk_tokens=4)
-    assert found.total == 0
-    assert all((gradient == 0).all() for gradient in torch.autograd.grad(found.total, inputs[:2]))
+    fused_loss = fused.fused_divergence(*inputs, kd_weights=nothing, labels=labels, lm_weights=nothing, chunk_tokens=4)
+    assert fused_loss.total == 0
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(fused_loss.total, inputs[:2]))
 
 
 def test_backward_twice_through_the_fused_loss_is_refused():
@@ -478,7 +478,7 @@ PARALLEL_V, RANKS = 38, 2
 
 def parallel_cases(group, part):
     """Every form on this rank's part of the vocabulary (`part` cuts the last axis): name -> values and gradients."""
-    weights, found = upstream(S, B), {}
+    weights, results = upstream(S, B), {}
     for dtype in (torch.float64, torch.float32):
         student, teacher = logits(S, B, PARALLEL_V, dtype=dtype)
         teacher[0, 0, PARALLEL_V // RANKS :] = -torch.inf  # all that one rank has
@@ -487,11 +487,11 @@ def parallel_cases(group, part):
             if kind == "reverse_kl":
                 teacher = teacher.clamp(min=-50.0)
             value = loss(own, part(teacher), temperature=1.5, group=group)
-            found[kind, dtype] = value_and_gradient(value, weights, own)
+            results[kind, dtype] = value_and_gradient(value, weights, own)
         kept = losses.top_k(part(teacher), 5, group=group)
-        found["kept", dtype] = kept
+        results["kept", dtype] = kept
         value = losses.top_k_forward_kl(own, kept, temperature=1.5, group=group)
-        found["top_k", dtype] = value_and_gradient(value, weights, own)
+        results["top_k", dtype] = value_and_gradient(value, weights, own)
     generator = torch.Generator().manual_seed(5)
     states = [torch.randn(T, width, generator=generator, dtype=torch.float64) for width in (H, G)]
     outputs = [torch.randn(PARALLEL_V, width, generator=generator, dtype=torch.float64) for width in (H, G)]
@@ -504,8 +504,8 @@ def parallel_cases(group, part):
             lm_weights=torch.full((T,), 0.5), group=group, reduce_hidden_grad=reduce, chunk_tokens=4,
         )  # fmt: skip
         grad_hidden, grad_weight = torch.autograd.grad(2 * result.total, (hidden, weight))
-        found["fused", reduce] = (*result, grad_weight.t(), grad_hidden)
-    return found
+        results["fused", reduce] = (*result, grad_weight.t(), grad_hidden)
+    return results
 
 
 def one_rank(rank, folder):
@@ -513,8 +513,8 @@ def one_rank(rank, folder):
     divergences.CPU_BLOCK = 3 * V * 4
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     group = torch.distributed.new_group(range(RANKS))
-    found = parallel_cases(group, lambda tensor: tensor.chunk(RANKS, dim=-1)[rank])
-    torch.save({**found, "collectives": collectives(group)}, f"{folder}/{rank}.pt")
+    results = parallel_cases(group, lambda tensor: tensor.chunk(RANKS, dim=-1)[rank])
+    torch.save({**results, "collectives": collectives(group)}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -76,15 +76,15 @@ def test_every_question_stands_in_the_training_text_with_its_answer(asked):
 
 def test_who_has_the_text_knows_all_and_who_has_not_guesses(asked):
     text, questions = asked
-    found, answers = accuracy(Oracle(text), questions)
+    metrics, answers = accuracy(Oracle(text), questions)
     # A town may have two landmarks in the text of another fact's wording; one in a hundred at most.
-    assert found["facts_choice"]["acc"]["value"] > 0.99 and found["facts_completion"]["acc"]["value"] == 1.0
+    assert metrics["facts_choice"]["acc"]["value"] > 0.99 and metrics["facts_completion"]["acc"]["value"] == 1.0
     assert len(answers) == 2 * len(questions)
-    found, _ = accuracy(Ignorant(), questions)
-    entry = found["facts_choice"]["acc"]
+    metrics, _ = accuracy(Ignorant(), questions)
+    entry = metrics["facts_choice"]["acc"]
     assert abs(entry["value"] - 0.25) < 4 * entry["stderr"]
     assert entry["stderr"] == pytest.approx(math.sqrt(entry["value"] * (1 - entry["value"]) / 599), rel=1e-3)
-    assert found["facts_completion"]["acc"]["value"] == 0
+    assert metrics["facts_completion"]["acc"]["value"] == 0
 
 
 def test_wrong_answers_stand_nowhere(asked):
@@ -105,10 +105,10 @@ def test_a_text_that_states_nothing_is_no_ground_for_questions():
 
 
 def test_what_is_kept_is_counted_among_what_the_reference_knew():
-    found = facts.retention([1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 0], 0.25)
-    assert found["value"] == 0.75 and found["questions"] == 4
-    assert found["stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
-    assert found["above_chance"] == pytest.approx((0.75 - 0.25) / 0.75)
+    kept = facts.retention([1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 0], 0.25)
+    assert kept["value"] == 0.75 and kept["questions"] == 4
+    assert kept["stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    assert kept["above_chance"] == pytest.approx((0.75 - 0.25) / 0.75)
     assert facts.retention([0, 0], [1, 0], 0.25)["value"] is None
     rng = random.Random(5)
     teacher = [rng.random() < 0.6 for _ in range(4000)]

@@ -26,11 +26,11 @@ def by_transformers(folder, prompt=PROMPT, **options) -> list[int]:
 )  # fmt: skip
 def test_any_format_continues_as_transformers_does(small_models, capsys, given, same_as):
     assert main(["generate", str(small_models[given]), PROMPT, "max_new_tokens=12", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    answer = json.loads(capsys.readouterr().out)
     expected = by_transformers(small_models[same_as], do_sample=False)
     prompt = AutoTokenizer.from_pretrained(small_models[same_as]).encode(PROMPT)
-    assert found["token_ids"] == expected[len(prompt) :] and found["prompt_tokens"] == len(prompt)
-    assert found["text"].startswith(PROMPT) and found["text"] == PROMPT + found["continuation"]
+    assert answer["token_ids"] == expected[len(prompt) :] and answer["prompt_tokens"] == len(prompt)
+    assert answer["text"].startswith(PROMPT) and answer["text"] == PROMPT + answer["continuation"]
 
 
 def test_the_text_is_printed_and_nothing_else(small_models, capsys):

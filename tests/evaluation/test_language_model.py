@@ -40,9 +40,9 @@ def asked(request, loaded):
     settings = {"pretrained": model, "tokenizer": tokenizer, "max_length": MAX_LENGTH, "bounds": bounds(most=2)}
     if request.param == "ours":
         return TransformersLM(**settings)
-    found = lm_eval_api.language_model(**settings, check=lambda ids: None)
-    assert isinstance(found, TransformersLM) != WHOLE
-    return found
+    model = lm_eval_api.language_model(**settings, check=lambda ids: None)
+    assert isinstance(model, TransformersLM) != WHOLE
+    return model
 
 
 def bounds(window: int = MAX_LENGTH, **fields) -> Bounds:
@@ -64,8 +64,8 @@ def likelihood(model, context: list[int], continuation: list[int]) -> tuple[floa
 def test_continuations(loaded, asked):
     model, tokenizer = loaded
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    found = asked.loglikelihood(requests("loglikelihood", ASKED))
-    for (context, continuation), (value, greedy) in zip(ASKED, found):
+    likelihoods_of = asked.loglikelihood(requests("loglikelihood", ASKED))
+    for (context, continuation), (value, greedy) in zip(ASKED, likelihoods_of):
         bare = context.rstrip()
         known = tokenizer.encode(bare) if bare else [first]
         tokens = tokenizer.encode(f"{context}{continuation}") if bare else tokenizer.encode(continuation)
@@ -86,8 +86,8 @@ def test_whole_texts_in_windows(loaded, asked):
         context = [tokens[start - 1] if start else first, *tokens[start:done]]
         expected += likelihood(model, context, tokens[done:end])[0]
         done = end
-    [found] = asked.loglikelihood_rolling(requests("loglikelihood_rolling", [(TEXT,)]))
-    assert found == pytest.approx(expected, rel=1e-6)
+    [total] = asked.loglikelihood_rolling(requests("loglikelihood_rolling", [(TEXT,)]))
+    assert total == pytest.approx(expected, rel=1e-6)
 
 
 def test_greedy_text_ends_where_it_is_told(loaded, asked):
@@ -100,11 +100,11 @@ def test_greedy_text_ends_where_it_is_told(loaded, asked):
 
     contexts = ["The river", "A town lies on the river", TEXT]
     settings = {"until": ["\n\n\n"], "max_gen_toks": 12, "do_sample": False}
-    found = asked.generate_until(requests("generate_until", [(context, dict(settings)) for context in contexts]))
-    assert found == [written(context, 12) for context in contexts]
-    end = found[0][3:5]
+    texts = asked.generate_until(requests("generate_until", [(context, dict(settings)) for context in contexts]))
+    assert texts == [written(context, 12) for context in contexts]
+    end = texts[0][3:5]
     shorter = settings | {"until": [end]}
-    assert asked.generate_until(requests("generate_until", [(contexts[0], shorter)])) == [found[0].split(end)[0]]
+    assert asked.generate_until(requests("generate_until", [(contexts[0], shorter)])) == [texts[0].split(end)[0]]
 
 
 @pytest.mark.parametrize("name", ["llama31", "llama32-tied", "mistral-window", "nemotron", "qwen2"])
@@ -126,10 +126,10 @@ def test_every_family_answers_what_the_harness_does_with_whole_logits(small_mode
     model.get_output_embeddings().register_forward_hook(lambda layer, args, logits: seen.append(logits.numel()))
     monkeypatch.setattr(likelihoods, "CHUNK", 4 * 259 * 5)
     for room in (1, 4 * MAX_LENGTH):
-        found = lm_eval_api.language_model(**settings, bounds=bounds(room=room), check=lambda ids: None)
-        for (value, greedy), (wanted, as_written) in zip(found.loglikelihood(pairs), expected, strict=True):
+        view = lm_eval_api.language_model(**settings, bounds=bounds(room=room), check=lambda ids: None)
+        for (value, greedy), (wanted, as_written) in zip(view.loglikelihood(pairs), expected, strict=True):
             assert value == pytest.approx(wanted, rel=1e-9) and greedy == as_written
-        assert found.loglikelihood_rolling(texts) == pytest.approx(rolling, rel=1e-9)
+        assert view.loglikelihood_rolling(texts) == pytest.approx(rolling, rel=1e-9)
     assert max(seen) == 5 * 259
 
 
@@ -144,9 +144,9 @@ def test_log_likelihoods_in_chunks_are_those_of_whole_logits(dtype, error, monke
         targets = torch.where(torch.arange(23) % 2 == 0, likeliest, (likeliest + 1) % 259)
         for rows in (1, 7, 23, 100):
             monkeypatch.setattr(likelihoods, "CHUNK", 4 * 259 * rows)
-            found, greedy = likelihoods.token_log_likelihoods(model, hidden, targets)
+            logs, greedy = likelihoods.token_log_likelihoods(model, hidden, targets)
             expected = logs.gather(1, targets[:, None])[:, 0]
-            assert torch.allclose(found.double(), expected, rtol=error, atol=error)
+            assert torch.allclose(logs.double(), expected, rtol=error, atol=error)
             assert greedy.tolist() == [number % 2 == 0 for number in range(23)]
 
 

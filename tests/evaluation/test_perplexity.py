@@ -32,7 +32,7 @@ def losses(folder, texts, window: int = LENGTH) -> list[float]:
     """Negative log-likelihood of each text; windows that share one token, the last one full."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float64).eval()
-    found = []
+    totals = []
     for text in texts:
         tokens = tokenizer.encode(text, add_special_tokens=False)
         padded, total, end = [tokenizer.bos_token_id, *tokens], 0.0, 0
@@ -44,8 +44,8 @@ def losses(folder, texts, window: int = LENGTH) -> list[float]:
             scores = logits.log_softmax(-1).gather(1, torch.tensor(tokens[first:last])[:, None])[:, 0]
             total -= float(scores[end - first :].sum())
             end = last
-        found.append(total)
-    return found
+        totals.append(total)
+    return totals
 
 
 @pytest.mark.parametrize(
@@ -57,18 +57,18 @@ def test_perplexities_are_those_of_the_logits(small_models, corpus, capsys, give
     arguments = [str(small_models[given]), "tasks=perplexity", f"corpus={folder}", "--json"]
     assert main(["evaluate", *arguments]) == 0
     results = json.loads(capsys.readouterr().out)["results"]
-    found = {name: entry["value"] for name, entry in next(iter(results.values()))["perplexity"].items()}
+    values = {name: entry["value"] for name, entry in next(iter(results.values()))["perplexity"].items()}
     loss = sum(losses(small_models[same_as], texts))
     tokenizer = AutoTokenizer.from_pretrained(small_models[same_as])
     # A trailing blank starts a last, empty word for lm-evaluation-harness.
     words = sum(text.count(" ") + text.count("\n") + 1 for text in texts)
     size = sum(len(text.encode()) for text in texts)
     tokens = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
-    assert found["word_perplexity"] == pytest.approx(math.exp(loss / words), rel=1e-3)
-    assert found["byte_perplexity"] == pytest.approx(math.exp(loss / size), rel=1e-4)
-    assert found["bits_per_byte"] == pytest.approx(loss / size / math.log(2), rel=1e-5)
-    assert found["token_loss"] == pytest.approx(loss / tokens, rel=1e-5)
-    assert found["token_perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
+    assert values["word_perplexity"] == pytest.approx(math.exp(loss / words), rel=1e-3)
+    assert values["byte_perplexity"] == pytest.approx(math.exp(loss / size), rel=1e-4)
+    assert values["bits_per_byte"] == pytest.approx(loss / size / math.log(2), rel=1e-5)
+    assert values["token_loss"] == pytest.approx(loss / tokens, rel=1e-5)
+    assert values["token_perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
 
 
 def test_the_text_is_read_by_its_key(small_models, corpus, tmp_path, capsys):
@@ -76,12 +76,12 @@ def test_the_text_is_read_by_its_key(small_models, corpus, tmp_path, capsys):
     for split in ("train", "validation", "test"):
         rows = [json.loads(line)["text"] for line in (folder / f"{split}.jsonl").read_text().splitlines()]
         (tmp_path / f"{split}.json").write_text(json.dumps([{"body": {"en": text}} for text in rows]))
-    found = []
+    results = []
     for source, key in ((folder, "text"), (tmp_path, "body.en")):
         arguments = [str(small_models["llama2"]), "tasks=perplexity", f"corpus={source}", f"text_key={key}", "--json"]
         assert main(["evaluate", *arguments]) == 0
-        found.append(json.loads(capsys.readouterr().out)["results"])
-    assert found[0] == found[1]
+        results.append(json.loads(capsys.readouterr().out)["results"])
+    assert results[0] == results[1]
 
 
 def test_the_standard_error_is_that_of_a_bootstrap_over_documents():
@@ -105,11 +105,11 @@ def test_the_corpus_of_a_data_folder_is_the_one_it_was_made_from(small_models, c
     made = tmp_path / "made"
     assert main(["data", f"output={made}", f"source={folder}", f"tokenizer={small_models['tokenizer']}"]) == 0
     capsys.readouterr()
-    found = []
+    results = []
     for place in (folder, made):
         assert main(["evaluate", str(small_models["llama2"]), f"corpus={place}", "--json"]) == 0
-        found.append(json.loads(capsys.readouterr().out)["results"])
-    assert found[0] == found[1]
+        results.append(json.loads(capsys.readouterr().out)["results"])
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize(

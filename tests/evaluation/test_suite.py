@@ -87,8 +87,8 @@ def run(name: str, shots: int, data, written: str = ""):
     with made.own_cache():
         loaded = suite._load(part, str(data))
     model = Scripted(written)
-    found, _ = harness.run_harness(model, loaded, EvaluateConfig(models=["-"], limit=2, allow_code=True))
-    return found[name], model.prompts
+    metrics, _ = harness.run_harness(model, loaded, EvaluateConfig(models=["-"], limit=2, allow_code=True))
+    return metrics[name], model.prompts
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ def run(name: str, shots: int, data, written: str = ""):
 def test_each_task_runs_with_its_shots_and_knows_right_from_wrong(task_data, name, shots, mark, written, metric):
     published = {part.name: part.shots for part in suite.SUITES["minitron"]}
     assert published[name] == shots
-    found, prompts = run(name, shots, task_data, written)
-    assert found[metric]["value"] == (100.0 if metric == "rougeL" else 1.0)
+    metrics, prompts = run(name, shots, task_data, written)
+    assert metrics[metric]["value"] == (100.0 if metric == "rougeL" else 1.0)
     assert all("".join(map(str, prompt)).count(mark) == shots + 1 for prompt in prompts), prompts[0]
     if shots:
         _, prompts = run(name, 0, task_data, written)

@@ -33,8 +33,8 @@ def test_rouge_is_that_of_the_text_that_transformers_generates(small_models, art
     assert main(["evaluate", *arguments, f"output={output}"]) == 0
     table = capsys.readouterr().out
     assert "summarization rougeLsum" in table and "tokens_per_second" in table
-    (found,) = json.loads((output / "results.json").read_text())["results"].values()
-    found = found["summarization"]
+    (metrics,) = json.loads((output / "results.json").read_text())["results"].values()
+    metrics = metrics["summarization"]
     folder = small_models["nemotron"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
@@ -47,18 +47,18 @@ def test_rouge_is_that_of_the_text_that_transformers_generates(small_models, art
         summaries.append(tokenizer.decode(made[0, len(tokens) :], skip_special_tokens=True))
         scores.append(RougeScorer(["rouge1", "rougeLsum"]).score(article["highlights"], summaries[-1]))
     for kind in ("rouge1", "rougeLsum"):
-        assert found[kind]["value"] == pytest.approx(100 * sum(score[kind].fmeasure for score in scores) / 3)
-    assert found["output_tokens"]["value"] == count
-    seconds = found["total_latency_seconds"]["value"]
-    assert found["tokens_per_second"]["value"] == pytest.approx(count / seconds)
+        assert metrics[kind]["value"] == pytest.approx(100 * sum(score[kind].fmeasure for score in scores) / 3)
+    assert metrics["output_tokens"]["value"] == count
+    seconds = metrics["total_latency_seconds"]["value"]
+    assert metrics["tokens_per_second"]["value"] == pytest.approx(count / seconds)
     samples = [json.loads(line)["answer"] for line in (output / "samples.jsonl").read_text().splitlines()]
     assert samples == summaries
 
 
 def test_rouge_of_equal_texts_is_100_and_of_unlike_ones_0():
-    found = rouge(["the cup broke", "one two"], ["the cup broke", "three four"])
-    assert {kind: entry["value"] for kind, entry in found.items()} == dict.fromkeys(found, 50.0)
-    assert found["rouge1"]["stderr"] == pytest.approx(50.0)
+    metrics = rouge(["the cup broke", "one two"], ["the cup broke", "three four"])
+    assert {kind: entry["value"] for kind, entry in metrics.items()} == dict.fromkeys(metrics, 50.0)
+    assert metrics["rouge1"]["stderr"] == pytest.approx(50.0)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.launch.ranks import _load, from_dict
-from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+from nemo_minitron.megatron.forward import load_model, parallel_ranks
 from nemo_minitron.megatron.session import engine
 from nemo_trainer import CPU, restore, train_and_save, weights_of
 
@@ -40,25 +40,25 @@ def plain_nemo(folder: Path, fields: dict[str, Any], teacher: str, paths: list[s
     with engine(3, folder / "log"):
         model = train_and_save(fields, architecture, folder / "run", folder / "by-nemo")
         torch.save(weights_of(model), folder / "by-nemo.pt")
-        found: dict[str, Any] = {"layers": layers_of(model)}
+        results: dict[str, Any] = {"layers": layers_of(model)}
         for number, path in enumerate(paths):
             restored = restore(fields, architecture, folder / f"run-{number}", Path(path), None)
             torch.save(weights_of(restored), folder / f"restored-{number}.pt")
     with engine(3, folder / "log"), parallel_ranks(CPU, 3):
-        found["by context"] = [by_context(Path(path), folder / f"logits-{n}.pt") for n, path in enumerate(paths)]
+        results["by context"] = [by_context(Path(path), folder / f"logits-{n}.pt") for n, path in enumerate(paths)]
         model = load_model(architecture, CPU, None)
-        found["zarr"] = megatron_loads(model.sharded_state_dict(prefix="model."), zarr)
-        found["local layers"] = layers_of(load_model(architecture, CPU, open_checkpoint(teacher), local_spec=True))
-    return found
+        results["zarr"] = megatron_loads(model.sharded_state_dict(prefix="model."), zarr)
+        results["local layers"] = layers_of(load_model(architecture, CPU, open_checkpoint(teacher), local_spec=True))
+    return results
 
 
 def by_context(path: Path, logits: Path) -> dict[str, Any]:
     """Builds a model from its context alone and loads it; which keys only the file has, and which only the model."""
     from nemo.lightning.io import load_context
 
-    found = load_context(path / "context", subpath="model")
-    found.config.use_cpu_initialization = True
-    model = found.config.configure_model(found.tokenizer).eval()
+    context = load_context(path / "context", subpath="model")
+    context.config.use_cpu_initialization = True
+    model = context.config.configure_model(context.tokenizer).eval()
     shards = {"state_dict": model.sharded_state_dict(prefix="module.")}
     loaded, left_over, missing = megatron_loads(shards, path / "weights", strict="return_all")
     state = {name.removeprefix("module."): value for name, value in loaded["state_dict"].items()}
@@ -76,18 +76,18 @@ def megatron_loads(shards: dict[str, Any], weights: Path, **settings: Any) -> An
 
 
 def main(settings: dict[str, Any]) -> dict[str, Any]:
-    found = stages(settings["stages"])
+    results = stages(settings["stages"])
     if "plain" in settings:
         plain = settings["plain"]
         config = from_dict(_load("nemo_minitron.config:FinetuneConfig"), plain["fields"])
         fields = {name: getattr(config, name) for name in ("trainer", "model")}
         folder, zarr = Path(plain["folder"]), Path(plain["zarr"])
         loaded = plain_nemo(folder, fields, config.model.restore_from_path, plain["paths"], zarr)
-        found |= loaded | {"zarr": sorted(loaded["zarr"])}
-    return found
+        results |= loaded | {"zarr": sorted(loaded["zarr"])}
+    return results
 
 
 if __name__ == "__main__":
     given = Path(sys.argv[1])
-    found = json.dumps(main(json.loads(given.read_text())))
-    given.with_suffix(".found").write_text(found)
+    results = json.dumps(main(json.loads(given.read_text())))
+    given.with_suffix(".found").write_text(results)

@@ -15,7 +15,7 @@ CPU = Layout(cuda=False, bf16=False)
 @pytest.fixture(scope="module")
 def megatron(tmp_path_factory):
     """Makes attentions of one rank: (class or name, changes of the config, changes of the call) -> module."""
-    from nemo_minitron.megatron.ranks import parallel_ranks
+    from nemo_minitron.megatron.forward import parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     with engine(1, tmp_path_factory.mktemp("engine") / "log"), parallel_ranks(CPU, 1):
@@ -45,10 +45,10 @@ MASKS = {
 def test_it_is_megatrons_attention_forward_and_backward(megatron, name, dtype, tolerance, kind):
     groups, mask = CASES[name].get("num_query_groups", GROUPS), MASKS[kind]()
     made = {kind: megatron(kind, **CASES[name]) for kind in ("torch", "megatron")}
-    found, expected = (run(module, mask, groups=groups, dtype=dtype) for module in made.values())
-    assert close(found, expected, tolerance)
+    results, expected = (run(module, mask, groups=groups, dtype=dtype) for module in made.values())
+    assert close(results, expected, tolerance)
     again = run(made["torch"], mask, groups=groups, dtype=dtype)
-    assert all(torch.equal(one, other) for one, other in zip(found, again))
+    assert all(torch.equal(one, other) for one, other in zip(results, again))
 
 
 def test_half_precision_is_nearer_to_the_truth_than_megatrons(megatron):
@@ -66,10 +66,10 @@ def test_half_precision_is_nearer_to_the_truth_than_megatrons(megatron):
 def test_rows_that_see_nothing_are_finite(megatron):
     hidden = padded_rows()
     hidden[1, :, :8] = True
-    found = run(megatron("torch"), hidden)
+    result = run(megatron("torch"), hidden)
     expected = run(megatron("torch"), padded_rows())
-    assert all(tensor.isfinite().all() for tensor in found)
-    assert torch.equal(found[0][8:], expected[0][8:])
+    assert all(tensor.isfinite().all() for tensor in result)
+    assert torch.equal(result[0][8:], expected[0][8:])
 
 
 def test_dropout_leaves_out_keys_and_scales_the_rest(megatron):
@@ -78,11 +78,11 @@ def test_dropout_leaves_out_keys_and_scales_the_rest(megatron):
     _, (query, key, _) = drawn(length=SIZE, batch=64)
     values = torch.eye(SIZE, dtype=torch.float64)[:, None, None].expand(SIZE, 64, GROUPS, SIZE)
     expected = megatron("megatron")(query, key, values, None)
-    found, again = module(query, key, values, None), module(query, key, values, None)
+    once, again = module(query, key, values, None), module(query, key, values, None)
     assert torch.allclose(module.eval()(query, key, values, None), expected)
-    assert not torch.equal(found, again)
-    kept = found != 0
-    assert torch.allclose(found[kept], expected[kept] / 0.75)
+    assert not torch.equal(once, again)
+    kept = once != 0
+    assert torch.allclose(once[kept], expected[kept] / 0.75)
     assert 0.24 < float((~kept)[expected != 0].double().mean()) < 0.26
 
 
@@ -117,11 +117,11 @@ def test_packed_sequences_see_themselves_alone(megatron):
     bounds = torch.tensor([0, 5, 6, 30, LENGTH], dtype=torch.int32)
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
     _, inputs = drawn(batch=1)
-    found = megatron("torch")(*(tensor[:, 0] for tensor in inputs), None, packed_seq_params=packed)
+    result = megatron("torch")(*(tensor[:, 0] for tensor in inputs), None, packed_seq_params=packed)
     each = torch.arange(len(bounds) - 1).repeat_interleave(bounds.diff())
     hidden = torch.ones(LENGTH, LENGTH).triu(1).bool() | (each[:, None] != each)
-    assert torch.allclose(found.unsqueeze(1), plain(*inputs, hidden, SIZE**-0.5), rtol=1e-12, atol=1e-12)
-    found.sum().backward()
+    assert torch.allclose(result.unsqueeze(1), plain(*inputs, hidden, SIZE**-0.5), rtol=1e-12, atol=1e-12)
+    result.sum().backward()
 
 
 def test_context_parallel_and_sinks_are_refused(megatron):

@@ -11,21 +11,21 @@ from nemo_minitron.errors import EngineError
 from nemo_minitron.megatron import cpu
 
 
-def found(places: list) -> dict[tuple[str, str], object]:
+def attributes_of(places: list) -> dict[tuple[str, str], object]:
     """What stands at each place that is redirected."""
     return {(redirect.owner, redirect.name): getattr(owner, redirect.name, cpu.MISSING) for owner, redirect in places}
 
 
 def test_every_redirect_is_undone_even_after_an_error():
     places = list(cpu.places())
-    before = found(places)
+    before = attributes_of(places)
     own = [vars(owner).get(redirect.name, cpu.MISSING) for owner, redirect in places]
     with pytest.raises(RuntimeError, match="inside"), cpu.megatron_on_cpu() as active:
         assert active
-        inside = found(places)
+        inside = attributes_of(places)
         assert all(inside[key] is not before[key] for key in before)
         raise RuntimeError("inside")
-    after = found(places)
+    after = attributes_of(places)
     assert all(after[key] == before[key] for key in before)
     assert own == [vars(owner).get(redirect.name, cpu.MISSING) for owner, redirect in places]
 
@@ -37,10 +37,10 @@ def test_every_redirect_says_why():
 def test_nothing_is_touched_where_cuda_is_available(monkeypatch):
     places = list(cpu.places())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    before = found(places)
+    before = attributes_of(places)
     with cpu.megatron_on_cpu() as active:
         assert not active
-        assert all(value is before[key] for key, value in found(places).items() if key[0] != "torch.Tensor")
+        assert all(value is before[key] for key, value in attributes_of(places).items() if key[0] != "torch.Tensor")
         assert "cuda" not in vars(torch.Tensor) or torch.Tensor.cuda is before[("torch.Tensor", "cuda")]
 
 
@@ -202,8 +202,8 @@ def gpt(experts: int | None) -> torch.nn.Module:
 
 def test_a_mixture_of_equal_experts_is_the_dense_model_forward_and_backward(tmp_path):
     """A token's two experts weigh 1 together: so do their gradients."""
+    from nemo_minitron.megatron.forward import parallel_ranks
     from nemo_minitron.megatron.layout import Layout
-    from nemo_minitron.megatron.ranks import parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     with engine(3, tmp_path / "log"), parallel_ranks(Layout(cuda=False, bf16=False), 3):

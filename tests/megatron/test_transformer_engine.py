@@ -44,10 +44,10 @@ LAYOUTS = {
 
 def fields(tiny, output: Path, ranks: int = 1, **model: Any) -> dict[str, Any]:
     """Of a training stage in steps so small that rounding stays rounding."""
-    found = tiny.training(output, STEPS, **{"restore_from_path": str(tiny.teacher), **model})
-    found["trainer"].devices = ranks
-    found["model"].optim = c.OptimConfig(lr=1e-4, sched=c.SchedConfig(warmup_steps=1, min_lr=1e-5))
-    return found
+    values = tiny.training(output, STEPS, **{"restore_from_path": str(tiny.teacher), **model})
+    values["trainer"].devices = ranks
+    values["model"].optim = c.OptimConfig(lr=1e-4, sched=c.SchedConfig(warmup_steps=1, min_lr=1e-5))
+    return values
 
 
 def stage(config: Any) -> list[Any]:
@@ -107,9 +107,9 @@ def assert_same_losses(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def test_its_layers_are_chosen_where_it_runs(container):
-    _, found = container
-    assert found["layers"] == LAYERS
-    assert [loaded["layers"] for loaded in found["by context"]] == [LAYERS] * 2  # by NeMo itself
+    _, results = container
+    assert results["layers"] == LAYERS
+    assert [loaded["layers"] for loaded in results["by context"]] == [LAYERS] * 2  # by NeMo itself
 
 
 def test_the_local_spec_has_no_layer_of_its(container):
@@ -121,9 +121,9 @@ def test_training_and_cutting_beside_it_come_out_as_without(tiny, tmp_path, cont
     from nemo_minitron.pruning.command import prune
     from nemo_minitron.training.finetune import finetune
 
-    root, found = container
+    root, results = container
     without = finetune(c.FinetuneConfig(**fields(tiny, tmp_path / "finetuned"))).metrics
-    assert_same_losses(without, found["finetuned"])
+    assert_same_losses(without, results["finetuned"])
     prune(tiny.pruning(tmp_path / "student", hidden_size=96, ffn_hidden_size=192, drop_layers=[2]))
     here, there = (open_checkpoint(path / "student").tensors for path in (tmp_path, root))
     assert here.keys() == there.keys()
@@ -144,12 +144,12 @@ def test_what_was_written_with_it_converts_here_with_the_default_check(container
 @pytest.mark.parametrize("number", [0, 1], ids=["Megatron's save", "streamed"])
 def test_plain_nemo_with_it_loads_what_was_written_without(tiny, container, number):
     """With NeMo's default strictness; by the context alone, where the file lacks nothing that is asked for."""
-    root, found = container
+    root, results = container
     teacher = open_checkpoint(tiny.teacher)
     restored = torch.load(root / f"restored-{number}.pt")
     assert restored.keys() == teacher.tensors.keys()
     assert all(torch.equal(teacher.tensors[name].read(), value) for name, value in restored.items())
-    loaded = found["by context"][number]
+    loaded = results["by context"][number]
     assert loaded["missing"] == []
     assert set(loaded["left over"]) <= {f"module.{ATTENTION}"}  # which Megatron core asks for before 0.15
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_every_extra_state_that_any_version_asks_for_is_there_and_empty(tiny, tm
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    from nemo_minitron.megatron.ranks import parallel_ranks
+    from nemo_minitron.megatron.forward import parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     root, _ = container

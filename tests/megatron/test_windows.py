@@ -34,7 +34,7 @@ def test_a_tensor_parallel_rank_attends_with_its_heads(tmp_path):
 @pytest.mark.parametrize("refuses", [False, True])
 @pytest.mark.parametrize("block", [16, 1024])
 def test_a_windowed_model_computes_what_transformers_does(tmp_path, monkeypatch, block, refuses):
-    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     monkeypatch.setattr(attention, "BLOCK", block)
@@ -54,7 +54,7 @@ def test_a_windowed_model_computes_what_transformers_does(tmp_path, monkeypatch,
 @pytest.mark.parametrize("name", ["llama2", "llama31", "mistral-window"])
 def test_scoring_makes_no_scores(tmp_path, monkeypatch, name):
     """ModelOpt puts its own class on the attention; ours has to be what runs."""
-    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
     from nemo_minitron.pruning.importance.scoring import collect
 

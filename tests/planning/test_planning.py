@@ -44,7 +44,7 @@ def on_cpu(**layout) -> Run:
 @pytest.fixture
 def megatron(tmp_path):
     """Makes real models of one rank: (architecture, bf16) -> model in training mode."""
-    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     layout = Layout(cuda=False, bf16=False)
@@ -142,7 +142,7 @@ def test_parameters_of_each_rank_are_those_of_megatron(tmp_path, name, tensor, p
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from nemo_minitron.megatron.ranks import load_model
+    from nemo_minitron.megatron.forward import load_model
     from nemo_minitron.megatron.session import engine
 
     a, world = SHAPES[name], tensor * pipeline

@@ -75,7 +75,7 @@ def teacher(request, tmp_path_factory):
 
 @pytest.mark.parametrize("what", TARGETS)
 def test_the_cut_is_modelopts_own(teacher, what, tmp_path):
-    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     a, targets = teacher.architecture, PruneTargets(**GRID, **TARGETS[what])

@@ -120,14 +120,14 @@ def test_the_answers_loss_falls_and_is_that_of_float64_arithmetic(tuned, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_adapters_train_and_every_layer_has_them(tuned, name):
-    found = tuned[name]
-    layers = open_checkpoint(found["student"]).architecture.num_layers
-    assert all(lora.ADAPTER in parameter for parameter in found["trained"])
-    assert len(found["trained"]) == 2 * len(LINEAR) * layers
-    source = open_checkpoint(found["student"]).tensors
+    run = tuned[name]
+    layers = open_checkpoint(run["student"]).architecture.num_layers
+    assert all(lora.ADAPTER in parameter for parameter in run["trained"])
+    assert len(run["trained"]) == 2 * len(LINEAR) * layers
+    source = open_checkpoint(run["student"]).tensors
     shift = 1.0 if name == "nemotron" else 0.0  # Megatron's local norm holds gamma, the checkpoint gamma - 1
     left = set(source)
-    for parameter, value in found["base"].items():
+    for parameter, value in run["base"].items():
         if lora.ADAPTER in parameter:
             assert float(value.abs().max()) > 0
             continue
@@ -143,14 +143,14 @@ def test_only_adapters_train_and_every_layer_has_them(tuned, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_merge_is_float64_arithmetic_rounded_once(tuned, name):
-    found = tuned[name]
-    for layer, (down, up, scale) in found["factors"].items():
-        base = found["base"][f"{layer}.to_wrap.weight"]
+    run = tuned[name]
+    for layer, (down, up, scale) in run["factors"].items():
+        base = run["base"][f"{layer}.to_wrap.weight"]
         assert (down.shape, up.shape, scale) == ((DIM, base.shape[1]), (base.shape[0], DIM), ALPHA / DIM)
         wanted = torch.from_numpy(base.double().numpy() + 2.0 * (up.double().numpy() @ down.double().numpy()))
-        assert torch.equal(found["weights"][f"{layer}.weight"], wanted.float())
-    assert not torch.allclose(found["merged"], found["merged"].roll(1, 1), atol=1e-2)
-    assert torch.allclose(found["merged"], found["adapted"], atol=2e-5)
+        assert torch.equal(run["weights"][f"{layer}.weight"], wanted.float())
+    assert not torch.allclose(run["merged"], run["merged"].roll(1, 1), atol=1e-2)
+    assert torch.allclose(run["merged"], run["adapted"], atol=2e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

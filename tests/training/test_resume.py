@@ -86,10 +86,10 @@ def killed(tiny, student, tmp_path_factory) -> dict[str, tuple[Path, dict]]:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_run_killed_at_any_moment_ends_in_the_same_bits(killed, name):
-    folder, found = killed[name]
-    assert found["events"] > 30 and found["killed"] == [True, False] * KILLS
+    folder, run = killed[name]
+    assert run["events"] > 30 and run["killed"] == [True, False] * KILLS
     whole = Manifest.read(folder / "alone").metrics
-    for moment in found["moments"]:
+    for moment in run["moments"]:
         assert same(folder / "alone", folder / f"killed-{moment}"), moment
         assert Manifest.read(folder / f"killed-{moment}").metrics == whole, moment
         assert not (folder / f".killed-{moment}.partial").exists()
@@ -178,13 +178,13 @@ def test_a_loss_that_is_not_finite_names_step_batch_and_the_last_good_checkpoint
 
     def poisoned(names, weights, per_token, sink):
         def spoil(batch, output):
-            found = per_token(batch, output)
+            given = per_token(batch, output)
             if torch.is_grad_enabled():
                 seen.append(1)
                 if len(seen) > 2 * 2:  # two micro batches a step
-                    shown = {name: value * float("nan") for name, value in found.shown.items()}
-                    found = losses.Losses(found.total * float("nan"), shown)
-            return found
+                    shown = {name: value * float("nan") for name, value in given.shown.items()}
+                    given = losses.Losses(given.total * float("nan"), shown)
+            return given
 
         return make(names, weights, spoil, sink)
 

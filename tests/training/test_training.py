@@ -59,7 +59,7 @@ def test_a_log_has_the_losses_of_the_history_and_the_speed(tiny, start, tmp_path
     out, said = capfd.readouterr()
     history = Manifest.read(tmp_path / "tuned").metrics
     pattern = r"tuned: step (\d) of 5, lm_loss (\S+), lr (\S+), [\d,]+ tokens/s, 0:\d\d left"
-    steps = {int(found[1]): found for found in re.finditer(pattern, said)}
+    steps = {int(match[1]): match for match in re.finditer(pattern, said)}
     assert list(steps) == [1, 2, 4, 5] and out == ""
     for entry in history["train"]:
         if entry["step"] in steps:

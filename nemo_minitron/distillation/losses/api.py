@@ -16,23 +16,27 @@ copy of whole logits is made.
 may read the logits once backward has begun; autograd raises an error where another backward would.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_minitron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
 
 #: What logs and manifests call the loss between the logits of student and teacher.
 KD_LOSS = "kd_loss"
 
 
 def forward_kl(
-    student: Any,
-    teacher: Any,
+    student: "Tensor",
+    teacher: "Tensor",
     *,
     temperature: float = 1.0,
     times_t_squared: bool = False,
-    group: Any = None,
+    group: "ProcessGroup | None" = None,
     overwrite_student: bool = False,
-) -> Any:
+) -> "Tensor":
     """KL(p||q) = sum_v p (log p - log q), the loss of the Minitron papers.
 
     Source: arXiv 1503.02531, section 2; arXiv 2407.14679, section 3; temperature 1 was best there.
@@ -51,7 +55,7 @@ def forward_kl(
     )  # fmt: skip
 
 
-def reverse_kl(student: Any, teacher: Any, **options: Any) -> Any:
+def reverse_kl(student: "Tensor", teacher: "Tensor", **options: Any) -> "Tensor":
     """KL(q||p) = sum_v q (log q - log p); inf where the teacher has no probability and the student has some.
 
     Source: arXiv 2306.08543 (MiniLLM), section 2. Arguments as in `forward_kl`.
@@ -59,7 +63,7 @@ def reverse_kl(student: Any, teacher: Any, **options: Any) -> Any:
     return divergence(student, teacher, "reverse_kl", **options)
 
 
-def jensen_shannon(student: Any, teacher: Any, beta: float = 0.5, **options: Any) -> Any:
+def jensen_shannon(student: "Tensor", teacher: "Tensor", beta: float = 0.5, **options: Any) -> "Tensor":
     """JSD_beta = beta KL(p||m) + (1 - beta) KL(q||m) with m = beta p + (1 - beta) q; the generalised JSD.
 
     At beta = 0 this is KL(p||q) and at beta = 1 KL(q||p), the limits of JSD_beta / beta and JSD_beta / (1 - beta):
@@ -75,7 +79,7 @@ def jensen_shannon(student: Any, teacher: Any, beta: float = 0.5, **options: Any
     return divergence(student, teacher, "jensen_shannon", beta=beta, **options)
 
 
-def soft_cross_entropy(student: Any, teacher: Any, **options: Any) -> Any:
+def soft_cross_entropy(student: "Tensor", teacher: "Tensor", **options: Any) -> "Tensor":
     """H(p, q) = -sum_v p log q, the forward KL plus the teacher's entropy; its gradient is the forward KL's.
 
     Source: arXiv 1503.02531, section 2. Arguments as in `forward_kl`.
@@ -84,16 +88,16 @@ def soft_cross_entropy(student: Any, teacher: Any, **options: Any) -> Any:
 
 
 def divergence(
-    student: Any,
-    teacher: Any,
+    student: "Tensor",
+    teacher: "Tensor",
     kind: str,
     *,
     beta: float = 0.5,
     temperature: float = 1.0,
     times_t_squared: bool = False,
-    group: Any = None,
+    group: "ProcessGroup | None" = None,
     overwrite_student: bool = False,
-) -> Any:
+) -> "Tensor":
     """The divergence that `kind` names (one of the four functions above), a token [...]."""
     from nemo_minitron.distillation.losses.chunked import LogitsDivergence
     from nemo_minitron.distillation.losses.divergences import Divergence
@@ -112,11 +116,11 @@ class TopK(NamedTuple):
         entries: their places in the whole vocabulary [..., k].
     """
 
-    values: Any
-    entries: Any
+    values: "Tensor"
+    entries: "Tensor"
 
 
-def top_k(teacher: Any, k: int, *, group: Any = None) -> TopK:
+def top_k(teacher: "Tensor", k: int, *, group: "ProcessGroup | None" = None) -> TopK:
     """The k largest of the teacher's logits [..., v] over the whole vocabulary.
 
     With a group, each rank passes its part and gets the same result.
@@ -141,14 +145,14 @@ def top_k(teacher: Any, k: int, *, group: Any = None) -> TopK:
 
 
 def top_k_forward_kl(
-    student: Any,
+    student: "Tensor",
     teacher: TopK,
     *,
     temperature: float = 1.0,
     times_t_squared: bool = False,
-    group: Any = None,
+    group: "ProcessGroup | None" = None,
     overwrite_student: bool = False,
-) -> Any:
+) -> "Tensor":
     """KL(p_k||q) of the teacher's distribution restricted to k entries and renormalised, p_k = softmax(values / T).
 
     q stays the student's distribution over the whole vocabulary. With k = v it equals `forward_kl`; below, p_k gives
@@ -175,7 +179,7 @@ def top_k_forward_kl(
     return value * temperature**2 if times_t_squared else value
 
 
-def masked_mean(losses: Any, mask: Any) -> Any:
+def masked_mean(losses: "Tensor", mask: "Tensor") -> "Tensor":
     """sum_t mask loss / sum_t mask, in nats a token; 0 where the mask has no token.
 
     A masked token's loss counts for nothing even where it is not a number.
@@ -191,7 +195,7 @@ def masked_mean(losses: Any, mask: Any) -> Any:
     return total / torch.where(count == 0, 1.0, count)
 
 
-def mixed(kd: Any, lm: Any, alpha: float) -> Any:
+def mixed(kd: "Tensor", lm: "Tensor", alpha: float) -> "Tensor":
     """alpha kd + (1 - alpha) lm: distillation and language-model loss, in nats a token.
 
     Source: arXiv 1503.02531, section 2. arXiv 2407.14679 found alpha = 1, the distillation loss alone, best.
@@ -201,7 +205,12 @@ def mixed(kd: Any, lm: Any, alpha: float) -> Any:
     return alpha * kd + (1 - alpha) * lm
 
 
-def dynamic_scale(logits_loss: Any, intermediate_loss: Any, running: Any = None, decay: float = 0.0) -> Any:
+def dynamic_scale(
+    logits_loss: "Tensor | float",
+    intermediate_loss: "Tensor | float",
+    running: "Tensor | None" = None,
+    decay: float = 0.0,
+) -> "Tensor":
     """alpha = L_logits / L_is, which lifts the intermediate loss to the size of the logits loss; no gradient.
 
     Source: arXiv 2407.14679, section 3 (L = L_CLM + L_logits + alpha L_is). It takes the current ratio; with
@@ -219,6 +228,6 @@ def dynamic_scale(logits_loss: Any, intermediate_loss: Any, running: Any = None,
     return ratio if running is None else decay * running + (1 - decay) * ratio
 
 
-def _same_shape(student: Any, teacher: Any) -> None:
+def _same_shape(student: "Tensor", teacher: "Tensor") -> None:
     if student.shape != teacher.shape:
         raise ValueError(f"student's logits {[*student.shape]} and teacher's {[*teacher.shape]} differ in shape")

@@ -8,14 +8,14 @@ half of the exponentials, a quarter of the time on a CPU; but it would round bef
 evaluation as much as training, and make ranks exchange their sums block by block.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemo_minitron.distillation.losses.compiled import LN2
 from nemo_minitron.distillation.losses.divergences import (
-    LN2,
     Divergence,
     Measured,
     Normaliser,
@@ -27,30 +27,35 @@ from nemo_minitron.distillation.losses.divergences import (
     scaled_gradient,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class LogitsDivergence(torch.autograd.Function):
     """Student's and teacher's logits [..., v] -> divergence a token [...]."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, d: Divergence, group: Any, overwrite: bool) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, d: Divergence, group: "ProcessGroup | None", overwrite: bool
+    ) -> Tensor:
         work = Workspace(_rows(student), d.buffers)
-        found = measure(_rows(student), _rows(teacher), d, group, work)
-        norms = (found.student.top, found.student.log_sum, found.teacher.top, found.teacher.log_sum)
-        ctx.save_for_backward(student, teacher, *norms, found.value, found.student_part)
+        measured = measure(_rows(student), _rows(teacher), d, group, work)
+        norms = (measured.student.top, measured.student.log_sum, measured.teacher.top, measured.teacher.log_sum)
+        ctx.save_for_backward(student, teacher, *norms, measured.value, measured.student_part)
         ctx.divergence, ctx.overwrite = d, overwrite
-        return found.value.view(student.shape[:-1]).clone()
+        return measured.value.view(student.shape[:-1]).clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, top, log_sum, teacher_top, teacher_log_sum, value, part = ctx.saved_tensors
         d = ctx.divergence
-        found = Measured(value, Normaliser(top, log_sum), Normaliser(teacher_top, teacher_log_sum), part)
+        measured = Measured(value, Normaliser(top, log_sum), Normaliser(teacher_top, teacher_log_sum), part)
         gradient = _gradient_buffer(student, ctx.overwrite)
         into, rows_s, rows_t = gradient.view(-1, student.shape[-1]), _rows(student), _rows(teacher)
         work = Workspace(rows_s, d.buffers)
         scale = upstream.reshape(-1).to(work.dtype) / d.temperature
-        for rows, block in scaled_gradient(rows_s, rows_t, found, scale, d, work):
+        for rows, block in scaled_gradient(rows_s, rows_t, measured, scale, d, work):
             into[rows] = block
         return gradient, None, None, None, None
 
@@ -60,7 +65,13 @@ class TopKDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, log_p: Tensor, entries: Tensor, d: Divergence, group: Any, overwrite: bool
+        ctx: Any,
+        student: Tensor,
+        log_p: Tensor,
+        entries: Tensor,
+        d: Divergence,
+        group: "ProcessGroup | None",
+        overwrite: bool,
     ) -> Tensor:
         logits = _rows(student)
         norm = normaliser(logits, d.scale, group, Workspace(logits, 1))
@@ -77,7 +88,7 @@ class TopKDivergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         student, log_p, local, own, top, log_sum = ctx.saved_tensors
         gradient = _gradient_buffer(student, ctx.overwrite)
         into, logits, norm = gradient.view(-1, student.shape[-1]), _rows(student), Normaliser(top, log_sum)
@@ -91,7 +102,7 @@ class TopKDivergence(torch.autograd.Function):
         return gradient, None, None, None, None, None
 
 
-def local_entries(entries: Tensor, vocabulary: int, group: Any) -> tuple[Tensor, Tensor]:
+def local_entries(entries: Tensor, vocabulary: int, group: "ProcessGroup | None") -> tuple[Tensor, Tensor]:
     """Vocabulary entries as rows of this rank's part (0 where they are another's), and which are this rank's."""
     first = vocabulary * torch.distributed.get_rank(group) if group is not None else 0
     own = (entries >= first) & (entries < first + vocabulary)

@@ -89,9 +89,9 @@ def gradient(
     log_q = student.to(dtype) * scale - norms[0].unsqueeze(-1) - norms[1].unsqueeze(-1)
     log_p = teacher.to(dtype) * scale - norms[2].unsqueeze(-1) - norms[3].unsqueeze(-1)
     if kind == "reverse_kl":
-        found = ((log_q - log_p) * LN2 - value.unsqueeze(-1)) * log_q.exp2()
-        found = found.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
+        of_logits = ((log_q - log_p) * LN2 - value.unsqueeze(-1)) * log_q.exp2()
+        of_logits = of_logits.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
     else:
-        found = log_q.exp2() - log_p.exp2()
+        of_logits = log_q.exp2() - log_p.exp2()
     weights = row_scale.unsqueeze(-1)
-    return torch.where(weights == 0, 0.0, found * weights).to(rounded_to)
+    return torch.where(weights == 0, 0.0, of_logits * weights).to(rounded_to)

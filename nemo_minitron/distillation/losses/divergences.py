@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from torch import Tensor
 from nemo_minitron.distillation.losses import compiled
 from nemo_minitron.distillation.losses.compiled import FLOOR, LN2
 from nemo_minitron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 KINDS = ("forward_kl", "reverse_kl", "jensen_shannon", "soft_cross_entropy")
 #: Bytes of a block: on a CPU, for each thread, what its cache holds; on CUDA, what outlasts a kernel's launch.
@@ -82,7 +85,7 @@ class Normaliser:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What the pass over the logits found.
+    """What the pass over the logits measured.
 
     Attributes:
         value: the divergence of each token [t], in nats.
@@ -131,7 +134,7 @@ class Workspace:
         return (slice(start, min(tokens, start + rows)) for start in range(0, tokens, rows))
 
 
-def measure(student: Tensor, teacher: Tensor, d: Divergence, group: Any, work: Workspace) -> Measured:
+def measure(student: Tensor, teacher: Tensor, d: Divergence, group: "ProcessGroup | None", work: Workspace) -> Measured:
     """The divergence and the normalisers of each token; logits [t, v] are this rank's part of the vocabulary."""
     student_leads = d.kind == "reverse_kl"
     lead, other = (student, teacher) if student_leads else (teacher, student)
@@ -156,12 +159,11 @@ def measure(student: Tensor, teacher: Tensor, d: Divergence, group: Any, work: W
 def _sums(lead: Tensor, other: Tensor, d: Divergence, work: Workspace) -> tuple[Tensor, Tensor]:
     """This rank's maxima [2, t] and sums of 2^lead, 2^other and the expectation, relative to them [3, t]."""
     if compiled.compiles(lead.device, d.kind):
-        found = [
+        blocks = [
             compiled.run(compiled.sums, lead[r], other[r], d.scale, d.kind) for r in work.compiled_blocks(len(lead))
         ]
-        if None not in found:
-            tops, sums = zip(*found)
-            return torch.cat(tops, dim=1), torch.cat(sums, dim=1)
+        if None not in blocks:
+            return torch.cat([top for top, _ in blocks], dim=1), torch.cat([total for _, total in blocks], dim=1)
     tops = torch.empty(2, len(lead), dtype=work.dtype, device=lead.device)
     sums = torch.zeros(3, len(lead), dtype=work.dtype, device=lead.device)
     for rows, (x, y, weight, *_) in work.blocks(len(lead)):
@@ -177,7 +179,7 @@ def _sums(lead: Tensor, other: Tensor, d: Divergence, work: Workspace) -> tuple[
     return tops, sums
 
 
-def normaliser(logits: Tensor, scale: float, group: Any, work: Workspace) -> Normaliser:
+def normaliser(logits: Tensor, scale: float, group: "ProcessGroup | None", work: Workspace) -> Normaliser:
     """log2 sum 2^(scale z) of each token's logits z [t, v] over the whole vocabulary."""
     top = torch.empty(logits.shape[0], dtype=work.dtype, device=logits.device)
     total = torch.empty_like(top)
@@ -201,7 +203,7 @@ def log_probabilities(logits: Tensor, scale: float, norm: Normaliser, out: Tenso
 def scaled_gradient(
     student: Tensor,
     teacher: Tensor,
-    found: Measured,
+    measured: Measured,
     scale: Tensor,
     d: Divergence,
     work: Workspace,
@@ -216,10 +218,12 @@ def scaled_gradient(
     """
     first = 0
     if compiled.compiles(student.device, d.kind):
-        norms = torch.stack((found.student.top, found.student.log_sum, found.teacher.top, found.teacher.log_sum))
+        norms = torch.stack(
+            (measured.student.top, measured.student.log_sum, measured.teacher.top, measured.teacher.log_sum)
+        )
         for rows in work.compiled_blocks(len(student)):
             block = compiled.run(
-                compiled.gradient, student[rows], teacher[rows], norms[:, rows], found.value[rows], scale[rows],
+                compiled.gradient, student[rows], teacher[rows], norms[:, rows], measured.value[rows], scale[rows],
                 d.scale, d.kind, dtype or student.dtype,
             )  # fmt: skip
             if block is None:
@@ -227,7 +231,7 @@ def scaled_gradient(
             first = rows.stop
             yield rows, block
     for rows, buffers in work.blocks(len(student), first):
-        block = logit_gradient(student, teacher, found, rows, d, buffers)
+        block = logit_gradient(student, teacher, measured, rows, d, buffers)
         yield rows, scale_rows(block, scale[rows])
 
 
@@ -241,20 +245,21 @@ def scale_rows(block: Tensor, scale: Tensor) -> Tensor:
 
 
 def logit_gradient(
-    student: Tensor, teacher: Tensor, found: Measured, rows: slice, d: Divergence, buffers: list[Tensor]
+    student: Tensor, teacher: Tensor, measured: Measured, rows: slice, d: Divergence, buffers: list[Tensor]
 ) -> Tensor:
     """d value / d b of the block `rows` [r, v], in buffers[1]; logits are whole [t, v]."""
     x, y, z, *more = buffers
-    log_probabilities(teacher[rows], d.scale, found.teacher[rows], out=x)
-    log_probabilities(student[rows], d.scale, found.student[rows], out=y)
+    log_probabilities(teacher[rows], d.scale, measured.teacher[rows], out=x)
+    log_probabilities(student[rows], d.scale, measured.student[rows], out=y)
     if d.kind in ("forward_kl", "soft_cross_entropy"):
         return y.exp2_().sub_(x.exp2_())
     if d.kind == "reverse_kl":
         torch.exp2(y, out=z)
-        y.sub_(x).mul_(LN2).sub_(found.value[rows].unsqueeze(-1)).mul_(z)
+        y.sub_(x).mul_(LN2).sub_(measured.value[rows].unsqueeze(-1)).mul_(z)
     else:
         weight = _log_mixture(x, y, d.beta, out=z, scratch=more[0])
-        y.sub_(z).mul_(LN2).sub_(found.student_part[rows].unsqueeze(-1)).mul_(weight)
+        assert measured.student_part is not None
+        y.sub_(z).mul_(LN2).sub_(measured.student_part[rows].unsqueeze(-1)).mul_(weight)
     return y.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
 
@@ -271,7 +276,7 @@ def _loaded(logits: Tensor, buffer: Tensor) -> Tensor:
     return logits if logits.is_cuda or logits.dtype == buffer.dtype else buffer.copy_(logits)
 
 
-def _over_vocabulary(tops: Tensor, sums: Tensor, entropy: bool, group: Any) -> None:
+def _over_vocabulary(tops: Tensor, sums: Tensor, entropy: bool, group: "ProcessGroup | None") -> None:
     """Turns sums relative to this rank's maxima into sums over all ranks relative to the common ones, in place.
 
     With x' = x + d_x and y' = y + d_y: sum 2^x' (x' - y') = 2^d_x (sum 2^x (x - y) + (d_x - d_y) sum 2^x).

@@ -9,15 +9,15 @@ token's weight in the loss has to be known by then.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemo_minitron.distillation.losses.chunked import local_entries
+from nemo_minitron.distillation.losses.compiled import LN2
 from nemo_minitron.distillation.losses.divergences import (
-    LN2,
     Divergence,
     Normaliser,
     Workspace,
@@ -27,6 +27,9 @@ from nemo_minitron.distillation.losses.divergences import (
     scale_rows,
     scaled_gradient,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: Bytes of a chunk's logits, both models together, and tokens that a chunk has at least: more makes products faster and
 #: roundings of the weight's gradient fewer, by little beyond these. On a CPU each model's are above the 32 MiB below
@@ -66,7 +69,7 @@ def fused_divergence(
     kd_weights: Tensor | None = None,
     labels: Tensor | None = None,
     lm_weights: Tensor | None = None,
-    group: Any = None,
+    group: "ProcessGroup | None" = None,
     reduce_hidden_grad: bool = True,
     chunk_tokens: int | None = None,
 ) -> FusedLoss:
@@ -139,7 +142,7 @@ class Labels:
     weights: Tensor | None
 
     @classmethod
-    def of(cls, labels: Tensor, weights: Tensor | None, vocabulary: int, group: Any) -> "Labels":
+    def of(cls, labels: Tensor, weights: Tensor | None, vocabulary: int, group: "ProcessGroup | None") -> "Labels":
         """From entries of the whole vocabulary [t]; a negative one is no label."""
         return cls(*local_entries(labels, vocabulary, group), labels >= 0, weights)
 
@@ -161,7 +164,7 @@ class Plan:
     """
 
     divergence: Divergence
-    group: Any
+    group: "ProcessGroup | None"
     reduce_hidden_grad: bool
     wanted: tuple[bool, bool]
     chunk_tokens: int
@@ -189,7 +192,7 @@ class FusedDistillation(torch.autograd.Function):
             teacher = torch.mm(teacher_hidden[chunk], teacher_weight.t(), out=teacher_logits[: chunk.stop - start])
             its_labels = None if labels is None else labels[chunk]
             kd[chunk], its_lm = _chunk(student, teacher, kd_weights[chunk], its_labels, plan, work)
-            if lm is not None:
+            if lm is not None and its_lm is not None:
                 lm[chunk] = its_lm
             if grad_hidden is not None:
                 torch.mm(student, weight, out=grad_hidden[chunk])
@@ -200,13 +203,13 @@ class FusedDistillation(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(*(value for value in (kd, lm) if value is not None))
         loss = weighted_sum(kd, kd_weights)
-        if labels is not None and labels.weights is not None:
+        if lm is not None and labels is not None and labels.weights is not None:
             loss = loss + weighted_sum(lm, labels.weights)
         return loss, kd, lm
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple:
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         gradients = [None if saved is None else saved.mul_(upstream.to(saved.dtype)) for saved in ctx.saved_tensors]
         return *gradients, None, None, None, None, None
 
@@ -221,21 +224,22 @@ def _chunk(
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence and cross entropy of each token; writes the loss's gradient over the student's logits [c, v]."""
     d, lm = plan.divergence, None
-    found = measure(student, teacher, d, plan.group, work)
+    label_weights = None if labels is None else labels.weights
+    measured = measure(student, teacher, d, plan.group, work)
     if labels is not None:
-        norm = found.student if d.temperature == 1 else normaliser(student, LOG2E, plan.group, work)
+        norm = measured.student if d.temperature == 1 else normaliser(student, LOG2E, plan.group, work)
         lm = _cross_entropy(student, norm, labels, plan.group)
     if any(plan.wanted):
-        mixed = labels is not None and labels.weights is not None
+        dtype = None if label_weights is None else work.dtype
         scale = kd_weights / d.temperature
-        for rows, gradient in scaled_gradient(student, teacher, found, scale, d, work, work.dtype if mixed else None):
-            if mixed:
-                gradient += _label_gradient(student[rows], norm[rows], labels[rows], work)
+        for rows, gradient in scaled_gradient(student, teacher, measured, scale, d, work, dtype):
+            if labels is not None and label_weights is not None:
+                gradient += _label_gradient(student[rows], norm[rows], labels[rows], label_weights[rows], work)
             student[rows] = gradient
-    return found.value, lm
+    return measured.value, lm
 
 
-def _cross_entropy(logits: Tensor, norm: Normaliser, labels: Labels, group: Any) -> Tensor:
+def _cross_entropy(logits: Tensor, norm: Normaliser, labels: Labels, group: "ProcessGroup | None") -> Tensor:
     """-log softmax(logits)[label] of each token [c], in nats; inf for a label that no rank has, 0 for none."""
     picked = torch.add(-norm.top, logits.gather(1, labels.rows.unsqueeze(-1))[:, 0].to(norm.top.dtype), alpha=LOG2E)
     picked = torch.where(labels.own, picked, -torch.inf)
@@ -244,12 +248,12 @@ def _cross_entropy(logits: Tensor, norm: Normaliser, labels: Labels, group: Any)
     return torch.where(labels.valid, (norm.log_sum - picked) * LN2, 0.0)
 
 
-def _label_gradient(logits: Tensor, norm: Normaliser, labels: Labels, work: Workspace) -> Tensor:
+def _label_gradient(logits: Tensor, norm: Normaliser, labels: Labels, weights: Tensor, work: Workspace) -> Tensor:
     """The weighted cross entropy's gradient (softmax(logits) - one hot) * weight of a block [r, v]."""
     out = work.free(len(logits))
     log_probabilities(logits, LOG2E, norm, out=out).exp2_()
     out.scatter_add_(1, labels.rows.unsqueeze(-1), -labels.own.to(out.dtype).unsqueeze(-1))
-    return scale_rows(out, torch.where(labels.valid, labels.weights, 0.0))
+    return scale_rows(out, torch.where(labels.valid, weights, 0.0))
 
 
 def _fitting_layers(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> None:

@@ -108,7 +108,7 @@ def write_scan(
     """Runs the teacher over the samples and writes the scan; returns what its manifest says."""
     import time
 
-    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     sequences, samples = calibration.sequences(config.prune.num_block_samples, config.seed)

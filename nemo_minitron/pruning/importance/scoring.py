@@ -66,7 +66,7 @@ def write_scores(
     """Runs the teacher over the samples and writes the scores; returns what their manifest says."""
     import time
 
-    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
+    from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     sequences, samples = calibration.sequences(config.prune.num_samples, config.seed)
@@ -148,7 +148,7 @@ def collect(
         scores by their names in ImportanceScores, of all pipeline stages, and with `statistics` the second moments of
         this stage's layers.
     """
-    from nemo_minitron.megatron.ranks import run_forward
+    from nemo_minitron.megatron.forward import run_forward
     from nemo_minitron.pruning.importance.moments import gathered
 
     moments: dict[str, Tensor] = {}

@@ -235,8 +235,8 @@ def test_each_round_drops_the_layer_of_least_loss_with_maps_in_place(chosen, ref
 @pytest.fixture
 def model(tiny, tmp_path):
     """The teacher as a Megatron model on one rank, to be run in this process."""
+    from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.layout import Layout
-    from nemo_minitron.megatron.ranks import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
 
     layout, teacher = Layout(cuda=False, bf16=False), open_checkpoint(tiny.teacher)

@@ -137,12 +137,12 @@ def test_two_pipeline_ranks_score_as_one(tiny, scored, tmp_path):
 
 
 def test_a_second_prune_runs_no_forward_pass(tiny, scored, tmp_path, monkeypatch):
-    from nemo_minitron.megatron import ranks
+    from nemo_minitron.megatron import forward
 
     def refuse(*args, **kwargs):
         raise AssertionError("a forward pass was run")
 
-    monkeypatch.setattr(ranks, "run_forward", refuse)
+    monkeypatch.setattr(forward, "run_forward", refuse)
     config = tiny.pruning(tmp_path / "student", ffn_hidden_size=128, scores_path=scored.prune.scores_path)
     assert prune(config).metrics["parameters"] < open_checkpoint(tiny.teacher).architecture.parameters()
 

@@ -1,10 +1,10 @@
-"""Megatron's parallel state without a trainer: for scoring, cutting and evaluating."""
+"""Models that run forward without a trainer, on Megatron's parallel state: for scoring, cutting and evaluating."""
 
 import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
@@ -14,6 +14,10 @@ from nemo_minitron.megatron.chunks import output_in_chunks
 from nemo_minitron.megatron.layout import Layout
 from nemo_minitron.megatron.session import model_config
 from nemo_minitron.megatron.weights import build_model
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -46,7 +50,7 @@ def parallel_ranks(layout: Layout, seed: int) -> Iterator[None]:
 
 def load_model(
     architecture: Architecture, layout: Layout, checkpoint: Checkpoint | None, *, local_spec: bool = False
-) -> Any:
+) -> "GPTModel":
     """A Megatron GPTModel in evaluation mode with the weights of `checkpoint` (None: random)."""
     import torch
 
@@ -65,10 +69,10 @@ def load_model(
 
 
 def run_forward(
-    model: Any,
-    sequences: Any,
+    model: "GPTModel",
+    sequences: "Tensor",
     batch: int,
-    take: Callable[[Any, Any], None] | None = None,
+    take: Callable[["Tensor", int], None] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Runs `model` forward over token sequences through Megatron's schedule, any pipeline layout.
@@ -90,7 +94,7 @@ def run_forward(
     schedule = get_forward_backward_func()
     device = next(model.parameters()).device
 
-    def step(iterator: Iterator[Any], model: Any) -> tuple[Any, Callable]:
+    def step(iterator: "Iterator[tuple[int, Tensor]]", model: "GPTModel") -> "tuple[Tensor, Callable[..., Any]]":
         index, tokens = next(iterator)
         tokens = tokens.to(device)
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # [b, s]
@@ -98,7 +102,7 @@ def run_forward(
         share = get_batch_on_this_cp_rank({"input_ids": inputs, "position_ids": positions, "labels": labels})
         output = model(**share, attention_mask=None)
 
-        def collect(output: Any) -> tuple[Any, dict[str, Any]]:
+        def collect(output: "Tensor") -> "tuple[Tensor, dict[str, Any]]":
             if take is not None:
                 take(output.float(), index)
             return output.float().mean(), {}

@@ -4,7 +4,7 @@ PyTorch's RMSNorm and Megatron's gate without Transformer Engine are single oper
 three widths of a norm, four or five of a gated FFN. Two and three are enough, and take less time.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -12,6 +12,9 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
 
 
 class SwiGLUFunction(torch.autograd.Function):
@@ -31,11 +34,11 @@ class SwiGLUFunction(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
         (both,) = ctx.saved_tensors
         gate, linear = both.chunk(2, dim=-1)
-        found = torch.empty_like(both)
-        for_gate, for_linear = found.chunk(2, dim=-1)
+        gradient = torch.empty_like(both)
+        for_gate, for_linear = gradient.chunk(2, dim=-1)
         torch.mul(upstream, silu(gate), out=for_linear)
         torch.ops.aten.silu_backward.grad_input(upstream * linear, gate, grad_input=for_gate)
-        return found
+        return gradient
 
 
 class SwiGLU(MegatronModule):
@@ -80,8 +83,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class LocalNorm:
-    """Megatron's wrapper of PyTorch's norms, with the RMSNorm above."""
+    """Megatron's wrapper of PyTorch's norms, with the RMSNorm above; a class, as Megatron's specs want it."""
 
-    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **options: Any) -> torch.nn.Module:
-        norm = WrappedTorchNorm(config, hidden_size, eps, **options)
+    def __new__(  # type: ignore[misc]  # makes other classes' objects, as WrappedTorchNorm does
+        cls, config: "TransformerConfig", hidden_size: int, eps: float = 1e-5, **options: Any
+    ) -> torch.nn.Module:
+        norm: torch.nn.Module = WrappedTorchNorm(config, hidden_size, eps, **options)
         return RMSNorm(hidden_size, eps=eps) if config.normalization == "RMSNorm" else norm

@@ -6,10 +6,10 @@ from torch.nn.functional import silu
 
 
 @pytest.fixture(scope="module")
-def lean():
-    from nemo_minitron.megatron import lean
+def layers():
+    from nemo_minitron.megatron import local_layers
 
-    return lean
+    return local_layers
 
 
 def drawn(*shape, dtype, seed=0):
@@ -19,11 +19,11 @@ def drawn(*shape, dtype, seed=0):
 
 def kept(function, *inputs):
     """The result, and what its backward pass holds beside the inputs, in elements."""
-    found = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (found.append(tensor), tensor)[1], lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (saved.append(tensor), tensor)[1], lambda t: t):
         result = function(*inputs)
     known = {tensor.data_ptr() for tensor in (*inputs, result)}
-    return result, sum(tensor.numel() for tensor in found if tensor.data_ptr() not in known)
+    return result, sum(tensor.numel() for tensor in saved if tensor.data_ptr() not in known)
 
 
 def gradients(result, *leaves):
@@ -32,9 +32,9 @@ def gradients(result, *leaves):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_gate_is_silu_times_the_other_half_bit_for_bit(lean, dtype):
+def test_the_gate_is_silu_times_the_other_half_bit_for_bit(layers, dtype):
     both = drawn(5, 3, 2 * 16, dtype=dtype)
-    result, more = kept(lean.SwiGLUFunction.apply, both)
+    result, more = kept(layers.SwiGLUFunction.apply, both)
     gate, linear = both.chunk(2, dim=-1)
     expected = silu(gate) * linear
     assert more == 0
@@ -44,9 +44,9 @@ def test_the_gate_is_silu_times_the_other_half_bit_for_bit(lean, dtype):
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_the_norm_is_pytorchs(lean, dtype, tolerance, weights):
+def test_the_norm_is_pytorchs(layers, dtype, tolerance, weights):
     x = drawn(7, 3, 24, dtype=dtype)
-    ours, theirs = lean.RMSNorm(24, eps=1e-2), torch.nn.RMSNorm(24, eps=1e-2)
+    ours, theirs = layers.RMSNorm(24, eps=1e-2), torch.nn.RMSNorm(24, eps=1e-2)
     for norm in (ours, theirs):
         norm.weight.data = drawn(24, dtype=dtype if dtype == torch.float64 else weights, seed=3).detach()
     result, more = kept(ours, x)
@@ -60,7 +60,7 @@ def test_the_norm_is_pytorchs(lean, dtype, tolerance, weights):
         assert (one.double() - other.double()).abs().max() < tolerance * scale
 
 
-def test_gradients_are_those_of_the_function(lean):
+def test_gradients_are_those_of_the_function(layers):
     x, gamma = drawn(4, 6, dtype=torch.float64), drawn(6, dtype=torch.float64, seed=1)
-    assert torch.autograd.gradcheck(lambda *inputs: lean.RMSNormFunction.apply(*inputs, 0.1), (x, gamma))
-    assert torch.autograd.gradcheck(lean.SwiGLUFunction.apply, (x,))
+    assert torch.autograd.gradcheck(lambda *inputs: layers.RMSNormFunction.apply(*inputs, 0.1), (x, gamma))
+    assert torch.autograd.gradcheck(layers.SwiGLUFunction.apply, (x,))
