@@ -36,7 +36,7 @@ STAGES = (
 #: Megatron's process for write results would outlive its parent, and hold its pipes.
 KILLED = """
 import os, signal, sys
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
 
 replace = os.replace
 
