@@ -42,13 +42,13 @@ class Chunked(Lazy):
 
     def layer(self, index: int) -> Lazy:
         """One layer of a stacked tensor [l, ...]."""
-        found = []
+        chunks = []
         for chunk in self.chunks:
             inside = index - chunk.start[0]
             if 0 <= inside < chunk.shape[0]:
                 locate = chunk.locate if chunk.shape[0] == 1 else self._slice(chunk, inside)
-                found.append(Chunk(chunk.start[1:], chunk.shape[1:], locate))
-        return Chunked(self.shape[1:], self.dtype, tuple(found), f"{self.name}[{index}]").checked()
+                chunks.append(Chunk(chunk.start[1:], chunk.shape[1:], locate))
+        return Chunked(self.shape[1:], self.dtype, tuple(chunks), f"{self.name}[{index}]").checked()
 
     def _slice(self, chunk: Chunk, inside: int) -> Callable[[], tuple[Bytes, int | None]]:
         length = math.prod(chunk.shape[1:]) * ITEM_SIZES[self.dtype]
@@ -87,12 +87,12 @@ class Chunked(Lazy):
         expected = math.prod(chunk.shape) * ITEM_SIZES[self.dtype]
         if data.length != expected:
             raise CheckpointError(f"{data.path}: {self.name} has {data.length} bytes where {expected} are needed")
-        found = 0
+        running = 0
         for block in data.blocks(buffer):
-            pending = checksums.submit(zlib.crc32, block, found) if checksum is not None else None
+            pending = checksums.submit(zlib.crc32, block, running) if checksum is not None else None
             yield block
-            found = pending.result() if pending is not None else 0
-        if checksum is not None and found != checksum:
+            running = pending.result() if pending is not None else 0
+        if checksum is not None and running != checksum:
             raise self._damaged(data)
 
     def read_into(self, out: memoryview) -> None:
@@ -109,12 +109,12 @@ class Chunked(Lazy):
         data, checksum = chunk.locate()
         if data.length != len(out):
             raise CheckpointError(f"{data.path}: {self.name} has {data.length} bytes where {len(out)} are needed")
-        found, pending = 0, None
+        running, pending = 0, None
         for start in range(0, len(out), BLOCK):
             block = out[start : start + BLOCK]
             for _ in data.part(start, len(block)).blocks(block):
-                found = pending.result() if pending is not None else 0
-                pending = checksums.submit(zlib.crc32, block, found) if checksum is not None else None
+                running = pending.result() if pending is not None else 0
+                pending = checksums.submit(zlib.crc32, block, running) if checksum is not None else None
         if pending is not None and pending.result() != checksum:
             raise self._damaged(data)
 

@@ -36,21 +36,21 @@ class Files:
         where: the folder or archive, for messages.
     """
 
-    def __init__(self, where: Path, found: Mapping[str, Bytes]):
+    def __init__(self, where: Path, contents: Mapping[str, Bytes]):
         self.where = where
-        self._found = dict(found)
+        self._contents = dict(contents)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._found
+        return name in self._contents
 
     def names(self) -> list[str]:
-        return sorted(self._found)
+        return sorted(self._contents)
 
     def __getitem__(self, name: str) -> Bytes:
-        if name not in self._found:
+        if name not in self._contents:
             raise CheckpointError(f"{self.where} has no {name}: it is not a whole checkpoint")
-        refuse_pointer(self._found[name], f"{self.where}: {name}")
-        return self._found[name]
+        refuse_pointer(self._contents[name], f"{self.where}: {name}")
+        return self._contents[name]
 
     def text(self, name: str) -> str:
         """A small text file; raises CheckpointError where it is missing, too large or not UTF-8."""
@@ -65,12 +65,12 @@ class Files:
     def below(self, folder: str) -> "Files":
         """The files in `folder`, by their names there."""
         prefix = f"{folder}/" if folder else ""
-        found = {name[len(prefix) :]: data for name, data in self._found.items() if name.startswith(prefix)}
-        return Files(self.where / folder, found)
+        inside = {name[len(prefix) :]: data for name, data in self._contents.items() if name.startswith(prefix)}
+        return Files(self.where / folder, inside)
 
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(data.length for data in self._found.values())
+        return sum(data.length for data in self._contents.values())
 
 
 def refuse_pointer(data: Bytes, what: str) -> None:
@@ -87,15 +87,15 @@ def folder_files(folder: Path, *, deep: bool = True, entered: tuple[str, ...] = 
 
     Files may be links, as in the cache of the Hugging Face hub; folders that are links are not entered.
     """
-    found = {}
+    contents = {}
     for root, folders, names in os.walk(folder):
         wanted = folders if deep else entered if Path(root) == Path(folder) else ()
         folders[:] = sorted(set(folders).intersection(wanted))
         for name in sorted(names):
             path = Path(root) / name
             if path.is_file():
-                found[path.relative_to(folder).as_posix()] = whole(path)
-    return Files(folder, found)
+                contents[path.relative_to(folder).as_posix()] = whole(path)
+    return Files(folder, contents)
 
 
 def archive_files(path: Path) -> Files:
@@ -106,7 +106,7 @@ def archive_files(path: Path) -> Files:
     """
     size = whole(path).length
     refuse_pointer(whole(path), str(path))
-    found: dict[str, Bytes] = {}
+    members: dict[str, Bytes] = {}
     try:
         with open_archive(path) as archive:
             for number, member in enumerate(archive):
@@ -119,14 +119,14 @@ def archive_files(path: Path) -> Files:
                 if not member.isreg() or member.issparse():
                     kind = "link" if member.issym() or member.islnk() else "special file"
                     raise CheckpointError(f"{path}: member {member.name!r} is a {kind}; a checkpoint has plain files")
-                if name in found:
+                if name in members:
                     raise CheckpointError(f"{path}: member {name!r} is there twice")
                 if member.size < 0 or member.offset_data + member.size > size:
                     raise CheckpointError(
                         f"{path} is truncated: member {name!r} ends at byte {member.offset_data + member.size}, "
                         f"the file at {size}; copy it again"
                     )
-                found[name] = Bytes(path, member.offset_data, member.size)
+                members[name] = Bytes(path, member.offset_data, member.size)
             end = Bytes(path, archive.offset, max(0, min(len(END_OF_ARCHIVE), size - archive.offset)))
             if end.read() != END_OF_ARCHIVE:
                 raise CheckpointError(
@@ -136,7 +136,7 @@ def archive_files(path: Path) -> Files:
         raise
     except ERRORS as error:
         raise CheckpointError(f"{path} is not a whole tar archive ({error}); copy it again") from None
-    return Files(path, found)
+    return Files(path, members)
 
 
 def member_name(path: Path, name: str) -> str:

@@ -100,7 +100,7 @@ def by_canonical_name(tensors: Mapping[str, Chunked], source: Any) -> dict[str, 
         CheckpointError: there is no embedding, so this is no GPT model of Megatron.
     """
     prefix = prefix_of(tensors, source)
-    found: dict[str, Lazy] = {}
+    named: dict[str, Lazy] = {}
     for key, tensor in tensors.items():
         if NOT_WEIGHTS.search(key):
             continue
@@ -108,10 +108,10 @@ def by_canonical_name(tensors: Mapping[str, Chunked], source: Any) -> dict[str, 
         inner = name.removeprefix(LAYERS)
         if name.startswith(LAYERS) and not inner[:1].isdigit():
             for number in range(tensor.shape[0] if tensor.shape else 0):
-                found[f"{LAYERS}{number}.{inner}"] = tensor.layer(number)
+                named[f"{LAYERS}{number}.{inner}"] = tensor.layer(number)
         else:
-            found[name] = tensor.checked()
-    return _joined(found, source)
+            named[name] = tensor.checked()
+    return _joined(named, source)
 
 
 def prefix_of(names: Iterable[str], source: Any) -> str:

@@ -120,13 +120,13 @@ class Runs(Lazy):
 
     def rows(self, first: int, last: int) -> "Runs":
         """Rows first..last, the last one not included."""
-        start, stop, found, position = first * self.row_bytes, last * self.row_bytes, [], 0
+        start, stop, runs, position = first * self.row_bytes, last * self.row_bytes, [], 0
         for run in self.runs:
             low, high = max(start - position, 0), min(stop - position, run.length)
             if low < high:
-                found.append(run.part(low, high - low))
+                runs.append(run.part(low, high - low))
             position += run.length
-        return Runs((last - first, *self.shape[1:]), self.dtype, tuple(found))
+        return Runs((last - first, *self.shape[1:]), self.dtype, tuple(runs))
 
 
 def concatenate(parts: list[Runs]) -> Runs:

@@ -74,10 +74,10 @@ class Tokenizer:
         Raises:
             CheckpointError: a SentencePiece model is damaged.
         """
-        found = {name: data.read() for name, data in self.files.items()}
+        contents = {name: data.read() for name, data in self.files.items()}
         if self.kind == SENTENCEPIECE:
-            found[CONFIG] = (json.dumps(_for_sentencepiece(self._sentencepiece()), indent=2) + "\n").encode()
-        return found
+            contents[CONFIG] = (json.dumps(_for_sentencepiece(self._sentencepiece()), indent=2) + "\n").encode()
+        return contents
 
     def copy_to(self, folder: Path) -> None:
         """Writes the files as transformers reads them; a config.json that is there stays.
@@ -109,14 +109,14 @@ class Tokenizer:
         the older kind, which does not list the added tokens."""
         config = self._json(CONFIG)
         stated = config if "added_tokens_decoder" in config else {**config, **self._json(SPECIAL_MAP)}
-        found = {}
+        texts = {}
         for key in SPECIAL_TOKENS:
             value = stated.get(key.removesuffix("_id"))
             value = value.get("content") if isinstance(value, dict) else value
             if isinstance(value, str):
-                found[key] = value
-        if found or MODEL not in self.files:
-            return found
+                texts[key] = value
+        if texts or MODEL not in self.files:
+            return texts
         try:
             model = self._sentencepiece()
         except CheckpointError:
@@ -233,20 +233,20 @@ def in_folder(files: Files, name: str | None = None) -> Tokenizer | None:
     Raises:
         CheckpointError: a file is not there but for its Git-LFS pointer.
     """
-    found = {file: files[file] for file in files.names() if is_file(file)}
-    if not any(fnmatchcase(file, pattern) for file in found for pattern in VOCABULARIES):
+    own = {file: files[file] for file in files.names() if is_file(file)}
+    if not any(fnmatchcase(file, pattern) for file in own for pattern in VOCABULARIES):
         return Tokenizer(name=name) if name else None
-    if found.keys() == {MODEL}:
-        return Tokenizer(kind=SENTENCEPIECE, name=name, files=found)
-    tokenizer = Tokenizer(name=name, files=found)
+    if own.keys() == {MODEL}:
+        return Tokenizer(kind=SENTENCEPIECE, name=name, files=own)
+    tokenizer = Tokenizer(name=name, files=own)
     config = tokenizer._json(CONFIG)
     common = _common_words(config)
     if common != config:
         data = (json.dumps(common, indent=2) + "\n").encode()
-        found[CONFIG] = InMemory(found[CONFIG].path, 0, len(data), data)
+        own[CONFIG] = InMemory(own[CONFIG].path, 0, len(data), data)
     if not config.get("tokenizer_class") and MODEL_CONFIG in files:
-        found[MODEL_CONFIG] = files[MODEL_CONFIG]
-    return dataclasses.replace(tokenizer, files=found)
+        own[MODEL_CONFIG] = files[MODEL_CONFIG]
+    return dataclasses.replace(tokenizer, files=own)
 
 
 def _common_words(config: dict[str, Any]) -> dict[str, Any]:
@@ -304,11 +304,11 @@ def loadable(name: str) -> str:
     """
     if not Path(name).is_dir():
         return name
-    found = in_folder(_files(Path(name)))
-    if found is None:
+    tokenizer = in_folder(_files(Path(name)))
+    if tokenizer is None:
         return name
-    changed = any(isinstance(data, InMemory) for data in found.files.values())
-    return str(cached(found)) if changed or found.kind == SENTENCEPIECE else name
+    changed = any(isinstance(data, InMemory) for data in tokenizer.files.values())
+    return str(cached(tokenizer)) if changed or tokenizer.kind == SENTENCEPIECE else name
 
 
 def _files(folder: Path) -> Files:
@@ -326,16 +326,16 @@ def from_hub(tokenizer: Tokenizer, note: Callable[[str], None]) -> Tokenizer:
 
     try:
         folder = snapshot_download(tokenizer.hub_name(), allow_patterns=list(FILES), etag_timeout=HUB_TIMEOUT)
-        found = in_folder(_files(Path(folder)), tokenizer.name)
+        fetched = in_folder(_files(Path(folder)), tokenizer.name)
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
-        found = None
-    if found is None or not found.files:
+        fetched = None
+    if fetched is None or not fetched.files:
         note(
             f"note: the tokenizer {tokenizer.name} is only named in the checkpoint and could not be had from the hub; "
             "it travels as that name. tokenizer=DIR puts its files in"
         )
         return tokenizer
-    return found
+    return fetched
 
 
 def named(name: str) -> Tokenizer | None:
@@ -348,7 +348,7 @@ def from_directory(path: str | Path) -> Tokenizer:
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"tokenizer={path} is not a directory; name the one that holds the tokenizer's files")
-    found = in_folder(_files(folder))
-    if found is None:
+    tokenizer = in_folder(_files(folder))
+    if tokenizer is None:
         raise CheckpointError(f"tokenizer={path} holds no tokenizer (tokenizer.json, tokenizer.model...)")
-    return found
+    return tokenizer

@@ -158,16 +158,16 @@ def _check_sizes(reader: "GGUFReader", source: Path, called: str) -> None:
     a = read_config(config.to_dict(), called)
     kind = _value(reader, "general.architecture")
     tensors = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
-    found = {
+    sizes = {
         f"{kind}.block_count": (a.num_layers, len({name.split(".")[1] for name in tensors if name[:4] == "blk."})),
         "shape of token_embd.weight": ((a.vocab_size, a.hidden_size), tensors.get("token_embd.weight")),
         "parameters": (a.parameters(), sum(math.prod(shape) for shape in tensors.values())),
     }
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
         stated = _value(reader, f"{kind}.{key}")
-        found[f"{kind}.{key}"] = (a.kv_channels, a.kv_channels if stated is None else stated)
+        sizes[f"{kind}.{key}"] = (a.kv_channels, a.kv_channels if stated is None else stated)
     wrong = [
-        f"{what}: {said} by its description, {there} found" for what, (said, there) in found.items() if said != there
+        f"{what}: {said} by its description, {there} found" for what, (said, there) in sizes.items() if said != there
     ]
     if wrong:
         raise CheckpointError(f"{called} contradicts itself: {'; '.join(wrong)}")

@@ -35,7 +35,7 @@ def describe(checkpoint: Checkpoint, *, values: bool = False) -> dict[str, Any]:
     """
     a = checkpoint.architecture
     precisions = checkpoint.stored_precisions or Counter(tensor.dtype for tensor in checkpoint.tensors.values())
-    found: dict[str, Any] = {
+    description: dict[str, Any] = {
         "path": str(checkpoint.path),
         "format": checkpoint.kind.title,
         "weights": checkpoint.layout,
@@ -50,48 +50,48 @@ def describe(checkpoint: Checkpoint, *, values: bool = False) -> dict[str, Any]:
         "warnings": warnings(checkpoint),
     }
     if values:
-        found["not_finite"] = not_finite(checkpoint)
-        found["warnings"] += [
-            f"{name} has {count} values that are NaN or Inf" for name, count in found["not_finite"].items()
+        description["not_finite"] = not_finite(checkpoint)
+        description["warnings"] += [
+            f"{name} has {count} values that are NaN or Inf" for name, count in description["not_finite"].items()
         ]
-    return found
+    return description
 
 
 def warnings(checkpoint: Checkpoint) -> list[str]:
     """What a user may stumble over."""
-    a, found = checkpoint.architecture, []
+    a, remarks = checkpoint.architecture, []
     if checkpoint.quantization is not None:
-        found.append(
+        remarks.append(
             f"the weights are quantised ({checkpoint.quantization.describe()}): for a server; convert and evaluate "
             "read them as the numbers that they stand for, without the rounding of activations that the server adds"
         )
     tokenizer = checkpoint.tokenizer_files
     if a.num_attention_heads * a.kv_channels != a.hidden_size:
-        found.append(
+        remarks.append(
             f"heads {a.num_attention_heads} x head size {a.kv_channels} = {a.num_attention_heads * a.kv_channels}, not "
             f"the hidden size {a.hidden_size}: pruned in width, or made so; readers must take the head size as it is"
         )
     if a.family == "llama" and a.hidden_size % a.num_attention_heads:
-        found.append(
+        remarks.append(
             f"the hidden size {a.hidden_size} is no multiple of the {a.num_attention_heads} heads: transformers 4 runs "
             "it, transformers 5 refuses such a Llama"
         )
     if len({tensor.dtype for tensor in checkpoint.tensors.values()}) > 1:
-        found.append("tensors have different precisions")
+        remarks.append("tensors have different precisions")
     if a.vocab_padding:
-        found.append(f"{a.vocab_padding} of {a.vocab_size} rows of the vocabulary are padding")
+        remarks.append(f"{a.vocab_padding} of {a.vocab_size} rows of the vocabulary are padding")
     if a.vocab_size % RANKS:
-        found.append(f"the vocabulary's {a.vocab_size} rows do not divide over {RANKS} tensor-parallel ranks")
+        remarks.append(f"the vocabulary's {a.vocab_size} rows do not divide over {RANKS} tensor-parallel ranks")
     if tokenizer is None:
-        found.append("there is no tokenizer; tokenizer=DIR puts one in (minitron convert)")
+        remarks.append("there is no tokenizer; tokenizer=DIR puts one in (minitron convert)")
     elif not tokenizer.files:
-        found.append(f"the tokenizer is only named ({tokenizer.name}); tokenizer=DIR puts its files in")
+        remarks.append(f"the tokenizer is only named ({tokenizer.name}); tokenizer=DIR puts its files in")
     elif (tokens := tokenizer.size()) is not None and tokens > a.vocab_size:
-        found.append(f"the tokenizer has {tokens} tokens, the embedding only {a.vocab_size} rows")
-    found += checkpoint.remarks
+        remarks.append(f"the tokenizer has {tokens} tokens, the embedding only {a.vocab_size} rows")
+    remarks += checkpoint.remarks
     if a.sliding_window is not None:
-        found.append(f"attention reaches {a.sliding_window} tokens back only (sliding window)")
-    return found
+        remarks.append(f"attention reaches {a.sliding_window} tokens back only (sliding window)")
+    return remarks
 
 
 def not_finite(checkpoint: Checkpoint) -> dict[str, int]:

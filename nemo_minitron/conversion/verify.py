@@ -58,10 +58,10 @@ def compare_tensors(expected: Mapping[str, Lazy], result: Checkpoint, seed: int)
     names += random.Random(seed).sample(rest, min(SAMPLE, len(rest)))
     compared = 0
     for name in names:
-        wanted, found = expected[name], result.tensors[name]
-        if name in (EMBEDDING, OUTPUT) and wanted.shape[0] > found.shape[0]:
-            wanted = Resized(wanted, found.shape[0])
-        if not same_bits(wanted, found):
+        wanted, written = expected[name], result.tensors[name]
+        if name in (EMBEDDING, OUTPUT) and wanted.shape[0] > written.shape[0]:
+            wanted = Resized(wanted, written.shape[0])
+        if not same_bits(wanted, written):
             raise CheckpointError(f"{result.path}: {name} is not what was to be written; the conversion went wrong")
         compared += wanted.nbytes
     return {"tensors_compared": len(names), "bytes_compared": compared}
@@ -77,9 +77,9 @@ def compare_logits(source: Checkpoint, result: Checkpoint, seed: int, tolerance:
 
     tokens = min(c.architecture.vocab_size - c.architecture.vocab_padding for c in (source, result))
     batch = torch.randint(0, tokens, TOKENS, generator=torch.Generator().manual_seed(seed))  # [b, s]
-    expected, found = (logits(checkpoint, batch, seed)[..., :tokens] for checkpoint in (source, result))  # [b, s, v]
+    expected, computed = (logits(checkpoint, batch, seed)[..., :tokens] for checkpoint in (source, result))  # [b, s, v]
     scale = float(expected.abs().max()) or 1.0
-    difference = float((expected - found).abs().max()) / scale
+    difference = float((expected - computed).abs().max()) / scale
     if not difference <= tolerance:
         raise CheckpointError(
             f"{result.path} does not compute what {source.path} does: logits differ by {difference:.2g} of the "

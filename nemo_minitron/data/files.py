@@ -40,7 +40,7 @@ def files_in(folder: Path) -> list[Path]:
     Raises:
         DataError: a folder cannot be read.
     """
-    found, seen = [], set()
+    files, seen = [], set()
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
@@ -51,8 +51,8 @@ def files_in(folder: Path) -> list[Path]:
             continue
         seen.add(os.path.realpath(root))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(root) / name for name in names if not name.startswith(".")]
-    return sorted(found)
+        files += [Path(root) / name for name in names if not name.startswith(".")]
+    return sorted(files)
 
 
 def left_out(folder: Path, paths: Iterable[Path], known: Iterable[str]) -> list[str]:
@@ -62,8 +62,8 @@ def left_out(folder: Path, paths: Iterable[Path], known: Iterable[str]) -> list[
         name = "plain text about it" if kind(path) in known else kind(path) or "without a suffix"
         kinds[name if path.exists() else "broken links"].append(path)
     return [
-        f"{folder}: files left out, {name}: {len(found)} ({_shortened(found, folder)}); read are {', '.join(known)}"
-        for name, found in sorted(kinds.items())
+        f"{folder}: files left out, {name}: {len(left)} ({_shortened(left, folder)}); read are {', '.join(known)}"
+        for name, left in sorted(kinds.items())
     ]
 
 

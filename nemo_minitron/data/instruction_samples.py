@@ -109,11 +109,11 @@ def segments(turns: list[Turn], template: str, end: str, tokenizer: Any = None) 
     if template == "chat":
         return _chat(turns, tokenizer)
     show = _alpaca_prompt if template == "alpaca" else _plain_prompt
-    found = []
+    pieces = []
     for number, turn in enumerate(turns):
         answer = turn.role == "assistant"
-        found.append(Segment(turn.text + end, True) if answer else Segment(show(turn, first=number == 0), False))
-    return found
+        pieces.append(Segment(turn.text + end, True) if answer else Segment(show(turn, first=number == 0), False))
+    return pieces
 
 
 def _plain_prompt(turn: Turn, *, first: bool) -> str:
@@ -146,7 +146,7 @@ def _chat(turns: list[Turn], tokenizer: Any) -> list[Segment]:
                 f"the tokenizer's chat template refuses the conversation that begins with {begin!r}: {error}"
             ) from None
 
-    found, before = [], ""
+    pieces, before = [], ""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -156,9 +156,9 @@ def _chat(turns: list[Turn], tokenizer: Any) -> list[Segment]:
                 "the tokenizer's chat template shows earlier turns otherwise once later ones follow, so that answers "
                 "cannot be told apart; give instruct.template=plain or alpaca"
             )
-        found += [Segment(asked[len(before) :], False), Segment(answered[len(asked) :], True)]
+        pieces += [Segment(asked[len(before) :], False), Segment(answered[len(asked) :], True)]
         before = answered
-    return found
+    return pieces
 
 
 def tokenised(rows: list[list[Turn]], template: str, tokenizer: Any) -> Iterable[Sample]:

@@ -58,11 +58,11 @@ def read_instructions(path: str, config: InstructConfig, seed: int) -> Instructi
     Raises:
         DataError: nothing is there, or rows are malformed: file, row and field of the first few of them.
     """
-    found, notes = split_files(Path(path).expanduser())
+    by_split, notes = split_files(Path(path).expanduser())
     rows: dict[str, list[list[Turn]]] = {"train": [], "validation": []}
     read, forms, problems = {}, set(), []
     for split in rows:
-        for number, file in enumerate(found.get(split, [])):
+        for number, file in enumerate(by_split.get(split, [])):
             form, conversations, wrong = _read_file(file, config.format)
             rows[split] += conversations
             problems += wrong
@@ -71,10 +71,10 @@ def read_instructions(path: str, config: InstructConfig, seed: int) -> Instructi
     if problems:
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise DataError("malformed instructions:\n  " + "\n  ".join(problems[:SHOWN]) + more)
-    for split, files_of_split in found.items():
+    for split, files_of_split in by_split.items():
         if split in rows and not rows[split]:
             raise DataError(f"{', '.join(map(str, files_of_split))}: no rows")
-    if "validation" not in found:
+    if "validation" not in by_split:
         rows["train"], rows["validation"] = _carve(rows["train"], config.validation_share, seed, path)
     for note in notes:
         logger.warning("%s", note)
@@ -97,10 +97,10 @@ def split_files(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
     chosen = [file for file in inside if files.kind(file) in KINDS and file.is_file()]
     notes = files.left_out(path, [file for file in inside if file not in set(chosen)], KNOWN)
     chosen, copies = files.without_copies(chosen)
-    found: dict[str, list[Path]] = {}
+    by_split: dict[str, list[Path]] = {}
     for file in chosen:
-        found.setdefault(split_of(file.relative_to(path)) or "train", []).append(file)
-    if "train" not in found:
+        by_split.setdefault(split_of(file.relative_to(path)) or "train", []).append(file)
+    if "train" not in by_split:
         raise DataError(
             "\n  ".join(
                 [
@@ -110,8 +110,8 @@ def split_files(path: Path) -> tuple[dict[str, list[Path]], list[str]]:
                 ]
             )
         )
-    unused = [f"{file} is the test split: it is not read" for file in found.get("test", [])]
-    return found, notes + copies + unused
+    unused = [f"{file} is the test split: it is not read" for file in by_split.get("test", [])]
+    return by_split, notes + copies + unused
 
 
 def _carve(rows: list[list[Turn]], share: float, seed: int, path: str) -> tuple[list, list]:
@@ -133,7 +133,7 @@ def _read_file(file: Path, form: str) -> tuple[str, list[list[Turn]], list[str]]
         value = Several  # each line says what is wrong with it
     rows = list(rows_in(file) if value is Several else rows_of(file, value))
     said = (_form_of(row.value) for row in rows)
-    chosen = next((found for found in said if found != "auto"), form) if form == "auto" else form
+    chosen = next((stated for stated in said if stated != "auto"), form) if form == "auto" else form
     return chosen, *_conversations(file, rows, READERS.get(chosen, _unknown))
 
 
@@ -141,14 +141,14 @@ def _conversations(
     file: Path, rows: Iterable[Row], reader: Callable[[Any], list[Turn]]
 ) -> tuple[list[list[Turn]], list[str]]:
     """What `reader` makes of the rows, and a message for each that is malformed."""
-    found, wrong = [], []
+    conversations, wrong = [], []
     for row in rows:
         turns = row.value if isinstance(row.value, Malformed) else _turns(reader, row.value)
         if isinstance(turns, Malformed):
             wrong.append(f"{file}, row {row.number}: {turns}")
         else:
-            found.append(turns)
-    return found, wrong
+            conversations.append(turns)
+    return conversations, wrong
 
 
 def _turns(reader: Callable[[Any], list[Turn]], row: Any) -> list[Turn] | Malformed:

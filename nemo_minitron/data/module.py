@@ -42,17 +42,17 @@ def resolve_prefixes(data: str | dict | Sequence) -> dict[str, list]:
         unknown = sorted(set(data) - set(SPLITS))
         if unknown:
             raise ConfigError(f"model.data.data_prefix has the splits {unknown}; known are {', '.join(SPLITS)}")
-        found = {split: _blend(data[split]) for split in SPLITS if data.get(split)}
+        prefixes = {split: _blend(data[split]) for split in SPLITS if data.get(split)}
     elif isinstance(data, str) and Path(data).is_dir():
-        found = {split: [str(Path(data) / split)] for split in SPLITS if (Path(data) / f"{split}.idx").exists()}
-        if "train" not in found:
+        prefixes = {split: [str(Path(data) / split)] for split in SPLITS if (Path(data) / f"{split}.idx").exists()}
+        if "train" not in prefixes:
             raise DataError(f"{data} holds no train.idx: it is not a folder that `minitron data` made")
     else:
-        found = {"train": _blend(data)}
-    for entries in found.values():
+        prefixes = {"train": _blend(data)}
+    for entries in prefixes.values():
         for prefix in paths(entries):
             read_header(prefix)
-    return found
+    return prefixes
 
 
 def _blend(entries: Any) -> list:

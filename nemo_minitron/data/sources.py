@@ -162,15 +162,15 @@ def split_of(path: Path) -> str | None:
 
 def _files(source: Path, seed: int, key: str) -> Corpus:
     paths, notes = _text_files(source, key)
-    found: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    by_split: dict[str, list[Path]] = {split: [] for split in SPLITS}
     unnamed: list[Path] = []
     for path in paths:
         split = split_of(path.relative_to(source) if source.is_dir() else Path(path.name))
-        (found[split] if split else unnamed).append(path)
+        (by_split[split] if split else unnamed).append(path)
     notes += [f"{path} names no split: it is training text" for path in unnamed if len(unnamed) < len(paths)]
-    found["train"] += unnamed
+    by_split["train"] += unnamed
     blank: dict[str, int] = {}
-    whole = {split: _reader(own, key, blank) for split, own in found.items() if own}
+    whole = {split: _reader(own, key, blank) for split, own in by_split.items() if own}
     splits, carved = _fill(whole, source, seed)
     inputs = {f"file{number}": str(path) for number, path in enumerate(paths)}
     return Corpus(splits=splits, inputs=inputs, notes=notes + carved, blank=blank)

@@ -144,6 +144,6 @@ def _shuffled(documents: Callable[[], Iterator[str]], characters: int, seed: int
             break
         chosen[number] = place
         total += lengths[number]
-    found = {chosen[number]: text for number, text in enumerate(documents()) if number in chosen}
-    for place in sorted(found):
-        yield found[place]
+    texts = {chosen[number]: text for number, text in enumerate(documents()) if number in chosen}
+    for place in sorted(texts):
+        yield texts[place]

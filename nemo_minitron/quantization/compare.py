@@ -101,16 +101,16 @@ def _compare(linears: list[Linear], plain: Mapping[str, Plain], minus_one: bool,
             raise EngineError(f"{tensor.name} is not the source's, rounded to bf16: the {qformat} export went wrong")
         report.plain += 1
     for linear in linears:
-        found = measure(linear, *folded.get(linear.norm or "", (None, 0.0)))
-        if not found["step"] <= 1.0:
+        error = measure(linear, *folded.get(linear.norm or "", (None, 0.0)))
+        if not error["step"] <= 1.0:
             raise EngineError(
-                f"{linear.name} came out of the {qformat} export {found['step']:.3g} times as far from the source as "
-                f"rounding explains (relative error {found['error']:.2%}): nothing was kept; please report it with "
+                f"{linear.name} came out of the {qformat} export {error['step']:.3g} times as far from the source as "
+                f"rounding explains (relative error {error['error']:.2%}): nothing was kept; please report it with "
                 "`minitron inspect` of the source"
             )
-        report.squares[0] += found.pop("squared_error")
-        report.squares[1] += found.pop("squared_source")
-        report.linears.append({"name": linear.name, "layer": linear.layer, "part": linear.part, **found})
+        report.squares[0] += error.pop("squared_error")
+        report.squares[1] += error.pop("squared_source")
+        report.linears.append({"name": linear.name, "layer": linear.layer, "part": linear.part, **error})
 
 
 def _equal(tensor: Plain) -> bool:
@@ -135,7 +135,7 @@ def _folded_norms(linears: list[Linear], plain: Mapping[str, Plain], minus_one: 
     """
     import torch
 
-    found = {}
+    folded = {}
     for norm in {linear.norm for linear in linears if linear.norm}:
         weight = plain[f"{norm}.weight"]
         if _equal(weight):
@@ -150,8 +150,8 @@ def _folded_norms(linears: list[Linear], plain: Mapping[str, Plain], minus_one: 
             away = (bias.stored.read().float() - expected).abs()
             if not bool((away <= (uncertain + 4 * BF16) * expected.abs() + 1e-30)[ratio.isfinite()].all()):
                 raise EngineError(f"{norm}: weight and bias were scaled differently: the export went wrong")
-        found[norm] = (ratio, uncertain)
-    return found
+        folded[norm] = (ratio, uncertain)
+    return folded
 
 
 def measure(linear: Linear, ratio: Any = None, uncertain: Any = 0.0) -> dict[str, float]:

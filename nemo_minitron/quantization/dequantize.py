@@ -130,15 +130,15 @@ class Ranks:
             return torch.cat([self._rows(f"{hf}self_attn.{part}_proj.weight", rank) for part in "qkv"])
 
         first = "gate_proj" if self.a.gated_linear_unit else "up_proj"
-        found = {
+        weights = {
             "attention.qkv": qkv,
             "attention.dense": lambda: self._columns(f"{hf}self_attn.o_proj.weight", rank),
             "mlp.fc": lambda: self._rows(f"{hf}mlp.{first}.weight", rank),
             "mlp.proj": lambda: self._columns(f"{hf}mlp.down_proj.weight", rank),
         }
         if self.a.gated_linear_unit:
-            found["mlp.gate"] = lambda: self._rows(f"{hf}mlp.up_proj.weight", rank)
-        return found
+            weights["mlp.gate"] = lambda: self._rows(f"{hf}mlp.up_proj.weight", rank)
+        return weights
 
     def norm(self, name: str) -> Any:
         """A norm's weight as TensorRT-LLM applies it: without the 1 taken off."""
@@ -153,7 +153,7 @@ class Ranks:
         """Name -> call that returns the source's tensor, of what is not quantised on the ranks of a stage."""
         per_stage = self.a.num_layers // self.pp
         kinds = ("weight", "bias") if self.a.normalization == "LayerNorm" else ("weight",)
-        found: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
         for local in range(per_stage):
             hf = f"model.layers.{stage * per_stage + local}."
             for ours, theirs in (
@@ -161,17 +161,17 @@ class Ranks:
                 ("post_layernorm", "post_attention_layernorm"),
             ):
                 for kind in kinds:
-                    found[f"transformer.layers.{local}.{ours}.{kind}"] = functools.partial(
+                    tensors[f"transformer.layers.{local}.{ours}.{kind}"] = functools.partial(
                         self.norm, f"{hf}{theirs}.{kind}"
                     )
         if stage == 0:
-            found[EMBEDDING] = self.expected["model.embed_tokens.weight"].read
+            tensors[EMBEDDING] = self.expected["model.embed_tokens.weight"].read
         if stage == self.pp - 1:
             for kind in kinds:
-                found[f"transformer.ln_f.{kind}"] = functools.partial(self.norm, f"model.norm.{kind}")
+                tensors[f"transformer.ln_f.{kind}"] = functools.partial(self.norm, f"model.norm.{kind}")
             head = HEAD if HEAD in self.expected else "model.embed_tokens.weight"
-            found[HEAD] = self.expected[head].read
-        return found
+            tensors[HEAD] = self.expected[head].read
+        return tensors
 
 
 def from_tensorrt_llm(

@@ -62,12 +62,12 @@ def shape_problems(a: Architecture, config: QuantizeConfig) -> list[str]:
             f"export = trtllm: ModelOpt writes no TensorRT-LLM checkpoint of {a.family} models; known are "
             f"{', '.join(DECODERS)}. Give export=hf, which TensorRT-LLM 1.x loads"
         ]
-    found = parallel_problems(a, config)
+    of_ranks = parallel_problems(a, config)
     rules = {"fp8": _aligned, "int8_sq": _aligned, "int4_awq": _grouped, "bf16": lambda a, config: []}[config.qformat]
     problems = [problem for rule in rules(a, config) if (problem := rule.problem())]
     if problems and config.qformat == "int4_awq":
         problems[-1] += "; or give qformat=fp8 or int8_sq, which have no groups"
-    return found or problems
+    return of_ranks or problems
 
 
 def parallel_problems(a: Architecture, config: QuantizeConfig) -> list[str]:
@@ -77,18 +77,18 @@ def parallel_problems(a: Architecture, config: QuantizeConfig) -> list[str]:
         "num_query_groups": a.num_query_groups,
         "ffn_hidden_size": a.ffn_hidden_size,
     }
-    found = [
+    problems = [
         f"tp_size = {config.tp_size}: {name} {value} mod {config.tp_size} = {value % config.tp_size}; "
         f"give a tp_size that divides it ({_divisors(value)})"
         for name, value in sizes.items()
         if value % config.tp_size
     ]
     if a.num_layers % config.pp_size:
-        found.append(
+        problems.append(
             f"pp_size = {config.pp_size}: num_layers {a.num_layers} mod {config.pp_size} = "
             f"{a.num_layers % config.pp_size}; give a pp_size that divides it ({_divisors(a.num_layers)})"
         )
-    return found
+    return problems
 
 
 def _divisors(value: int, most: int = 8) -> str:

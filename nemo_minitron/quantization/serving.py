@@ -19,15 +19,15 @@ def commands(config: QuantizeConfig) -> dict[str, list[str]]:
 
 def notes(config: QuantizeConfig) -> list[str]:
     """What a user should know of serving the result."""
-    found = []
+    lines = []
     if not LOADS[config.export, config.qformat]:
-        found.append(
+        lines.append(
             "none of TensorRT-LLM 1.x, vLLM and SGLang loads INT8 SmoothQuant from a Hugging Face directory of "
             "ModelOpt's: export=trtllm is for trtllm-build of older releases"
         )
     if config.qformat == "fp8":
-        found.append("FP8 products need an Ada, Hopper or Blackwell GPU")
-    return found
+        lines.append("FP8 products need an Ada, Hopper or Blackwell GPU")
+    return lines
 
 
 def _trtllm_serve(config: QuantizeConfig) -> list[str]:

@@ -413,3 +413,64 @@ def test_inspect_tells_what_is_there_and_what_is_odd(tmp_path, capsys):
     assert described["format"] == "NeMo-1 archive (.nemo)"
     assert main(["inspect", str(tmp_path / "nowhere")]) == 1
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_settings_and_checkpoints_know_the_same_formats():
+    """config stands below checkpoints and has a table of its own of what settings call a format."""
+    from dataclasses import fields
+
+    from nemo_minitron.checkpoints.formats.table import FORMATS
+    from nemo_minitron.config.schemas.formats import OPTIONS, OUTPUT_FORMATS
+
+    assert FORMATS.keys() == OUTPUT_FORMATS.keys()
+    assert all(name == entry.name for name, entry in FORMATS.items())
+    assert {name for entry in OUTPUT_FORMATS.values() for name in entry.options} == OPTIONS.keys()
+    assert OPTIONS.keys() <= {field.name for field in fields(ConvertConfig)}
+
+
+def test_a_new_format_is_a_class_and_a_line_in_each_table(tmp_path, monkeypatch, capsys):
+    """Nothing else asks for a format's name: one that is made here is read, written, inspected and refused options."""
+    from nemo_minitron.architecture import Architecture
+    from nemo_minitron.checkpoints.formats.base import Contents, Format
+    from nemo_minitron.checkpoints.formats.table import FORMATS
+    from nemo_minitron.checkpoints.tensors import in_memory
+    from nemo_minitron.config import InspectConfig
+    from nemo_minitron.config.schemas.formats import OUTPUT_FORMATS, OutputFormat
+    from nemo_minitron.conversion.inspect import inspect
+    from nemo_minitron.errors import ConfigError
+
+    class StateDict(Format):
+        name, title, folder_mark = "state", "state dict", "model.pt (state dict)"
+
+        def detect(self, path):
+            return (path / "model.pt").is_file()
+
+        def read(self, path):
+            return Contents(
+                architecture=Architecture.from_dict(json.loads((path / "model.json").read_text())),
+                tensors={name: in_memory(value) for name, value in torch.load(path / "model.pt").items()},
+                tokenizer_files=None,
+                generation={},
+                size=(path / "model.pt").stat().st_size,
+                layout="pt",
+                remarks=("it was made for a test",),
+            )
+
+        def write(self, path, model, options):
+            path.mkdir(exist_ok=True)
+            (path / "model.json").write_text(json.dumps(model.architecture.to_dict()))
+            torch.save({name: tensor.read() for name, tensor in model.tensors.items()}, path / "model.pt")
+
+    monkeypatch.setitem(FORMATS, "state", StateDict())
+    monkeypatch.setitem(OUTPUT_FORMATS, "state", OutputFormat(name="state"))
+    start = save("llama3", torch.bfloat16, tmp_path / "start")
+    made = run(start, tmp_path / "made", to="state")
+    end = run(made, tmp_path / "end", to="hf", verify="logits")
+    assert equal(stored(start), stored(end))
+    inspect(InspectConfig(source=str(made)))
+    shown = capsys.readouterr().out
+    assert "state dict, weights in pt" in shown and "it was made for a test" in shown
+    with pytest.raises(ConfigError, match="vocab_size is for Hugging Face; the result is state"):
+        run(start, tmp_path / "other", to="state", vocab_size=100)
+    with pytest.raises(CheckpointError, match=r"config.json \(Hugging Face\) or model.pt \(state dict\)"):
+        open_checkpoint(tmp_path)

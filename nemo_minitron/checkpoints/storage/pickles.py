@@ -68,8 +68,8 @@ class _DataUnpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.functions:
-            found = self.functions[module, name]
-            return _Call(found) if callable(found) else found
+            known = self.functions[module, name]
+            return _Call(known) if callable(known) else known
         if module == "torch" and (name in ITEM_SIZES or name in OTHER_TORCH_NAMES):
             return name
         if (module, name) == ("torch", "Size"):

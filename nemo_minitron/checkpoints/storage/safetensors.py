@@ -31,7 +31,7 @@ def read(data: Bytes) -> dict[str, Runs]:
         CheckpointError: the header is damaged or lies about the data, or the file is truncated.
     """
     header, start = _header(data)
-    found, ends = {}, []
+    tensors, ends = {}, []
     for name, entry in header.items():
         if name == METADATA:
             continue
@@ -48,7 +48,7 @@ def read(data: Bytes) -> dict[str, Runs]:
             raise CheckpointError(
                 f"{data.path} is truncated: {name} ends at byte {start + last}, the file at {data.length}; copy again"
             )
-        found[name] = Runs(shape, dtype, (data.part(start + first, last - first),))
+        tensors[name] = Runs(shape, dtype, (data.part(start + first, last - first),))
         ends.append((first, last))
     position = 0
     for first, last in sorted(ends):
@@ -59,7 +59,7 @@ def read(data: Bytes) -> dict[str, Runs]:
         position = last
     if start + position != data.length:
         raise CheckpointError(f"{data.path} has {data.length} bytes, its header describes {start + position}")
-    return found
+    return tensors
 
 
 def _header(data: Bytes) -> tuple[dict[str, Any], int]:

@@ -64,11 +64,11 @@ def tensors(files: Files) -> dict[str, Chunked]:
     metadata = read_metadata(files)
     try:
         places = _places(metadata, files)
-        found = {}
+        weights = {}
         for name, entry in metadata.state_dict_metadata.items():
             if hasattr(entry, "size") and not NOT_WEIGHTS.search(name):
-                found[name] = _tensor(name, entry, places, files)
-        return found
+                weights[name] = _tensor(name, entry, places, files)
+        return weights
     except CheckpointError:
         raise
     except Exception as error:
@@ -79,7 +79,7 @@ def tensors(files: Files) -> dict[str, Chunked]:
 
 def _places(metadata: Any, files: Files) -> dict[tuple, Bytes]:
     """(key, start of the piece) -> its bytes."""
-    found = {}
+    places = {}
     for index, info in metadata.storage_data.items():
         name = info.relative_path
         if name not in files:
@@ -97,8 +97,8 @@ def _places(metadata: Any, files: Files) -> dict[tuple, Bytes]:
                 f"{info.offset + info.length}; copy the checkpoint again"
             )
         start = tuple(index.offset) if getattr(index, "offset", None) is not None else None
-        found[index.fqn, start] = data.part(info.offset, info.length)
-    return found
+        places[index.fqn, start] = data.part(info.offset, info.length)
+    return places
 
 
 def _tensor(name: str, entry: Any, places: dict[tuple, Bytes], files: Files) -> Chunked:

@@ -56,9 +56,9 @@ class _Window(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         left = max(self.data.length - self.position, 0)
         count = left if size is None or size < 0 else min(size, left)
-        found = self.data.part(self.position, count).read() if count else b""
+        block = self.data.part(self.position, count).read() if count else b""
         self.position += count
-        return found
+        return block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,13 +142,13 @@ def _records(data: Bytes, source: str) -> tuple[dict[str, zipfile.ZipInfo], str]
             f"{source} is not a file of torch.save (zip), or is truncated ({type(error).__name__}); copy it again"
         ) from None
     prefix = infos[0].filename.partition("/")[0] + "/" if infos else ""
-    found = {}
+    records = {}
     for info in infos:
         name = info.filename.removeprefix(prefix)
-        if name in found or info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+        if name in records or info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise CheckpointError(f"{source}: record {info.filename!r} is not what torch.save writes")
-        found[name] = info
-    return found, prefix
+        records[name] = info
+    return records, prefix
 
 
 def _bytes_of(data: Bytes, info: zipfile.ZipInfo, source: str) -> Bytes:

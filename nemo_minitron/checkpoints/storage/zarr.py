@@ -36,12 +36,12 @@ def tensors(files: Files) -> dict[str, Chunked]:
     Raises:
         CheckpointError: an array's description is damaged, or a chunk is missing or of another length.
     """
-    found = {}
+    arrays = {}
     for name in files.names():
         key = name.removesuffix(f"/{ARRAY}")
         if key != name and "/" not in key and not NOT_WEIGHTS.search(key):
-            found[key] = _array(key, files)
-    return found
+            arrays[key] = _array(key, files)
+    return arrays
 
 
 def _array(key: str, files: Files) -> Chunked:

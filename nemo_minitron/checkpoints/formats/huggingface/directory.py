@@ -121,11 +121,11 @@ def mapped_tensors(folder: Path, a: Architecture) -> dict[str, Any]:
     from safetensors import safe_open
 
     wanted = {name for theirs, _ in hf_names(a).values() for name in theirs}
-    found: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     for file in weight_files(folder_files(Path(folder), deep=False)):
         with safe_open(Path(folder) / file, framework="pt") as opened:
-            found |= {name: opened.get_tensor(name) for name in wanted & set(opened.keys())}
-    return found
+            tensors |= {name: opened.get_tensor(name) for name in wanted & set(opened.keys())}
+    return tensors
 
 
 def stored_quantized(folder: Path) -> tuple[dict[str, Runs], Quantization]:
@@ -146,8 +146,8 @@ def weight_files(files: Files) -> list[str]:
     if SINGLE in files:
         return [SINGLE]
     if INDEX not in files:
-        found = [name for name in files.names() if name.endswith((".bin", ".safetensors", ".pth"))]
-        hint = f"; there are {', '.join(found[:4])}" if found else ""
+        others = [name for name in files.names() if name.endswith((".bin", ".safetensors", ".pth"))]
+        hint = f"; there are {', '.join(others[:4])}" if others else ""
         raise CheckpointError(f"{files.where} has neither {SINGLE} nor {INDEX}{hint}: it is not a whole checkpoint")
     shards = sorted(set(_weight_map(files).values()))
     for shard in shards:
@@ -167,13 +167,13 @@ def _weight_map(files: Files) -> dict[str, str]:
 def _stored(files: Files) -> dict[str, Runs]:
     """Every tensor of every file of weights, by its Hugging Face name."""
     names = weight_files(files)
-    found: dict[str, Runs] = {}
+    tensors: dict[str, Runs] = {}
     for name in names:
-        found |= safetensors_file.read(files[name])
-    missing = sorted(_weight_map(files).keys() - found.keys()) if names != [SINGLE] else []
+        tensors |= safetensors_file.read(files[name])
+    missing = sorted(_weight_map(files).keys() - tensors.keys()) if names != [SINGLE] else []
     if missing:
         raise CheckpointError(f"{files.where}: the index names {', '.join(missing[:6])}, which no shard holds")
-    return found
+    return tensors
 
 
 def shards(tensors: Mapping[str, Lazy], limit: int) -> dict[str, dict[str, Lazy]]:

@@ -25,7 +25,7 @@ def import_tensors(stored: Mapping[str, Lazy], a: Architecture, where: Path) -> 
         )
     if a.share_embeddings_and_output_weights:
         _check_tied(left.pop(OUTER[OUTPUT], None), left.get(OUTER[EMBEDDING]), where)
-    found: dict[str, Lazy] = {}
+    tensors: dict[str, Lazy] = {}
     problems = []
     for name, (theirs, shape) in hf_names(a).items():
         missing = [part for part in theirs if part not in left]
@@ -37,14 +37,14 @@ def import_tensors(stored: Mapping[str, Lazy], a: Architecture, where: Path) -> 
         if wrong:
             problems += wrong
         else:
-            found[name] = _fuse(name, parts, a)
+            tensors[name] = _fuse(name, parts, a)
     problems += [f"left over {name}" for name in sorted(left)]
     if problems:
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise CheckpointError(
             f"{where} does not hold the weights that its config.json describes: {'; '.join(problems[:6])}{more}"
         )
-    return found
+    return tensors
 
 
 def _check_tied(output: Lazy | None, embedding: Lazy | None, where: Path) -> None:
@@ -79,13 +79,13 @@ def _part_rows(name: str, parts: int, shape: tuple[int, ...], a: Architecture) -
 
 
 def _wrong_shapes(names: tuple[str, ...], parts: list[Lazy], shape: tuple[int, ...], a: Architecture) -> list[str]:
-    found = []
+    problems = []
     for name, part, rows in zip(names, parts, _part_rows(names[0], len(parts), shape, a)):
         if part.shape != (rows, *shape[1:]):
-            found.append(f"{name} is {part.shape}, config.json makes it {(rows, *shape[1:])}")
+            problems.append(f"{name} is {part.shape}, config.json makes it {(rows, *shape[1:])}")
     if len({part.dtype for part in parts}) > 1:
-        found.append(f"{', '.join(names)} have different dtypes")
-    return found
+        problems.append(f"{', '.join(names)} have different dtypes")
+    return problems
 
 
 def _fuse(name: str, parts: list[Any], a: Architecture) -> Lazy:
@@ -155,15 +155,15 @@ def part_ranges(a: Architecture, parts: int, rows: int) -> list[list[tuple[int, 
 
 def export_tensors(tensors: Mapping[str, Lazy], a: Architecture) -> dict[str, Lazy]:
     """Hugging Face name -> tensor; the vocabulary without its padding."""
-    last_read, found = _LastRead(), {}
+    last_read, exported = _LastRead(), {}
     for name, (theirs, shape) in hf_names(a).items():
         tensor: Lazy = tensors[name]
         if name in (EMBEDDING, OUTPUT) and a.vocab_padding:
             tensor = Resized(tensor, a.vocab_size - a.vocab_padding)
         if len(theirs) == 1:
-            found[theirs[0]] = tensor
+            exported[theirs[0]] = tensor
             continue
         for part, ranges in zip(theirs, part_ranges(a, len(theirs), shape[0])):
             rows = sum(last - first for first, last in ranges)
-            found[part] = _RowsOf((rows, *shape[1:]), tensor.dtype, ranges, name, tensor, last_read)
-    return found
+            exported[part] = _RowsOf((rows, *shape[1:]), tensor.dtype, ranges, name, tensor, last_read)
+    return exported

@@ -183,7 +183,7 @@ def packed_layers(stored: Mapping[str, Runs], quantization: Quantization, where:
     Raises:
         CheckpointError: a tensor is missing or of another shape than the format has.
     """
-    found = {}
+    layers = {}
     for name in stored:
         if not name.endswith(SCALE):
             continue
@@ -191,17 +191,17 @@ def packed_layers(stored: Mapping[str, Runs], quantization: Quantization, where:
         weight = stored.get(f"{layer}{WEIGHT}")
         if weight is None:
             raise CheckpointError(f"{where} has {name}, but no {layer}{WEIGHT}")
-        found[layer] = Packed(
+        layers[layer] = Packed(
             algorithm=quantization.algorithm,
             weight=weight,
             scale=stored[name],
             before=stored.get(f"{layer}{PRE_SCALE}"),
             group_size=quantization.group_size,
         )
-        problem = found[layer].problem()
+        problem = layers[layer].problem()
         if problem:
             raise CheckpointError(f"{where}: {layer} is not what {quantization.algorithm} stores: {problem}")
-    return found
+    return layers
 
 
 def dequantized(

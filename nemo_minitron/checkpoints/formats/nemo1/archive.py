@@ -52,10 +52,10 @@ class Nemo1(Format):
 
 def root_of(files: Files) -> Files:
     """The files with model_config.yaml at their root; raises CheckpointError unless there is just one."""
-    found = [name for name in files.names() if name.rpartition("/")[2] == CONFIG]
-    if len(found) != 1:
-        raise CheckpointError(f"{files.where} has {len(found)} files called {CONFIG}, a NeMo-1 checkpoint has one")
-    folder = found[0].rpartition("/")[0]
+    configs = [name for name in files.names() if name.rpartition("/")[2] == CONFIG]
+    if len(configs) != 1:
+        raise CheckpointError(f"{files.where} has {len(configs)} files called {CONFIG}, a NeMo-1 checkpoint has one")
+    folder = configs[0].rpartition("/")[0]
     return files.below(folder) if folder else files
 
 
@@ -115,16 +115,16 @@ def _stored(files: Files) -> dict[str, Chunked]:
 
 def _single(files: Files) -> dict[str, Chunked]:
     """Weights of model_weights.ckpt, by key."""
-    found = [name for name in files.names() if name.rpartition("/")[2] == SINGLE]
-    if not found:
+    parts = [name for name in files.names() if name.rpartition("/")[2] == SINGLE]
+    if not parts:
         raise CheckpointError(f"{files.where} has neither {WEIGHTS}/ with metadata.json nor {SINGLE}")
-    if len(found) > 1:
+    if len(parts) > 1:
         raise CheckpointError(
-            f"{files.where} was saved in {len(found)} parts, one a rank ({', '.join(found[:3])}...); these are not put "
+            f"{files.where} was saved in {len(parts)} parts, one a rank ({', '.join(parts[:3])}...); these are not put "
             "together here: convert it to one rank or to a distributed checkpoint in NeMo first"
         )
-    source = f"{files.where}/{found[0]}"
-    state = read_torch_file(files[found[0]], source)
+    source = f"{files.where}/{parts[0]}"
+    state = read_torch_file(files[parts[0]], source)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):

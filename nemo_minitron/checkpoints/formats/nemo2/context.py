@@ -100,18 +100,18 @@ def _context(context: Files) -> tuple[dict[str, Any], str]:
 def _arguments(objects: dict[str, Any], key: Any) -> dict[str, Any]:
     """Arguments of the object `key`: leaves as values, lists of leaves as lists, other references as {"ref": key},
     classes and functions as {"name": ...}. Nothing that is named is looked up."""
-    found = {}
+    arguments = {}
     for label, node in _items(objects, key):
         name = label.removeprefix("Attr(name='").removeprefix("Key(key='").removesuffix("')")
         kind = node.get("type") if isinstance(node, dict) else None
         if kind == "leaf":
-            found[name] = node.get("value")
+            arguments[name] = node.get("value")
         elif kind == "ref":
             values = _sequence(objects, node.get("key"))
-            found[name] = {"ref": node.get("key")} if values is None else values
+            arguments[name] = {"ref": node.get("key")} if values is None else values
         elif kind == "pyref":
-            found[name] = {"name": str(node.get("name"))}
-    return found
+            arguments[name] = {"name": str(node.get("name"))}
+    return arguments
 
 
 def _items(objects: dict[str, Any], key: Any) -> list[tuple[str, Any]]:
