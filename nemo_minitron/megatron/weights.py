@@ -5,7 +5,7 @@ import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints import tokenizer as tokenizers
@@ -25,6 +25,7 @@ from nemo_minitron.checkpoints.names import (
     prefix_of,
 )
 from nemo_minitron.checkpoints.storage import torch_dist
+from nemo_minitron.checkpoints.tensors import Lazy
 from nemo_minitron.checkpoints.tokenizer import Tokenizer
 from nemo_minitron.config import output_format
 from nemo_minitron.errors import CheckpointError
@@ -44,6 +45,21 @@ BEFORE_CONVERSION = "megatron"
 NATIVE = Nemo2()
 
 
+class NamedWeights(Protocol):
+    """What loading asks of a checkpoint, so that a part of one will do.
+
+    Attributes:
+        path: what messages call it.
+        tensors: canonical name -> tensor.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Lazy]: ...
+
+
 def bare(module: Any) -> "GPTModel":
     """The Megatron model inside its wrappers (Lightning module, DDP, half-precision)."""
     from megatron.core.models.gpt import GPTModel
@@ -56,7 +72,7 @@ def bare(module: Any) -> "GPTModel":
 def build_model(
     config: "TransformerConfig",
     architecture: Architecture,
-    checkpoint: Checkpoint | None,
+    checkpoint: NamedWeights | None,
     tokenizer: Any = None,
     **stage: Any,
 ) -> "GPTModel":
@@ -75,7 +91,7 @@ def build_model(
     return model
 
 
-def load_weights(model: "GPTModel", architecture: Architecture, checkpoint: Checkpoint, only: str = "") -> None:
+def load_weights(model: "GPTModel", architecture: Architecture, checkpoint: NamedWeights, only: str = "") -> None:
     """Loads a checkpoint of any format into a Megatron GPTModel; every rank calls it and reads its own shards.
 
     Args:
@@ -156,7 +172,7 @@ def reload(model: "GPTModel", folder: Path) -> None:
 class _ShardReader:
     """Reads what a ShardedTensor asks for; the last tensor is kept, since gate and up are asked for one by one."""
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: NamedWeights):
         self.checkpoint = checkpoint
         self.name = ""
         self.value: Tensor | None = None
