@@ -71,9 +71,7 @@ def test_a_preset_fits_the_hardware_it_is_made_for(name):
 
 def test_the_demo_on_a_real_model_takes_an_hour_at_most():
     """On two cores of 0.05 TFLOP/s each, as the Makefile runs it."""
-    line = next(
-        line for line in (ROOT / "Makefile").read_text().splitlines() if "flow model=smollm2" in line
-    )
+    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "flow model=smollm2" in line)
     settings = [word for word in line.split() if "=" in word]
     config = compose("flow", [*settings, "hardware.tflops=0.1"])
     minutes = re.search(r"time: about (\d+) min in all", describe(settle(config)))
