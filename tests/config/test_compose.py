@@ -178,6 +178,8 @@ def test_a_file_may_ask_for_the_hardware_by_name(tmp_path):
     for chosen, expected in (([], (3, 5)), (["hardware=8x80gb"], (8, 4)), (["hardware=auto"], (3, 5))):
         trainer = read("distill", [*REQUIRED["distill"], *chosen], config_name=str(file)).trainer
         assert (trainer.devices, trainer.max_steps) == expected
+    file.write_text("hardware: {devices: '${nowhere}'}\n")
+    assert "'nowhere' not found" in problems("distill", config_name=str(file))[0]
 
 
 def test_fields_that_no_file_mentions_can_be_set():
