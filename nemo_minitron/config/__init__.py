@@ -1,8 +1,8 @@
 """The configuration of every command: keyword-only dataclasses behind conf/*.yaml, and how they come about.
 
-`schemas` has the dataclasses, which this package re-exports; `commands` the table of commands; `compose` reads files and
-presets by Hydra, `merge` sets values by name, `compat` knows NeMo 24.07's names, `reflect` says what fields take and
-mean, `command_line` turns a configuration back into a command. Imports packages and errors only.
+`schemas` has the dataclasses, which this package re-exports; `commands` the table of commands; `compose` reads files
+and presets by Hydra, `merge` sets values by name, `compat` knows NeMo 24.07's names, `reflect` says what fields take
+and mean, `command_line` turns a configuration back into a command. Imports packages and errors only.
 
 A dataclass states its fields and, in ``problems()``, what makes them wrong. ``validated`` collects the problems of a
 whole tree and raises them at once. Names follow the NeMo 24.07 documentation, so that its overrides work unchanged.
