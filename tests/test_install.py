@@ -33,15 +33,15 @@ SOURCES = ("nemo_minitron", "requirements", "pyproject.toml", "README.rst", "LIC
 
 def requirements(*files: str, python: str | None = None) -> list[Requirement]:
     """What requirements files ask for on a Python (None: this one), those that they name with -r included."""
-    found = []
+    wanted = []
     for file in files:
         for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
             if line.startswith("-r "):
-                found += requirements(line.removeprefix("-r "), python=python)
+                wanted += requirements(line.removeprefix("-r "), python=python)
             elif line and not line.startswith("#"):
-                found.append(Requirement(line))
+                wanted.append(Requirement(line))
     environment = {"python_version": python} if python else {}
-    return [each for each in found if each.marker is None or each.marker.evaluate(environment)]
+    return [each for each in wanted if each.marker is None or each.marker.evaluate(environment)]
 
 
 def closure(wanted: list[Requirement]) -> set[str]:
@@ -96,13 +96,13 @@ def test_requirements_are_those_of_all_extras_together():
 
 def imported() -> set[str]:
     """Top-level modules that the package imports anywhere, beyond its own and Python's."""
-    found = set()
+    modules = set()
     for file in (ROOT / "nemo_minitron").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            found |= {name.partition(".")[0] for name in names}
-    return found - sys.stdlib_module_names - {"nemo_minitron"}
+            modules |= {name.partition(".")[0] for name in names}
+    return modules - sys.stdlib_module_names - {"nemo_minitron"}
 
 
 def test_every_module_that_is_imported_has_its_extra():

@@ -75,28 +75,24 @@ def _merged(
     command: str, overrides: Sequence[str], config_name: str | None, config_dir: str | Path | None, source: str
 ) -> tuple[Merge, Merge]:
     """The command's own settings, and what stands beside them; raises ConfigError with what is wrong with both."""
-    schema = COMMANDS[command].schema
-    outside = _beside(command)
+    schema, outside = COMMANDS[command].schema, _outside(command)
     choices, settings = _split(overrides, schema, outside, source)
-    files = functools.partial(
+    compose_files = functools.partial(
         _compose_files, config_name or command, conf=Path(config_dir or conf_dir()).resolve(), source=source
     )
-    composed = files(choices)
+    files = compose_files(choices)
     if schema is FlowConfig:
-        composed = _without_preset(composed, choices, settings, files)
-    merge, beside = Merge(schema, nemo_names=COMMANDS[command].nemo_names), Merge(LaunchConfig, nemo_names=False)
+        files = _without_preset(files, choices, settings, compose_files)
     if "slurm" not in outside:
-        composed.pop("slurm", None)  # of a preset of hardware, for commands that start no ranks
-    for name in outside:
-        value = composed.pop(name, None)
-        beside.set_all({name: value} if value is not None else {})
+        files.pop("slurm", None)  # of a preset of hardware, for commands that start no ranks
+    beside = Merge(LaunchConfig, nemo_names=False)
+    beside.set_all({name: files[name] for name in outside if files.get(name) is not None})
+    own = {name: value for name, value in files.items() if name not in outside}
+    merge = Merge(schema, nemo_names=COMMANDS[command].nemo_names)
     for key, text in settings:
         if key.partition(".")[0] in outside:
             beside.override(key, text)
-    # The hardware's values, then those of files, then those of overrides: each wins over what is before it.
-    tree = _with_hardware(composed, beside.given)
-    merge.set_all(_taken(tree, COMMANDS[command].hardware))
-    merge.set_all(_asked(tree, composed))
+    _set_files(merge, own, beside.given, COMMANDS[command].hardware, source)
     for key, text in settings:
         if key.partition(".")[0] not in outside:
             merge.override(key, text)
@@ -105,35 +101,49 @@ def _merged(
     return merge, beside
 
 
+def _set_files(
+    merge: Merge, files: dict[str, Any], hardware: dict[str, Any], takes: Mapping[str, str], source: str
+) -> None:
+    """Sets what the hardware gives, and then what files say, which wins."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        tree = _with_hardware(files, hardware)
+        merge.set_all(_taken(tree, takes))
+        merge.set_all(_asked(tree, files))
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).strip(), source) from None
+
+
 def _without_preset(
-    composed: dict[str, Any],
+    files: dict[str, Any],
     choices: list[str],
     settings: list[tuple[str, str | None]],
-    files: Callable[[list[str]], dict[str, Any]],
+    compose_files: Callable[[list[str]], dict[str, Any]],
 ) -> dict[str, Any]:
     """A flow's files, with model=auto where a checkpoint is named and no preset of it is chosen; with hardware=auto
     where neither a command nor a file asks for other hardware than the flow's own; called like its checkpoint.
 
     Args:
-        composed: what the files say as they stand.
-        files: what they say with other choices.
+        files: what they say as they stand.
+        compose_files: gives what they say with other choices.
     """
     given = dict(settings)
-    model = composed.get("model") or {}
+    model = files.get("model") or {}
     checkpoint = given.get("model.restore_from_path", model.get("restore_from_path"))
     chosen = {choice.partition("=")[0] for choice in choices}
     named = checkpoint not in (None, "null") and "model" not in chosen and model.get("init") == "random"
     if not named and model.get("name") != AUTO:
-        return composed
-    own = (composed.get("hardware") or {}).get("name") == "cpu" and "hardware" not in chosen
-    composed = files([*choices, *([f"model={AUTO}"] if named else []), *([f"hardware={AUTO}"] if own else [])])
-    if checkpoint not in (None, "null") and composed["model"]["name"] == AUTO:
+        return files
+    own = (files.get("hardware") or {}).get("name") == "cpu" and "hardware" not in chosen
+    files = compose_files([*choices, *([f"model={AUTO}"] if named else []), *([f"hardware={AUTO}"] if own else [])])
+    if checkpoint not in (None, "null") and files["model"]["name"] == AUTO:
         place = Path(str(checkpoint).strip("'\"")).expanduser().absolute()
-        composed["model"]["name"] = place.name.removesuffix(".nemo") or AUTO
-    return composed
+        files["model"]["name"] = place.name.removesuffix(".nemo") or AUTO
+    return files
 
 
-def _beside(command: str) -> list[str]:
+def _outside(command: str) -> list[str]:
     """The groups of LaunchConfig that `command` takes and its own configuration does not have."""
     own = typing.get_type_hints(COMMANDS[command].schema)
     return [name for name in typing.get_type_hints(LaunchConfig) if COMMANDS[command].launched and name not in own]

@@ -178,6 +178,8 @@ def test_a_file_may_ask_for_the_hardware_by_name(tmp_path):
     for chosen, expected in (([], (3, 5)), (["hardware=8x80gb"], (8, 4)), (["hardware=auto"], (3, 5))):
         trainer = read("distill", [*REQUIRED["distill"], *chosen], config_name=str(file)).trainer
         assert (trainer.devices, trainer.max_steps) == expected
+    file.write_text("hardware: {devices: '${nowhere}'}\n")
+    assert "'nowhere' not found" in problems("distill", config_name=str(file))[0]
 
 
 def test_fields_that_no_file_mentions_can_be_set():
@@ -231,8 +233,10 @@ def test_data_prefix_takes_a_folder_and_a_mapping():
 
 
 def test_unknown_names_and_wrong_types_are_reported_together():
-    found = problems("prune", "trainer.device=2", "devices=3", "trainer.devices=abc", "prune.num_layers=2.5", "qqq=1")
-    assert found == [
+    messages = problems(
+        "prune", "trainer.device=2", "devices=3", "trainer.devices=abc", "prune.num_layers=2.5", "qqq=1"
+    )
+    assert messages == [
         "trainer.device is not a setting; did you mean trainer.devices?",
         "devices is not a setting; did you mean trainer.devices?",
         "trainer.devices = 'abc' is not a whole number",
@@ -242,8 +246,8 @@ def test_unknown_names_and_wrong_types_are_reported_together():
 
 
 def test_all_values_off_range_are_reported_together():
-    found = problems("data", "words=0", "workers=-1", "domain=legal", "vocab_size=10")
-    assert {problem.split()[0] for problem in found} == {"workers", "words", "domain", "vocab_size", "output"}
+    messages = problems("data", "words=0", "workers=-1", "domain=legal", "vocab_size=10")
+    assert {problem.split()[0] for problem in messages} == {"workers", "words", "domain", "vocab_size", "output"}
 
 
 def test_a_preset_that_does_not_exist_names_those_that_do():
@@ -345,16 +349,16 @@ def test_a_format_that_does_not_fit_the_name_is_refused(command, place):
         ("nemo1", "m/", "name it m.nemo"),
         ("onnx", "m", "must be one of nemo2, nemo1, hf"),
     ]:
-        found = problems(command, *REQUIRED[command], f"{place}={path}", f"to={to}")
-        assert len(found) == 1 and said in found[0]
+        messages = problems(command, *REQUIRED[command], f"{place}={path}", f"to={to}")
+        assert len(messages) == 1 and said in messages[0]
 
 
 def test_convert_names_all_that_is_wrong():
-    found = problems("convert", "verify=maybe", "weights=npz", "dtype=int8", "shard_size_gb=0", "vocab_size=0")
-    assert {problem.split()[0] for problem in found} == {
+    messages = problems("convert", "verify=maybe", "weights=npz", "dtype=int8", "shard_size_gb=0", "vocab_size=0")
+    assert {problem.split()[0] for problem in messages} == {
         "source", "output", "verify", "weights", "dtype", "shard_size_gb", "vocab_size",
     }  # fmt: skip
-    assert found[0] == "source is missing: name the checkpoint to read, source=PATH"
+    assert messages[0] == "source is missing: name the checkpoint to read, source=PATH"
 
 
 def test_convert_takes_what_fits_the_target():
@@ -375,8 +379,8 @@ def test_convert_takes_what_fits_the_target():
     ],
 )
 def test_convert_refuses_what_has_no_use_for_the_target(overrides, said):
-    found = problems("convert", "source=/s", *overrides)
-    assert any(problem.startswith(said) for problem in found), found
+    messages = problems("convert", "source=/s", *overrides)
+    assert any(problem.startswith(said) for problem in messages), messages
 
 
 def test_convert_refuses_to_replace_its_source(tmp_path):

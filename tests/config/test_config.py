@@ -26,9 +26,9 @@ def pruned(targets, **model):
 
 def test_problems_carry_the_dotted_name_of_their_place():
     config = schemas.FinetuneConfig(trainer=schemas.TrainerConfig(max_steps=0), model=trained(micro_batch_size=0))
-    found = all_problems(config)
-    assert "trainer.max_steps = 0 must be at least 1" in found
-    assert "model.micro_batch_size = 0 must be at least 1" in found
+    messages = all_problems(config)
+    assert "trainer.max_steps = 0 must be at least 1" in messages
+    assert "model.micro_batch_size = 0 must be at least 1" in messages
 
 
 def test_validated_raises_once_with_all_problems():
@@ -55,17 +55,17 @@ def test_one_problem_is_one_line():
     ],
 )
 def test_layouts_that_do_not_fit_print_the_equation(trainer, model, message):
-    found = all_problems(schemas.FinetuneConfig(trainer=schemas.TrainerConfig(**trainer), model=trained(**model)))
-    assert [problem for problem in found if message in problem]
+    messages = all_problems(schemas.FinetuneConfig(trainer=schemas.TrainerConfig(**trainer), model=trained(**model)))
+    assert [problem for problem in messages if message in problem]
 
 
 def test_stages_name_what_is_missing():
-    found = " ".join(all_problems(schemas.DistillConfig(model=schemas.ModelConfig())))
+    text = " ".join(all_problems(schemas.DistillConfig(model=schemas.ModelConfig())))
     for name in ("model.restore_from_path", "model.kd_teacher_restore_from_path", "model.data.data_prefix"):
-        assert f"{name} is missing" in found
-    found = " ".join(all_problems(schemas.PruneConfig()))
+        assert f"{name} is missing" in text
+    text = " ".join(all_problems(schemas.PruneConfig()))
     for name in ("model.restore_from_path", "export.save_path", "prune.drop_layers"):
-        assert f"{name} is missing" in found
+        assert f"{name} is missing" in text
 
 
 def test_distillation_without_a_teacher_is_for_the_control_only():
@@ -84,9 +84,9 @@ def test_random_weights_need_sizes_and_no_checkpoint():
 
 def test_tensor_parallel_pruning_only_where_nothing_is_scored():
     assert not all_problems(pruned({"drop_layers": [16]}, tensor_model_parallel_size=8))
-    found = all_problems(pruned({"hidden_size": 256}, tensor_model_parallel_size=8))
-    assert len(found) == 1
-    assert "pipeline_model_parallel_size" in found[0]
+    messages = all_problems(pruned({"hidden_size": 256}, tensor_model_parallel_size=8))
+    assert len(messages) == 1
+    assert "pipeline_model_parallel_size" in messages[0]
 
 
 def test_layers_are_named_or_chosen_not_both():
@@ -129,18 +129,18 @@ def test_the_method_and_what_it_needs_follow_from_targets_and_data(targets, data
     ],
 )
 def test_depth_settings_that_cannot_be_are_refused(targets, said):
-    (found,) = all_problems(schemas.PruneTargets(num_layers=2, **targets))
-    assert said in found
+    (message,) = all_problems(schemas.PruneTargets(num_layers=2, **targets))
+    assert said in message
 
 
 @pytest.mark.parametrize("targets", [{"num_layers": 2}, {"drop_layers": [1], "method": "compensated"}])
 def test_ranks_that_do_not_fill_the_stages_are_refused(targets):
     config = pruned(targets)
     config.trainer.devices, config.model.pipeline_model_parallel_size = 3, 2
-    (found,) = config.problems()
-    assert "world size 3" in found and "pipeline 2" in found
+    (message,) = config.problems()
+    assert "world size 3" in message and "pipeline 2" in message
 
 
 def test_a_method_that_is_none_is_refused_with_those_that_are():
-    found = all_problems(schemas.PruneTargets(drop_layers=[1], method="minitorn", depth_by="loss", ridge=2.0))
-    assert len(found) == 3 and "minitron, compensated" in found[0] and "block_influence" in found[1]
+    messages = all_problems(schemas.PruneTargets(drop_layers=[1], method="minitorn", depth_by="loss", ridge=2.0))
+    assert len(messages) == 3 and "minitron, compensated" in messages[0] and "block_influence" in messages[1]

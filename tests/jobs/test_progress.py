@@ -27,11 +27,11 @@ def lines(**options) -> list[str]:
 
 @pytest.mark.parametrize(("done", "steps"), [(0, [1, 3, 6, 7]), (10, [11, 12, 15, 17])])
 def test_a_log_has_the_first_every_nth_and_the_last_step(done, steps):
-    found = [re.fullmatch(LINE, line).groups() for line in lines(done=done)]
-    assert [int(step) for step, *_ in found] == steps
-    assert all(int(total) == done + 7 and speed == "100" for _, total, _, speed, _ in found)
-    assert [loss for _, _, loss, *_ in found] == [f"{step / 10:.4f}" for step in steps]
-    assert found[-1][4] == "0:00"
+    shown = [re.fullmatch(LINE, line).groups() for line in lines(done=done)]
+    assert [int(step) for step, *_ in shown] == steps
+    assert all(int(total) == done + 7 and speed == "100" for _, total, _, speed, _ in shown)
+    assert [loss for _, _, loss, *_ in shown] == [f"{step / 10:.4f}" for step in steps]
+    assert shown[-1][4] == "0:00"
 
 
 def test_a_log_is_not_silent_for_long(monkeypatch):

@@ -58,8 +58,8 @@ def refused(capsys, *arguments: str) -> str:
 
 
 def directives(script: str) -> dict[str, str]:
-    found = (line.removeprefix("#SBATCH --").partition("=") for line in script.splitlines() if line.startswith("#SBA"))
-    return {name: value for name, _, value in found}
+    pairs = (line.removeprefix("#SBATCH --").partition("=") for line in script.splitlines() if line.startswith("#SBA"))
+    return {name: value for name, _, value in pairs}
 
 
 def step(script: str) -> tuple[dict[str, str], list[str]]:
@@ -150,9 +150,9 @@ def test_the_slurm_script(capsys, empty, nodes, container):
     chosen = [*STAGES["distill"], "hardware=slurm", f"hardware.num_nodes={nodes}"]
     script = printed(capsys, "distill", *chosen, *cluster, "--launch", "slurm", "--dry-run")
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
-    found = directives(script)
+    sbatch = directives(script)
     folder = empty / "work" / "out.slurm" / "distill"
-    assert found == {
+    assert sbatch == {
         "account": "me",
         "exclusive": "",
         "gpus-per-node": "8",
@@ -199,10 +199,10 @@ def test_what_can_be_set_is_in_the_script(capsys, empty):
     settings += ["slurm.env={note:'a b',HF_HOME:/hf}", "slurm.setup=module load cuda", "slurm.gpus_per_node=0"]
     settings += ["slurm.sbatch={requeue:false,cpus-per-task:32}", "slurm.srun={mpi:pmix,label:true,export:null}"]
     script = printed(capsys, "finetune", *STAGES["finetune"], *CLUSTER[:1], *settings, "--launch", "slurm", "--dry-run")
-    found = directives(script)
-    assert (found["job-name"], found["signal"], found["cpus-per-task"]) == ("mine", "TERM@60", "32")
-    assert found["output"] == "/jobs/mine/finetune/sbatch_mine_%j.out"
-    assert not {"requeue", "gpus-per-node", "account", "exclusive"} & {*found}
+    sbatch = directives(script)
+    assert (sbatch["job-name"], sbatch["signal"], sbatch["cpus-per-task"]) == ("mine", "TERM@60", "32")
+    assert sbatch["output"] == "/jobs/mine/finetune/sbatch_mine_%j.out"
+    assert not {"requeue", "gpus-per-node", "account", "exclusive"} & {*sbatch}
     assert "\nexport note='a b'\nexport HF_HOME=/hf\nmodule load cuda\n" in script
     assert "export TORCHX_MAX_RETRIES=0\n" in script
     line = next(line for line in script.splitlines() if "nemo_minitron.cli.main" in line)

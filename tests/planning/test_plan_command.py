@@ -51,7 +51,7 @@ def test_the_table_shows_stages_and_layouts(capsys):
 
 
 def test_json_holds_what_the_functions_give(capsys):
-    found = planned(capsys, "llama31_8b", *WIDTH, "micro_batch_size=2")
+    plan = planned(capsys, "llama31_8b", *WIDTH, "micro_batch_size=2")
     layout = Layout(
         cuda=True, bf16=True, devices=8, tensor_parallel=8, sequence_parallel=True, micro_batch_size=2,
         global_batch_size=128,
@@ -60,14 +60,14 @@ def test_json_holds_what_the_functions_give(capsys):
     student = KNOWN["llama31_minitron_4b_width"]
     for stage in ("finetune", "distill"):
         peak = stage_memory(stage, KNOWN["llama31_8b"], student, run).peak
-        assert found["stages"][stage]["bytes"] == peak.by_kind()
-        assert found["stages"][stage]["total"] == sum(peak.by_kind().values())
-        assert found["stages"][stage]["fits"] is (peak.total <= 80e9)
-    assert found["student"]["parameters"] == student.parameters()
-    assert Architecture.from_dict(found["student"]["architecture"]) == student
-    assert found["stages"]["prune"]["layout"]["pipeline_parallel"] == 8
-    assert found["layouts_of"] == ["finetune", "distill"] and len(found["layouts"]) == 10
-    assert "tokens_per_second" not in found["stages"]["distill"]
+        assert plan["stages"][stage]["bytes"] == peak.by_kind()
+        assert plan["stages"][stage]["total"] == sum(peak.by_kind().values())
+        assert plan["stages"][stage]["fits"] is (peak.total <= 80e9)
+    assert plan["student"]["parameters"] == student.parameters()
+    assert Architecture.from_dict(plan["student"]["architecture"]) == student
+    assert plan["stages"]["prune"]["layout"]["pipeline_parallel"] == 8
+    assert plan["layouts_of"] == ["finetune", "distill"] and len(plan["layouts"]) == 10
+    assert "tokens_per_second" not in plan["stages"]["distill"]
 
 
 def test_time_is_estimated_only_where_the_speed_is_given(capsys):
@@ -85,18 +85,18 @@ def test_a_student_may_be_a_known_model_or_drop_layers(capsys):
 
 
 def test_scoring_alone_lists_how_many_ranks_share_the_layers(capsys):
-    found = planned(capsys, "llama31_70b", "stage=prune")
-    assert found["layouts_of"] == ["prune"]
-    fits = {row["pipeline_parallel"]: row["problem"] is None for row in found["layouts"]}
+    plan = planned(capsys, "llama31_70b", "stage=prune")
+    assert plan["layouts_of"] == ["prune"]
+    fits = {row["pipeline_parallel"]: row["problem"] is None for row in plan["layouts"]}
     assert sorted(fits) == list(range(1, 9)) and not fits[1] and fits[8]
 
 
 def test_a_cluster_lists_layouts_within_a_node(capsys):
-    found = planned(capsys, "llama31_70b", "hardware.num_nodes=4", "hardware.pipeline_model_parallel_size=4",
+    plan = planned(capsys, "llama31_70b", "hardware.num_nodes=4", "hardware.pipeline_model_parallel_size=4",
                     "stage=finetune", "micro_batch_size=1")  # fmt: skip
-    assert max(row["tensor_parallel"] for row in found["layouts"]) == 8
-    assert max(row["pipeline_parallel"] for row in found["layouts"]) == 32
-    for row in found["layouts"]:
+    assert max(row["tensor_parallel"] for row in plan["layouts"]) == 8
+    assert max(row["pipeline_parallel"] for row in plan["layouts"]) == 32
+    for row in plan["layouts"]:
         assert row["tensor_parallel"] * row["pipeline_parallel"] * row["data_parallel"] == 32
 
 
@@ -104,23 +104,23 @@ def test_a_cluster_lists_layouts_within_a_node(capsys):
 def test_a_checkpoint_is_read_by_its_description(tmp_path, capsys, monkeypatch, form):
     monkeypatch.chdir(tmp_path)
     folder = save("llama31", torch.float32, tmp_path / ("model" if form == "hf" else "tiny"))
-    found = planned(capsys, folder.name, "hardware=cpu", "student.num_layers=1", "global_batch_size=8")
-    assert found["teacher"]["architecture"]["hidden_size"] == 64
-    assert found["student"]["architecture"]["num_layers"] == 1
-    free = found["hardware"].pop("memory_gb")
+    plan = planned(capsys, folder.name, "hardware=cpu", "student.num_layers=1", "global_batch_size=8")
+    assert plan["teacher"]["architecture"]["hidden_size"] == 64
+    assert plan["student"]["architecture"]["num_layers"] == 1
+    free = plan["hardware"].pop("memory_gb")
     assert 0.1 < free < 0.9 * (free_memory() or 0) / 1e9 + 1
-    assert found["hardware"] == {
+    assert plan["hardware"] == {
         "devices": 1, "num_nodes": 1, "accelerator": "cpu", "precision": "32", "transformer_engine": False,
     }  # fmt: skip
-    assert found["stages"]["distill"]["fits"] is True and found["layouts"][0]["problem"] is None
+    assert plan["stages"]["distill"]["fits"] is True and plan["layouts"][0]["problem"] is None
     assert cli.main(["plan", folder.name, "hardware=cpu"]) == 0
     assert "MB on the fullest rank" in capsys.readouterr().out
 
 
 def test_sizes_may_be_given_outright(capsys):
     sizes = "{num_layers:4,hidden_size:256,ffn_hidden_size:704,num_attention_heads:4,vocab_size:8192,seq_length:512}"
-    found = planned(capsys, f"architecture={sizes}", "hardware=cpu")
-    assert found["teacher"]["architecture"]["kv_channels"] == 64 and found["batch"]["seq_length"] == 512
+    plan = planned(capsys, f"architecture={sizes}", "hardware=cpu")
+    assert plan["teacher"]["architecture"]["kv_channels"] == 64 and plan["batch"]["seq_length"] == 512
 
 
 @pytest.mark.parametrize(

@@ -65,18 +65,18 @@ def kept_by_autograd(model) -> int:
     import torch
 
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    found = {}
+    storages = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage
+            storages[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         losses = run_forward(model)
     assert losses.requires_grad
-    return sum(storage.nbytes() for storage in found.values())
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def all_scores():
@@ -272,13 +272,13 @@ def test_the_first_pipeline_stage_holds_the_most_micro_batches():
 
 def test_candidates_are_all_layouts_best_first():
     run = Run(layout=GPUS, seq_length=8192)
-    found = candidates(Models(teacher=TEACHER, student=STUDENT), run, ("finetune", "distill"), 80e9, auto=True)
-    sizes = [(one.run.layout.tensor_parallel, one.run.layout.pipeline_parallel) for one in found]
+    listed = candidates(Models(teacher=TEACHER, student=STUDENT), run, ("finetune", "distill"), 80e9, auto=True)
+    sizes = [(one.run.layout.tensor_parallel, one.run.layout.pipeline_parallel) for one in listed]
     assert sorted(sizes) == [(t, p) for t in (1, 2, 4, 8) for p in (1, 2, 4, 8) if t * p <= 8]
-    fitting = [one for one in found if one.problem is None]
-    assert fitting == found[: len(fitting)] and all(one.total <= 80e9 and one.micro_batch >= 1 for one in fitting)
-    assert all(one.total > 80e9 for one in found[len(fitting) :] if one.possible)
-    for one in found:
+    fitting = [one for one in listed if one.problem is None]
+    assert fitting == listed[: len(fitting)] and all(one.total <= 80e9 and one.micro_batch >= 1 for one in fitting)
+    assert all(one.total > 80e9 for one in listed[len(fitting) :] if one.possible)
+    for one in listed:
         if one.micro_batch:
             layout = dataclasses.replace(one.run.layout, micro_batch_size=2 * one.micro_batch)
             larger = dataclasses.replace(one.run, layout=layout)
