@@ -5,7 +5,7 @@ import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints import names as canonical
@@ -29,8 +29,25 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
     from torch import Tensor
 
+    from nemo_minitron.checkpoints.tensors import Lazy
+
 NORM_WEIGHTS = ("layernorm.weight", "layer_norm_weight")
 BEFORE_CONVERSION = "megatron"
+
+
+class WeightSource(Protocol):
+    """What weights are loaded from: a checkpoint, or a part of one.
+
+    Attributes:
+        path: what messages call it.
+        tensors: by canonical name.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tensors(self) -> "Mapping[str, Lazy]": ...
 
 
 def bare(module: Any) -> "GPTModel":
@@ -45,7 +62,7 @@ def bare(module: Any) -> "GPTModel":
 def build_model(
     config: "TransformerConfig",
     architecture: Architecture,
-    checkpoint: Checkpoint | None,
+    checkpoint: WeightSource | None,
     tokenizer: Any = None,
     **stage: Any,
 ) -> "GPTModel":
@@ -64,7 +81,7 @@ def build_model(
     return model
 
 
-def load_weights(model: "GPTModel", architecture: Architecture, checkpoint: Checkpoint, only: str = "") -> None:
+def load_weights(model: "GPTModel", architecture: Architecture, checkpoint: WeightSource, only: str = "") -> None:
     """Loads a checkpoint of any format into a Megatron GPTModel; every rank calls it and reads its own shards.
 
     Args:
@@ -143,7 +160,7 @@ def reload(model: "GPTModel", folder: Path) -> None:
 class _ShardReader:
     """Reads what a ShardedTensor asks for; the last tensor is kept, since gate and up are asked for one by one."""
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: WeightSource):
         self.checkpoint = checkpoint
         self.name = ""
         self.value: Tensor | None = None
