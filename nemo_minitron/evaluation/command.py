@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import Manifest, write_json
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
@@ -20,6 +20,9 @@ from nemo_minitron.evaluation.results import render, rows_of
 from nemo_minitron.evaluation.tasks import OWN, PreparedTasks
 from nemo_minitron.jobs.job import Job
 from nemo_minitron.jobs.progress import Progress
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
 
 RESULTS, TABLE, SAMPLES = "results.json", "table.txt", "samples.jsonl"
 
@@ -157,7 +160,7 @@ def run_model(
     return measured, answers
 
 
-def language_model(loaded: Loaded, config: EvaluateConfig, *, name: str, window: int) -> Any:
+def language_model(loaded: Loaded, config: EvaluateConfig, *, name: str, window: int) -> "LM":
     """lm-evaluation-harness's view of a loaded model.
 
     Args:
@@ -196,7 +199,7 @@ def window_of(config: EvaluateConfig, checkpoints: Sequence[Checkpoint]) -> int:
 
 
 def run_harness(
-    model: Any, loaded: dict[str, Any], config: EvaluateConfig
+    model: "LM", loaded: dict[str, Any], config: EvaluateConfig
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """lm-evaluation-harness on one model.
 

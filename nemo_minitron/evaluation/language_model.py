@@ -8,7 +8,7 @@ for models of transformers, HFLM, imports helpers that the fork removed. It answ
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.api.model import TemplateLM
@@ -17,6 +17,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from nemo_minitron.errors import DataError
 from nemo_minitron.evaluation.likelihoods import batches, last_hidden, token_log_likelihoods
 from nemo_minitron.jobs.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: What a request is about, its context and its continuation, the latter two in tokens.
 TokenRequest = tuple[tuple[str | None, str | None], list[int], list[int]]
@@ -53,11 +57,11 @@ class Bounded(TemplateLM):
     """
 
     bounds: Bounds
-    model: Any
-    tokenizer: Any
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
     max_length: int
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: "Sequence[Instance]", disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each text: every token predicted once, in windows; the last one ends with the text.
 
         A special token that the tokenizer puts before a text is the first window's context, and is not predicted.
@@ -87,7 +91,7 @@ class Bounded(TemplateLM):
             tokens = tuple((context + continuation)[-(self.max_length + 1) : -1])
             wanted.setdefault(tokens, []).append(number)
         sequences = sorted(wanted, key=len, reverse=True)
-        likelihoods: list[Any] = [None] * len(requests)
+        likelihoods = [(0.0, False)] * len(requests)
         with self.bounds.watched("log-likelihoods", len(sequences)) as progress:
             for batch in self._batches([len(tokens) for tokens in sequences], self.bounds.a_token):
                 some = [sequences[place] for place in batch]
@@ -119,11 +123,11 @@ class Bounded(TemplateLM):
         logs, likeliest = token_log_likelihoods(self.model, hidden[-len(tokens) :], tokens)
         return float(logs.sum(dtype=torch.float64)), bool(likeliest.all())
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: "Sequence[Instance]", disable_tqdm: bool = False) -> list[str]:
         """What the model writes after each context until one of the request's texts, its end token, or so many
         tokens."""
 
-        def tokens_of(request: Any) -> int:
+        def tokens_of(request: "Instance") -> int:
             context, settings = request.args
             made = int(settings.get("max_gen_toks", NEW_TOKENS))
             return min(len(self.tok_encode(context)) + made, self.max_length)
@@ -155,7 +159,7 @@ class OneBatch(TemplateLM):
         max_length: tokens that the model takes.
     """
 
-    def __init__(self, *, pretrained: Any, tokenizer: Any, max_length: int):
+    def __init__(self, *, pretrained: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", max_length: int):
         super().__init__()
         self.model, self.tokenizer, self.max_length = pretrained, tokenizer, max_length
 
@@ -175,7 +179,7 @@ class OneBatch(TemplateLM):
             add_special_tokens = not begun
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: "Sequence[Instance]", disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each context and continuation; a continuation without a context follows the prefix token."""
         asked: list[TokenRequest] = []
         for context, continuation in (request.args for request in requests):
@@ -188,7 +192,7 @@ class OneBatch(TemplateLM):
             asked.append(((context, continuation), *encoded))
         return self._loglikelihood_tokens(asked)
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: "Sequence[Instance]", disable_tqdm: bool = False) -> list[str]:
         """What the model writes after each context; all requests with the same settings."""
         contexts, settings = zip(*(request.args for request in requests))
         return self._write(contexts, dict(settings[0]))

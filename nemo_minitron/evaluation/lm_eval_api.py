@@ -6,20 +6,26 @@ fork's own form nests them instead.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from nemo_minitron.evaluation.language_model import Bounded, Bounds
 
 #: Sequences a batch that HFLM does not make smaller: how many there are is said by what they hold.
 LARGEST_BATCH = 1 << 16
 
 
-def task_manager(include_defaults: bool = True) -> Any:
+def task_manager(include_defaults: bool = True) -> "TaskManager":
     """lm-evaluation-harness's tasks by name; with its own, finding them takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=include_defaults)
 
 
-def load(manager: Any, described: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def load(manager: "TaskManager", described: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Tasks that are described by configurations, with their data."""
     if hasattr(manager, "load"):
         return manager.load(list(described))
@@ -29,7 +35,7 @@ def load(manager: Any, described: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return _flat({one["task"]: ConfigurableTask(config=dict(one)) for one in described})
 
 
-def load_named(manager: Any, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+def load_named(manager: "TaskManager", name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The task, or all tasks of the group or tag, of this name, with their data.
 
     Args:
@@ -42,7 +48,7 @@ def load_named(manager: Any, name: str, changes: Mapping[str, Any]) -> dict[str,
     return _flat(manager.load_task_or_group([{"task": name, **changes} if changes else name]))
 
 
-def data_sets(manager: Any, name: str) -> Iterator[str]:
+def data_sets(manager: "TaskManager", name: str) -> Iterator[str]:
     """The data set of a task, or of each task of a group or tag; none where the name is not known."""
     entry = manager.task_index.get(name)
     if entry is None:
@@ -62,7 +68,7 @@ def data_sets(manager: Any, name: str) -> Iterator[str]:
         yield described["dataset_path"]
 
 
-def members(manager: Any, tag: str) -> list[str]:
+def members(manager: "TaskManager", tag: str) -> list[str]:
     """The tasks of a tag."""
     return _described(manager.task_index[tag])[1]
 
@@ -75,8 +81,13 @@ def for_evaluation(loaded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def language_model(
-    *, pretrained: Any, tokenizer: Any, max_length: int, bounds: Any, check: Callable[[Any], None]
-) -> Any:
+    *,
+    pretrained: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    bounds: "Bounds",
+    check: Callable[[Sequence[int]], None],
+) -> "Bounded":
     """The harness's view of a model of transformers: its own HFLM where that works, ours where it does not.
 
     The fork ships HFLM, but not the helpers that it imports. Log-likelihoods are ours in both (language_model.Bounded).
@@ -101,7 +112,7 @@ def language_model(
     return model_view
 
 
-def _checked(kind: type, check: Callable[[Any], None]) -> type:
+def _checked(kind: Any, check: Callable[[Sequence[int]], None]) -> "type[Bounded]":
     """A class of language models that shows the tokens of each text to `check`."""
 
     class Checked(kind):

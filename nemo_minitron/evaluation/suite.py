@@ -2,11 +2,14 @@
 
 import contextlib
 import difflib
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.evaluation import lm_eval_api
 from nemo_minitron.evaluation.custom_tasks import CUSTOM_TASKS, HUMANEVAL, XLSUM, first_line, folder_of, own_cache
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 
 class Part(NamedTuple):
@@ -142,10 +145,10 @@ def _load(part: Part, task_data: str | None) -> dict[str, Any]:
     return lm_eval_api.load_named(index, part.name, changes)
 
 
-_kept: dict[str, Any] = {}
+_kept: "dict[str, TaskManager]" = {}
 
 
-def _index() -> Any:
+def _index() -> "TaskManager":
     """lm-evaluation-harness's tasks by name; finding them takes seconds, so it is done once."""
     if "index" not in _kept:
         _kept["index"] = lm_eval_api.task_manager()

@@ -12,7 +12,7 @@ from nemo_minitron.launch.ranks import rank
 from nemo_minitron.megatron.chunks import output_in_chunks
 from nemo_minitron.megatron.layout import Layout
 from nemo_minitron.megatron.session import model_config
-from nemo_minitron.megatron.weights import NamedWeights, build_model
+from nemo_minitron.megatron.weights import WeightSource, build_model
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -48,7 +48,7 @@ def parallel_ranks(layout: Layout, seed: int) -> Iterator[None]:
 
 
 def load_model(
-    architecture: Architecture, layout: Layout, checkpoint: NamedWeights | None, *, local_spec: bool = False
+    architecture: Architecture, layout: Layout, checkpoint: WeightSource | None, *, local_spec: bool = False
 ) -> "GPTModel":
     """A Megatron GPTModel in evaluation mode with the weights of `checkpoint` (None: random)."""
     import torch

@@ -45,12 +45,12 @@ BEFORE_CONVERSION = "megatron"
 NATIVE = Nemo2()
 
 
-class NamedWeights(Protocol):
-    """What loading asks of a checkpoint, so that a part of one will do.
+class WeightSource(Protocol):
+    """What weights are loaded from: a checkpoint, or a part of one.
 
     Attributes:
         path: what messages call it.
-        tensors: canonical name -> tensor.
+        tensors: by canonical name.
     """
 
     @property
@@ -72,7 +72,7 @@ def bare(module: Any) -> "GPTModel":
 def build_model(
     config: "TransformerConfig",
     architecture: Architecture,
-    checkpoint: NamedWeights | None,
+    checkpoint: WeightSource | None,
     tokenizer: Any = None,
     **stage: Any,
 ) -> "GPTModel":
@@ -91,7 +91,7 @@ def build_model(
     return model
 
 
-def load_weights(model: "GPTModel", architecture: Architecture, checkpoint: NamedWeights, only: str = "") -> None:
+def load_weights(model: "GPTModel", architecture: Architecture, checkpoint: WeightSource, only: str = "") -> None:
     """Loads a checkpoint of any format into a Megatron GPTModel; every rank calls it and reads its own shards.
 
     Args:
@@ -172,7 +172,7 @@ def reload(model: "GPTModel", folder: Path) -> None:
 class _ShardReader:
     """Reads what a ShardedTensor asks for; the last tensor is kept, since gate and up are asked for one by one."""
 
-    def __init__(self, checkpoint: NamedWeights):
+    def __init__(self, checkpoint: WeightSource):
         self.checkpoint = checkpoint
         self.name = ""
         self.value: Tensor | None = None
