@@ -4,7 +4,7 @@ bfloat16 is the upper half of a float32. Results equal torch's bit for bit, NaN 
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import CheckpointError
 
