@@ -154,7 +154,7 @@ def is_gzip(path: Path) -> bool:
     return False
 
 
-def unzipped(path: Path) -> tuple[Any, Files]:
+def unzipped(path: Path) -> "tuple[tempfile.TemporaryDirectory[str], Files]":
     """The members of a compressed archive, decompressed to a temporary folder that lives as long as the first result.
 
     Raises:

@@ -5,6 +5,7 @@ them: a conversion keeps them in a file of their own, which NeMo passes over.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.files import Files, read_json
@@ -29,7 +30,7 @@ def read(files: Files, name: str = FILE) -> dict[str, Any]:
     return checked({key: value for key, value in loaded.items() if key != VERSION}, f"{files.where}/{name}")
 
 
-def checked(settings: dict[str, Any], source: Any) -> dict[str, Any]:
+def checked(settings: dict[str, Any], source: str | Path) -> dict[str, Any]:
     """The settings; raises CheckpointError where a special token is neither an id nor, at the end, several."""
     for name in SPECIAL_TOKENS:
         value = settings.get(name)

@@ -19,7 +19,7 @@ and the biases where the architecture has them.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.chunked import Chunked
@@ -90,7 +90,7 @@ def canonical_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return before | layers | after
 
 
-def by_canonical_name(tensors: Mapping[str, Chunked], source: Any) -> dict[str, Lazy]:
+def by_canonical_name(tensors: Mapping[str, Chunked], source: str | Path) -> dict[str, Lazy]:
     """Tensors under Megatron's keys, of any style, by their canonical names.
 
     Takes stacked layers (`decoder.layers.mlp...` [l, ...]), layers by number, fc1 in two halves (`_w`, `_v`), and any
@@ -114,7 +114,7 @@ def by_canonical_name(tensors: Mapping[str, Chunked], source: Any) -> dict[str, 
     return _joined(named, source)
 
 
-def prefix_of(names: Iterable[str], source: Any) -> str:
+def prefix_of(names: Iterable[str], source: str | Path) -> str:
     """What stands before Megatron's names: ``model.``, ``module.``, or more, by what wrapped the model.
 
     Raises:
@@ -126,7 +126,7 @@ def prefix_of(names: Iterable[str], source: Any) -> str:
     raise CheckpointError(f"{source} has no tensor {EMBEDDING}: it holds no GPT model with Megatron-core's names")
 
 
-def _joined(tensors: dict[str, Lazy], source: Any) -> dict[str, Lazy]:
+def _joined(tensors: dict[str, Lazy], source: str | Path) -> dict[str, Lazy]:
     """Halves of fc1 put together, the gate above."""
     for name in [name for name in tensors if name.endswith(GATE) and "linear_fc1." in name]:
         whole, gate = name.removesuffix(GATE), tensors.pop(name)
@@ -143,7 +143,7 @@ def layers_in(names: Iterable[str]) -> int:
     return max(numbers, default=-1) + 1
 
 
-def checked(tensors: Mapping[str, Lazy], architecture: Architecture, source: Any) -> dict[str, Lazy]:
+def checked(tensors: Mapping[str, Lazy], architecture: Architecture, source: str | Path) -> dict[str, Lazy]:
     """The tensors in the order of a forward pass, once they are just those of the architecture.
 
     Raises:

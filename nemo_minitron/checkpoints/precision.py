@@ -3,9 +3,13 @@
 bfloat16 is the upper half of a float32. Results equal torch's bit for bit, NaN apart, which stays NaN.
 """
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 #: Dtypes of torch by name -> bytes an element.
 ITEM_SIZES = {
@@ -19,14 +23,14 @@ INFINITY = 0x7F800000
 QUIET_NAN = 0x7FC0
 
 
-def item_size(dtype: str, source: Any) -> int:
+def item_size(dtype: str, source: str | Path) -> int:
     """Bytes of an element; raises CheckpointError for a dtype that no weight has."""
     if dtype not in ITEM_SIZES:
         raise CheckpointError(f"{source} holds {dtype}; known are {', '.join(ITEM_SIZES)}")
     return ITEM_SIZES[dtype]
 
 
-def numbers(data: memoryview, dtype: str) -> Any:
+def numbers(data: memoryview, dtype: str) -> "np.ndarray":
     """The numbers that the bytes of `dtype` (by torch's name) stand for, as an array [n]; bfloat16 as float32."""
     import numpy as np
 
@@ -50,11 +54,11 @@ def cast(data: memoryview, source: str, target: str) -> memoryview:
 
     with np.errstate(over="ignore"):  # beyond the largest number lies infinity, in torch as well
         values = numbers(data, source).astype(np.float32)
-        made = _bfloat16(values) if target == "bfloat16" else values.astype(target)
+        made: Any = _bfloat16(values) if target == "bfloat16" else values.astype(target)
     return memoryview(made.view(np.uint8))
 
 
-def _bfloat16(values: Any) -> Any:
+def _bfloat16(values: "np.ndarray") -> "np.ndarray":
     """float32 numbers as the bits of bfloat16 [n]."""
     import numpy as np
 

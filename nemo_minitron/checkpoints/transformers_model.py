@@ -8,7 +8,7 @@ its weights are the checkpoint's. A raw config.json means one thing to transform
 import contextlib
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
@@ -17,15 +17,21 @@ from nemo_minitron.checkpoints.formats.huggingface.families import FAMILIES
 from nemo_minitron.checkpoints.formats.huggingface.mapping import export_tensors
 from nemo_minitron.errors import CheckpointError
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-def model_class(family: str) -> Any:
+
+def model_class(family: str) -> "type[PreTrainedModel]":
     """transformers' class of a family's models (``LlamaForCausalLM``)."""
     import transformers
 
     return getattr(transformers, FAMILIES[family].architecture)
 
 
-def model_config(architecture: Architecture, dtype: str, generation: Mapping[str, Any] = MappingProxyType({})) -> Any:
+def model_config(
+    architecture: Architecture, dtype: str, generation: Mapping[str, Any] = MappingProxyType({})
+) -> "PretrainedConfig":
     """transformers' configuration of a model, with the sizes that it has.
 
     transformers 5.12 refuses to describe a Llama whose hidden size is no multiple of its heads, but runs it, as the
@@ -67,7 +73,7 @@ def quiet_loading() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _configuration(architecture: Architecture, described: dict[str, Any]) -> Any:
+def _configuration(architecture: Architecture, described: dict[str, Any]) -> "PretrainedConfig":
     import transformers
 
     try:
@@ -78,7 +84,7 @@ def _configuration(architecture: Architecture, described: dict[str, Any]) -> Any
         ) from error
 
 
-def load_model(checkpoint: Checkpoint, dtype: Any) -> Any:
+def load_model(checkpoint: Checkpoint, dtype: "torch.dtype") -> "PreTrainedModel":
     """transformers' model of a checkpoint, on the CPU and in evaluation mode.
 
     Args:
@@ -102,7 +108,7 @@ def load_model(checkpoint: Checkpoint, dtype: Any) -> Any:
     return model.eval()
 
 
-def _state(checkpoint: Checkpoint) -> dict[str, Any]:
+def _state(checkpoint: Checkpoint) -> "dict[str, torch.Tensor]":
     """Weights by transformers' names; those of a plain Hugging Face directory stay in their files until they are
     used."""
     mapped = (
@@ -114,7 +120,7 @@ def _state(checkpoint: Checkpoint) -> dict[str, Any]:
     return {name: tensor.read() for name, tensor in exported.items()}
 
 
-def _generation(checkpoint: Checkpoint) -> Any:
+def _generation(checkpoint: Checkpoint) -> "GenerationConfig":
     """Settings of generation, without what transformers notes of itself there (`_from_model_config`): it would look for
     more of that."""
     from transformers import GenerationConfig

@@ -1,5 +1,6 @@
 """An Architecture from what a configuration file says, checked as the untrusted text that it is."""
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -25,7 +26,7 @@ class _PlainLoader(yaml.SafeLoader):
             raise yaml.YAMLError("merge keys have no place in a checkpoint's configuration")
 
 
-def plain_yaml(text: str, source: Any) -> dict[str, Any]:
+def plain_yaml(text: str, source: str | Path) -> dict[str, Any]:
     """A mapping in YAML; raises CheckpointError where it is none, or holds tags that ask for objects."""
     if len(text) > YAML_LIMIT:
         raise CheckpointError(f"{source} has {len(text)} characters, too many for what it is")
@@ -44,7 +45,7 @@ def shown(value: Any) -> str:
     return repr(value)[:80] if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
 
 
-def architecture(family: str, fields: dict[str, Any], source: Any) -> Architecture:
+def architecture(family: str, fields: dict[str, Any], source: str | Path) -> Architecture:
     """The architecture; raises CheckpointError where a size or number is none, or they contradict each other."""
     problems = [f"it does not state {name}" for name in SIZES if fields.get(name) is None]
     for name in (*SIZES, *OPTIONAL_SIZES):

@@ -25,6 +25,8 @@ from nemo_minitron.packages import extras as packages
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
+    from tokenizers import Tokenizer, pre_tokenizers
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 #: Families of GGUF that are read -> the family here.
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2"}
@@ -173,7 +175,7 @@ def _check_sizes(reader: "GGUFReader", source: Path, called: str) -> None:
         raise CheckpointError(f"{called} contradicts itself: {'; '.join(wrong)}")
 
 
-def _model(source: Path, called: str) -> Any:
+def _model(source: Path, called: str) -> "PreTrainedModel":
     """The transformers model of the file, every tensor in its place.
 
     Raises:
@@ -205,7 +207,7 @@ def _model(source: Path, called: str) -> Any:
     return model
 
 
-def _tokenizer(reader: "GGUFReader", called: str) -> Any:
+def _tokenizer(reader: "GGUFReader", called: str) -> "PreTrainedTokenizerFast":
     """The byte-level BPE of the file as a transformers tokenizer, with its own special tokens and chat template.
 
     Raises:
@@ -256,7 +258,7 @@ def _special_ids(reader: "GGUFReader", tokens: list[str], called: str) -> dict[s
     return ids
 
 
-def _pre_tokenizer(patterns: tuple[str, ...]) -> Any:
+def _pre_tokenizer(patterns: tuple[str, ...]) -> "pre_tokenizers.Sequence":
     """Splits by each pattern, then writes bytes as characters."""
     from tokenizers import Regex, pre_tokenizers
 
@@ -264,7 +266,7 @@ def _pre_tokenizer(patterns: tuple[str, ...]) -> Any:
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def _add_tokens(tokenizer: Any, tokens: list[str], kinds: list[int]) -> None:
+def _add_tokens(tokenizer: "Tokenizer", tokens: list[str], kinds: list[int]) -> None:
     """Marks the tokens that are matched whole, before a text is split."""
     from tokenizers import AddedToken
 

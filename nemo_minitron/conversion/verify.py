@@ -3,7 +3,7 @@
 import importlib.util
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.checkpoints.formats.base import TRANSFORMERS, MegatronFormat
@@ -12,6 +12,9 @@ from nemo_minitron.checkpoints.names import EMBEDDING, OUTPUT
 from nemo_minitron.checkpoints.tensors import Lazy, Resized, same_bits
 from nemo_minitron.checkpoints.transformers_model import load_model, quiet_loading
 from nemo_minitron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 STRENGTH = ("none", "tensors", "logits")
 #: Tensors that are compared bit for bit, beside the norms, which are all.
@@ -88,21 +91,21 @@ def compare_logits(source: Checkpoint, result: Checkpoint, seed: int, tolerance:
     return {"logits_relative_difference": difference}
 
 
-def logits(checkpoint: Checkpoint, tokens: Any, seed: int = 0) -> Any:
+def logits(checkpoint: Checkpoint, tokens: "torch.Tensor", seed: int = 0) -> "torch.Tensor":
     """The model's logits in fp32 [b, s, v], by the engine of the checkpoint's own side."""
     if checkpoint.kind.engine == TRANSFORMERS:
         return _by_transformers(checkpoint, tokens)
     return _by_megatron(checkpoint, tokens, seed)
 
 
-def _by_transformers(checkpoint: Checkpoint, tokens: Any) -> Any:
+def _by_transformers(checkpoint: Checkpoint, tokens: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     with quiet_loading(), torch.no_grad():
         return load_model(checkpoint, torch.float32)(tokens).logits.float()
 
 
-def _by_megatron(checkpoint: Checkpoint, tokens: Any, seed: int) -> Any:
+def _by_megatron(checkpoint: Checkpoint, tokens: "torch.Tensor", seed: int) -> "torch.Tensor":
     import tempfile
     from pathlib import Path
 

@@ -5,12 +5,15 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.config import DataConfig
 from nemo_minitron.data.sources import SPLITS, Corpus, open_corpus, read_through
 from nemo_minitron.jobs.job import Job
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENIZER, QUESTIONS = "tokenizer", "questions.jsonl"
 
@@ -41,7 +44,7 @@ def prepare(config: DataConfig) -> Manifest:
     return job.run(lambda partial: _made(partial, config, corpus, given))
 
 
-def _made(partial: Path, config: DataConfig, corpus: Corpus, given: Any) -> dict[str, Any]:
+def _made(partial: Path, config: DataConfig, corpus: Corpus, given: "PreTrainedTokenizerBase | None") -> dict[str, Any]:
     """Fills the partial folder; returns what the manifest says of it.
 
     Args:

@@ -8,10 +8,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_minitron.errors import EngineError
 from nemo_minitron.megatron.cpu import without_toolkit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Documents a task.
 CHUNK = 64
@@ -109,7 +112,7 @@ class Encoder:
     A fast tokenizer travels as its definition, so that the workers need not import transformers.
     """
 
-    def __init__(self, tokenizer: Any, folder: str):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", folder: str):
         self.folder = folder
         self.end = tokenizer.eos_token_id
         self.definition = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None

@@ -7,11 +7,14 @@ a mask that is 1 where the label belongs to what is learnt.
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nemo_minitron.config import InstructConfig
 from nemo_minitron.data.instructions import TEXT, Instructions, Turn
 from nemo_minitron.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Samples are padded to a multiple of this, as far as the sequence length allows.
 MULTIPLE = 64
@@ -60,7 +63,9 @@ class Samples:
         return max(len(sample.ids) for sample in (*self.train, *self.validation)) - 1
 
 
-def make_samples(data: Instructions, config: InstructConfig, tokenizer: Any, seq_length: int) -> Samples:
+def make_samples(
+    data: Instructions, config: InstructConfig, tokenizer: "PreTrainedTokenizerBase", seq_length: int
+) -> Samples:
     """Tokenises every conversation.
 
     Args:
@@ -87,7 +92,7 @@ def make_samples(data: Instructions, config: InstructConfig, tokenizer: Any, seq
     return Samples(**samples, template=template, counts=counts, files=data.files, notes=data.notes)
 
 
-def chosen_template(name: str, tokenizer: Any, alpaca: bool) -> str:
+def chosen_template(name: str, tokenizer: "PreTrainedTokenizerBase", alpaca: bool) -> str:
     """The template that `name` stands for with this tokenizer and data."""
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if name == "chat" and not has_chat:
@@ -97,7 +102,9 @@ def chosen_template(name: str, tokenizer: Any, alpaca: bool) -> str:
     return "chat" if has_chat else "alpaca" if alpaca else "plain"
 
 
-def segments(turns: list[Turn], template: str, end: str, tokenizer: Any = None) -> list[Segment]:
+def segments(
+    turns: list[Turn], template: str, end: str, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> list[Segment]:
     """The text of a conversation in order, prompts and answers apart.
 
     Args:
@@ -128,7 +135,7 @@ def _alpaca_prompt(turn: Turn, *, first: bool) -> str:
     return f"{head}### Instruction:\n{turn.text}\n\n{context}### Response:\n"
 
 
-def _chat(turns: list[Turn], tokenizer: Any) -> list[Segment]:
+def _chat(turns: list[Turn], tokenizer: "PreTrainedTokenizerBase") -> list[Segment]:
     """What the tokenizer's template makes of the conversation, cut before and after each answer."""
     from jinja2.exceptions import TemplateError
 
@@ -161,7 +168,7 @@ def _chat(turns: list[Turn], tokenizer: Any) -> list[Segment]:
     return pieces
 
 
-def tokenised(rows: list[list[Turn]], template: str, tokenizer: Any) -> Iterable[Sample]:
+def tokenised(rows: list[list[Turn]], template: str, tokenizer: "PreTrainedTokenizerBase") -> Iterable[Sample]:
     """Each conversation's tokens in one piece, begun as the tokenizer begins a text, its answers marked."""
     begin = [] if template == "chat" else _begin(tokenizer)
     parts = [segments(row, template, tokenizer.eos_token, tokenizer) for row in rows]
@@ -176,7 +183,7 @@ def tokenised(rows: list[list[Turn]], template: str, tokenizer: Any) -> Iterable
         yield Sample(ids, learnt)
 
 
-def _begin(tokenizer: Any) -> list[int]:
+def _begin(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The tokens that the tokenizer puts before a text: its beginning-of-sequence token, or none."""
     alone, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     first = tokenizer.bos_token_id
@@ -184,7 +191,12 @@ def _begin(tokenizer: Any) -> list[int]:
 
 
 def _fitted(
-    row: list[Turn], sample: Sample, too_long: str, length: int, tokenizer: Any, counts: dict[str, int]
+    row: list[Turn],
+    sample: Sample,
+    too_long: str,
+    length: int,
+    tokenizer: "PreTrainedTokenizerBase",
+    counts: dict[str, int],
 ) -> list[Sample]:
     """The sample as it is, its end, its pieces, or nothing; counts which."""
     if len(sample.ids) <= length + 1:
@@ -203,7 +215,7 @@ def _fitted(
     return kept
 
 
-def _end_of(sample: Sample, length: int, tokenizer: Any) -> list[Sample]:
+def _end_of(sample: Sample, length: int, tokenizer: "PreTrainedTokenizerBase") -> list[Sample]:
     """The end of the sample, behind its beginning-of-sequence token; nothing where the last answer would be cut."""
     keep = 1 if sample.ids[0] == tokenizer.bos_token_id else 0
     start = len(sample.ids) - (length + 1 - keep)

@@ -2,9 +2,13 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 
 def _open(prefix: str) -> Any:
@@ -15,7 +19,7 @@ def _open(prefix: str) -> Any:
         return indexed_datasets().IndexedDataset(prefix)
 
 
-def token_stream(prefix: str) -> Any:
+def token_stream(prefix: str) -> "np.ndarray":
     """All tokens of a dataset, documents one after another with their end-of-document tokens [tokens]."""
     import numpy
 
@@ -24,7 +28,7 @@ def token_stream(prefix: str) -> Any:
     return reader[: int(dataset.index.sequence_lengths.sum(dtype=numpy.int64))]
 
 
-def random_sequences(prefixes: Sequence[str], count: int, length: int, seed: int) -> tuple[Any, list[int]]:
+def random_sequences(prefixes: Sequence[str], count: int, length: int, seed: int) -> "tuple[torch.Tensor, list[int]]":
     """`count` random windows of `length` tokens (plus one for the last label) of full length.
 
     Windows start anywhere in the concatenated datasets' tokens; where there are fewer different starts than asked
@@ -55,7 +59,7 @@ def random_sequences(prefixes: Sequence[str], count: int, length: int, seed: int
     return torch.from_numpy(numpy.stack(windows)), [int(start) for start in chosen]
 
 
-def consecutive_sequences(prefixes: Sequence[str], length: int, limit: int | None = None) -> Any:
+def consecutive_sequences(prefixes: Sequence[str], length: int, limit: int | None = None) -> "torch.Tensor":
     """Windows of `length` tokens side by side, so that each token is predicted once: tokens [n, length + 1] (int64).
 
     A window's last label is the next one's first token. The rest that fills no window is left out.

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.checkpoints import tokenizer as tokenizers
 from nemo_minitron.errors import DataError
 from nemo_minitron.packages.versions import tokenizer_class
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
@@ -39,7 +42,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     ).save_pretrained(str(folder))
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """The Hugging Face tokenizer of a directory or a hub name; no code that comes with it is run.
 
     Raises:
@@ -68,7 +71,7 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Any, name: str, folder: Path) -> None:
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", name: str, folder: Path) -> None:
     """Puts a tokenizer's files into `folder`: a directory's own, a hub's as transformers saves them."""
     if Path(name).is_dir():
         tokenizers.from_directory(name).copy_to(folder)

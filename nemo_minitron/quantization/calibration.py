@@ -4,13 +4,15 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.config import DataConfig, QuantizeConfig
 from nemo_minitron.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    import torch
+
     from nemo_minitron.data.sources import Corpus
 
 DEFAULT_LENGTH = 512
@@ -32,7 +34,7 @@ class Calibration:
 
     length: int
     inputs: dict[str, str]
-    draw: Callable[[], Any]
+    draw: "Callable[[], torch.Tensor]"
 
 
 def prepare(config: QuantizeConfig, model: Checkpoint) -> Calibration:
@@ -77,7 +79,7 @@ def _from_indexed(folder: str, config: QuantizeConfig, tokens: int, length: int)
     check_enough(sum(read_header(prefix).tokens for prefix in prefixes), config, length)
     check_fits({"train": blend}, seq_length=length, vocab_size=tokens)
 
-    def draw() -> Any:
+    def draw() -> "torch.Tensor":
         from nemo_minitron.data.samples import random_sequences
 
         return random_sequences(prefixes, config.num_samples, length, config.seed)[0][:, :-1]
@@ -110,7 +112,7 @@ def _from_text(config: QuantizeConfig, model: Checkpoint, length: int) -> Calibr
             "data.tokenizer=DIR with the model's own"
         )
 
-    def draw() -> Any:
+    def draw() -> "torch.Tensor":
         import torch
 
         starts = random.Random(config.seed).sample(range(len(stream) - length), config.num_samples)

@@ -13,15 +13,18 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.checkpoints.formats.huggingface.mapping import export_tensors
 from nemo_minitron.checkpoints.formats.huggingface.quantized import FP8, GROUP
 from nemo_minitron.config import QuantizeConfig
 from nemo_minitron.errors import EngineError
-from nemo_minitron.quantization import dequantize as readback
+from nemo_minitron.quantization import dequantize
 from nemo_minitron.quantization.dequantize import Linear, Plain
+
+if TYPE_CHECKING:
+    import torch
 
 #: Largest relative error of rounding to bf16 (8 bits of mantissa).
 BF16 = 2.0**-9
@@ -79,14 +82,14 @@ def compare(source: Checkpoint, folder: Path, config: QuantizeConfig) -> Report:
     """
     expected, report = export_tensors(source.tensors, source.architecture), Report()
     if config.export == "trtllm":
-        readback.check_engine_config(folder, source.architecture, config.tp_size, config.pp_size)
-        ranks = readback.Ranks(a=source.architecture, tp=config.tp_size, pp=config.pp_size, expected=expected)
-        for _, linears, plain in readback.from_tensorrt_llm(folder, config.qformat, GROUP, ranks):
+        dequantize.check_engine_config(folder, source.architecture, config.tp_size, config.pp_size)
+        ranks = dequantize.Ranks(a=source.architecture, tp=config.tp_size, pp=config.pp_size, expected=expected)
+        for _, linears, plain in dequantize.from_tensorrt_llm(folder, config.qformat, GROUP, ranks):
             _compare(linears, plain, False, report, config.qformat)
     elif config.qformat == "bf16":
-        _compare([], readback.from_plain(folder, expected), False, report, config.qformat)
+        _compare([], dequantize.from_plain(folder, expected), False, report, config.qformat)
     else:
-        linears, plain = readback.from_huggingface(folder, expected)
+        linears, plain = dequantize.from_huggingface(folder, expected)
         _compare(linears, plain, source.architecture.layernorm_zero_centered_gamma, report, config.qformat)
     return report
 
@@ -127,7 +130,9 @@ def _equal(tensor: Plain) -> bool:
     return stored.dtype == torch.bfloat16 and torch.equal(stored, target)
 
 
-def _folded_norms(linears: list[Linear], plain: Mapping[str, Plain], minus_one: bool) -> dict[str, tuple[Any, Any]]:
+def _folded_norms(
+    linears: list[Linear], plain: Mapping[str, Plain], minus_one: bool
+) -> "dict[str, tuple[torch.Tensor, torch.Tensor]]":
     """Norms that are not the source's -> what their output is multiplied by [h], and its relative uncertainty [h].
 
     Raises:
@@ -154,7 +159,9 @@ def _folded_norms(linears: list[Linear], plain: Mapping[str, Plain], minus_one: 
     return folded
 
 
-def measure(linear: Linear, ratio: Any = None, uncertain: Any = 0.0) -> dict[str, float]:
+def measure(
+    linear: Linear, ratio: "torch.Tensor | None" = None, uncertain: "torch.Tensor | float" = 0.0
+) -> dict[str, float]:
     """Relative error of a quantised layer, and its largest distance in units of what rounding explains.
 
     Args:

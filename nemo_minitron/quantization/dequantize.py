@@ -6,9 +6,9 @@ Legend: o output rows, i input columns of a linear layer; h hidden, n heads, g q
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.file_bytes import whole
@@ -18,6 +18,9 @@ from nemo_minitron.checkpoints.formats.huggingface.quantized import Packed
 from nemo_minitron.checkpoints.storage import safetensors as safetensors_file
 from nemo_minitron.checkpoints.tensors import Lazy, Runs
 from nemo_minitron.errors import EngineError
+
+if TYPE_CHECKING:
+    import torch
 
 #: Norm in a Hugging Face layer -> the linear layers that read it.
 READERS = {
@@ -45,7 +48,7 @@ class Linear:
     layer: int
     part: str
     packed: Packed
-    target: Any
+    target: "Callable[[], torch.Tensor]"
     norm: str | None = None
 
 
@@ -59,7 +62,7 @@ class Plain:
 
     name: str
     stored: Lazy
-    target: Any
+    target: "Callable[[], torch.Tensor]"
     part_of_rows: int | None = None
 
 
@@ -114,23 +117,23 @@ class Ranks:
     pp: int
     expected: Mapping[str, Lazy]
 
-    def _rows(self, name: str, rank: int) -> Any:
+    def _rows(self, name: str, rank: int) -> "torch.Tensor":
         return self.expected[name].read().chunk(self.tp, dim=0)[rank]
 
-    def _columns(self, name: str, rank: int) -> Any:
+    def _columns(self, name: str, rank: int) -> "torch.Tensor":
         return self.expected[name].read().chunk(self.tp, dim=1)[rank]
 
-    def linears(self, layer: int, rank: int) -> dict[str, Any]:
+    def linears(self, layer: int, rank: int) -> "dict[str, Callable[[], torch.Tensor]]":
         """Name inside a layer -> call that returns the rank's part of the source's weight [o, i]."""
         hf = f"model.layers.{layer}."
 
-        def qkv() -> Any:
+        def qkv() -> "torch.Tensor":
             import torch
 
             return torch.cat([self._rows(f"{hf}self_attn.{part}_proj.weight", rank) for part in "qkv"])
 
         first = "gate_proj" if self.a.gated_linear_unit else "up_proj"
-        weights = {
+        weights: dict[str, Callable[[], torch.Tensor]] = {
             "attention.qkv": qkv,
             "attention.dense": lambda: self._columns(f"{hf}self_attn.o_proj.weight", rank),
             "mlp.fc": lambda: self._rows(f"{hf}mlp.{first}.weight", rank),
@@ -140,7 +143,7 @@ class Ranks:
             weights["mlp.gate"] = lambda: self._rows(f"{hf}mlp.up_proj.weight", rank)
         return weights
 
-    def norm(self, name: str) -> Any:
+    def norm(self, name: str) -> "torch.Tensor":
         """A norm's weight as TensorRT-LLM applies it: without the 1 taken off."""
         import torch
 
@@ -149,11 +152,11 @@ class Ranks:
             return values.to(torch.bfloat16).float() + 1.0
         return values
 
-    def others(self, stage: int) -> dict[str, Any]:
+    def others(self, stage: int) -> "dict[str, Callable[[], torch.Tensor]]":
         """Name -> call that returns the source's tensor, of what is not quantised on the ranks of a stage."""
         per_stage = self.a.num_layers // self.pp
         kinds = ("weight", "bias") if self.a.normalization == "LayerNorm" else ("weight",)
-        tensors: dict[str, Any] = {}
+        tensors: dict[str, Callable[[], torch.Tensor]] = {}
         for local in range(per_stage):
             hf = f"model.layers.{stage * per_stage + local}."
             for ours, theirs in (

@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
@@ -21,6 +21,10 @@ from nemo_minitron.conversion.writing import progress
 from nemo_minitron.errors import EngineError
 from nemo_minitron.jobs.progress import Progress
 from nemo_minitron.quantization.formats import DECODERS, MODELOPT
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
 DTYPE = "bfloat16"
 PLAIN, TOKENIZER, LOG = ".plain", "tokenizer", "logs/modelopt.log"
@@ -65,7 +69,7 @@ def device_of(config: QuantizeConfig) -> str:
     return "cuda" if there and config.accelerator != "cpu" else "cpu"
 
 
-def load(folder: Path, device: str) -> Any:
+def load(folder: Path, device: str) -> "PreTrainedModel":
     """transformers' model of a plain directory, in bf16, ready for inference."""
     import torch
     import transformers
@@ -76,14 +80,14 @@ def load(folder: Path, device: str) -> Any:
     return model.to(device)
 
 
-def calibrate(model: Any, sequences: Any, config: QuantizeConfig) -> None:
+def calibrate(model: "PreTrainedModel", sequences: "torch.Tensor", config: QuantizeConfig) -> None:
     """Runs ModelOpt's algorithm of the format over the sequences [n, s]; changes the model in place."""
     import modelopt.torch.quantization as mtq
     import torch
 
     batches = sequences.split(config.batch_size)
 
-    def run(model: Any) -> None:
+    def run(model: "PreTrainedModel") -> None:
         with torch.no_grad(), Progress("calibrate", len(sequences), unit="sample") as progress:
             for batch in batches:
                 # With a mask that hides nothing transformers knows that attention is causal, and makes no mask [s, s].
@@ -94,7 +98,7 @@ def calibrate(model: Any, sequences: Any, config: QuantizeConfig) -> None:
     mtq.quantize(model, getattr(mtq, MODELOPT[config.qformat]), run)
 
 
-def export(model: Any, source: Checkpoint, plain: Path, folder: Path, config: QuantizeConfig) -> None:
+def export(model: "PreTrainedModel", source: Checkpoint, plain: Path, folder: Path, config: QuantizeConfig) -> None:
     """Writes the quantised model into `folder`, with what a server needs beside the weights."""
     import torch
     from modelopt.torch.export import export_hf_checkpoint, export_tensorrt_llm_checkpoint
@@ -121,7 +125,7 @@ def export(model: Any, source: Checkpoint, plain: Path, folder: Path, config: Qu
                 tokenizer.copy_to(folder / TOKENIZER)
 
 
-def _state_rotary(config: Any, architecture: Architecture) -> None:
+def _state_rotary(config: "PretrainedConfig", architecture: Architecture) -> None:
     """States the rotary embedding in transformers 4's words, which ModelOpt's older export looks for and transformers 5
     keeps in `rope_parameters`."""
     described = write_config(architecture, DTYPE)

@@ -77,7 +77,7 @@ def tensors(files: Files) -> dict[str, Chunked]:
         ) from None
 
 
-def _places(metadata: Any, files: Files) -> dict[tuple, Bytes]:
+def _places(metadata: Any, files: Files) -> dict[tuple[str, tuple[int, ...] | None], Bytes]:
     """(key, start of the piece) -> its bytes."""
     places = {}
     for index, info in metadata.storage_data.items():
@@ -101,7 +101,7 @@ def _places(metadata: Any, files: Files) -> dict[tuple, Bytes]:
     return places
 
 
-def _tensor(name: str, entry: Any, places: dict[tuple, Bytes], files: Files) -> Chunked:
+def _tensor(name: str, entry: Any, places: dict[tuple[str, tuple[int, ...] | None], Bytes], files: Files) -> Chunked:
     dtype, source = entry.properties.state[0], f"{files.where}: {name}"
     item_size(dtype, source)
     chunks = []

@@ -1,6 +1,7 @@
 """config.json: read, whichever version of transformers wrote it, and written in words that all of them read."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -46,7 +47,7 @@ def special_tokens(config: dict[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in SPECIAL_TOKENS if config.get(key) is not None}
 
 
-def family_of(config: dict[str, Any], source: Any) -> str:
+def family_of(config: dict[str, Any], source: str | Path) -> str:
     """The family of a config.json."""
     kind = config.get("model_type")
     for name, family in FAMILIES.items():
@@ -56,7 +57,7 @@ def family_of(config: dict[str, Any], source: Any) -> str:
     raise CheckpointError(f"{source} is of model_type {shown(kind)}; known here are {known}")
 
 
-def read_config(config: dict[str, Any], source: Any) -> Architecture:
+def read_config(config: dict[str, Any], source: str | Path) -> Architecture:
     """The architecture that a config.json describes, whichever version of transformers wrote it.
 
     Raises:
@@ -90,7 +91,7 @@ def read_config(config: dict[str, Any], source: Any) -> Architecture:
     return untrusted.architecture(name, fields, source)
 
 
-def _stated(values: Mapping[str, Any], source: Any) -> Any:
+def _stated(values: Mapping[str, Any], source: str | Path) -> Any:
     """What one or more keys state, None where none does; raises CheckpointError where they contradict each other."""
     stated = {key: value for key, value in values.items() if value is not None}
     first = next(iter(stated.values()), None)
@@ -100,14 +101,14 @@ def _stated(values: Mapping[str, Any], source: Any) -> Any:
     return first
 
 
-def _number(values: dict[str, Any], name: str, source: Any) -> float:
+def _number(values: dict[str, Any], name: str, source: str | Path) -> float:
     value = values.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
         raise CheckpointError(f"{source}: {name} = {shown(value)} is not a number")
     return float(value)
 
 
-def _biases(values: dict[str, Any], source: Any) -> bool:
+def _biases(values: dict[str, Any], source: str | Path) -> bool:
     attention, mlp = bool(values.get("attention_bias")), bool(values.get("mlp_bias"))
     if attention != mlp:
         raise CheckpointError(
@@ -116,7 +117,7 @@ def _biases(values: dict[str, Any], source: Any) -> bool:
     return attention
 
 
-def _window(family: Family, values: dict[str, Any], source: Any) -> int | None:
+def _window(family: Family, values: dict[str, Any], source: str | Path) -> int | None:
     """Mistral has the window in every layer; Qwen 2 in those that layer_types names, or from max_window_layers on."""
     if family.window:
         return values.get("sliding_window")
@@ -131,7 +132,7 @@ def _window(family: Family, values: dict[str, Any], source: Any) -> int | None:
     raise CheckpointError(f"{source}: use_sliding_window on some layers only is not something Megatron's model does")
 
 
-def _rope(family: Family, config: dict[str, Any], source: Any) -> dict[str, Any]:
+def _rope(family: Family, config: dict[str, Any], source: str | Path) -> dict[str, Any]:
     """Rotary fields. transformers 5 keeps them in `rope_parameters`; transformers 4 has `rope_theta`, `rope_scaling`
     and `partial_rotary_factor`, and passes `rope_parameters` over."""
     newer, older = (_rope_mapping(config, name, source) for name in ("rope_parameters", "rope_scaling"))
@@ -158,7 +159,7 @@ def _rope(family: Family, config: dict[str, Any], source: Any) -> dict[str, Any]
     return fields
 
 
-def _rope_mapping(config: dict[str, Any], name: str, source: Any) -> dict[str, Any]:
+def _rope_mapping(config: dict[str, Any], name: str, source: str | Path) -> dict[str, Any]:
     """rope_parameters or rope_scaling; `type`, as older ones call it, is rope_type."""
     mapping = config.get(name)
     if mapping is None:

@@ -115,13 +115,13 @@ def stored_tensors(folder: Path) -> dict[str, Runs]:
     return _stored(folder_files(Path(folder), deep=False))
 
 
-def mapped_tensors(folder: Path, a: Architecture) -> dict[str, Any]:
-    """The tensors of a plain directory (torch.Tensor) by their Hugging Face names, as views of its files: what is in
+def mapped_tensors(folder: Path, a: Architecture) -> "dict[str, torch.Tensor]":
+    """The tensors of a plain directory by their Hugging Face names, as views of its files: what is in
     them is read where it is used."""
     from safetensors import safe_open
 
     wanted = {name for theirs, _ in hf_names(a).values() for name in theirs}
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in weight_files(folder_files(Path(folder), deep=False)):
         with safe_open(Path(folder) / file, framework="pt") as opened:
             tensors |= {name: opened.get_tensor(name) for name in wanted & set(opened.keys())}

@@ -40,7 +40,7 @@ ACTIVATIONS = (".input_scale", ".k_scale", ".v_scale", ".output_scale")
 PLAIN = ("bfloat16", "float16", "float32")
 
 
-def recognise(config: Mapping[str, Any], beside: Mapping[str, Any] | None, source: Any) -> Quantization | None:
+def recognise(config: Mapping[str, Any], beside: Mapping[str, Any] | None, source: str | Path) -> Quantization | None:
     """The quantisation that config.json, or hf_quant_config.json beside it, states; None for plain weights.
 
     Raises:
