@@ -66,12 +66,7 @@ def _rows(results: Results) -> list[dict[str, Any]]:
 
     evaluated = {f"evaluate {kind}": kind for kind in MODELS}
     return [
-        row(
-            MODELS[kind].format(student=step.student),
-            manifest.metrics,
-            student=step.student,
-            kind=kind,
-        )
+        row(MODELS[kind].format(student=step.student), manifest.metrics, student=step.student, kind=kind)
         for step, manifest in results
         if (kind := evaluated.get(step.kind)) is not None
     ]

@@ -44,23 +44,8 @@ def pictures_of(run: Mapping[str, Any]) -> list[Picture]:
 
 
 def _results(run: Mapping[str, Any]) -> list[Picture]:
-    pictures = []
-    if run["shapes"]:
-        models = shape_models(run)
-        alt = "; ".join(f"{name}: {human(model.parameters())} parameters, {model.num_layers} layers, hidden size "
-                        f"{model.hidden_size}, FFN {model.ffn_hidden_size}" for name, model, _ in models)  # fmt: skip
-        pictures.append(
-            Picture(
-                "shapes",
-                "result",
-                "Teacher and students, to scale",
-                "Boxes of embedding, layers and output. A box is as wide as the hidden size, its area is its share of "
-                "the parameters; dashed lines show where the teacher's layers are.",
-                alt,
-                lambda theme: shapes(models, theme=theme),
-            )  # fmt: skip
-        )
     rows = run["table"]
+    pictures = [_to_scale(run)] if run["shapes"] else []
     if len(rows) > 1:
         pictures.append(
             Picture(
@@ -86,20 +71,37 @@ def _results(run: Mapping[str, Any]) -> list[Picture]:
             )  # fmt: skip
         )
     facts = facts_of(run["facts"] or {})
-    if facts:
-        pictures.append(
-            Picture(
-                "facts",
-                "result",
-                "Facts of the training text",
-                f"{facts['questions']:.0f} questions; kept: of those that {facts['reference']} gets right. Lines at "
-                "the ends of bars are one standard error, the dotted line is what guessing gets.",
-                in_words(facts),
-                lambda theme: figures.facts(facts, theme=theme),
-                wide=True,
-            )  # fmt: skip
-        )
-    return pictures
+    return [*pictures, _knowledge(facts)] if facts else pictures
+
+
+def _to_scale(run: Mapping[str, Any]) -> Picture:
+    """Teacher and students as boxes."""
+    models = shape_models(run)
+    alt = "; ".join(f"{name}: {human(model.parameters())} parameters, {model.num_layers} layers, hidden size "
+                    f"{model.hidden_size}, FFN {model.ffn_hidden_size}" for name, model, _ in models)  # fmt: skip
+    return Picture(
+        "shapes",
+        "result",
+        "Teacher and students, to scale",
+        "Boxes of embedding, layers and output. A box is as wide as the hidden size, its area is its share of "
+        "the parameters; dashed lines show where the teacher's layers are.",
+        alt,
+        lambda theme: shapes(models, theme=theme),
+    )
+
+
+def _knowledge(facts: Mapping[str, Any]) -> Picture:
+    """Which facts each model knows."""
+    return Picture(
+        "facts",
+        "result",
+        "Facts of the training text",
+        f"{facts['questions']:.0f} questions; kept: of those that {facts['reference']} gets right. Lines at "
+        "the ends of bars are one standard error, the dotted line is what guessing gets.",
+        in_words(facts),
+        lambda theme: figures.facts(facts, theme=theme),
+        wide=True,
+    )
 
 
 def _losses_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
