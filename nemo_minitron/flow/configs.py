@@ -74,20 +74,20 @@ def training_fields(config: c.FlowConfig, recipe: c.RecipeConfig, data: Path, ou
     }
 
 
-def prune_config(config: c.FlowConfig, run: Path, name: str) -> c.PruneConfig:
-    """The pruning stage's configuration for the student `name`."""
+def cut_config(config: c.FlowConfig, name: str) -> c.PruneConfig:
+    """The scan, the refit and the cut of the student `name`."""
     return c.PruneConfig(
         seed=config.seed,
         overwrite=config.overwrite,
         trainer=c.TrainerConfig(**config.hardware.trainer(c.SCORING)),
         model=c.PruneModelConfig(
-            restore_from_path=str(run / "teacher"),
+            restore_from_path=str(place(config, "correct")),
             **config.hardware.model(c.SCORING),
-            data=c.ModelDataConfig(data_prefix=str(run / "data"), seq_length=config.model.seq_length),
+            data=c.ModelDataConfig(data_prefix=str(place(config, "data")), seq_length=config.model.seq_length),
         ),
         inference=c.InferenceConfig(batch_size=chosen(config.prune.batch_size)),
         prune=student_targets(config, name),
-        export=c.ExportConfig(save_path=str(run / f"{name}-pruned")),
+        export=c.ExportConfig(save_path=str(place(config, "prune", name))),
     )
 
 
@@ -108,12 +108,7 @@ def correct_config(config: c.FlowConfig) -> c.FinetuneConfig:
 
 def score_config(config: c.FlowConfig) -> c.PruneConfig:
     """One calibration pass for all students."""
-    return prune_config(config, Path(config.output_dir), next(iter(config.prune.students)))
-
-
-def cut_config(config: c.FlowConfig, name: str) -> c.PruneConfig:
-    """The scan, the refit and the cut of the student `name`."""
-    return prune_config(config, Path(config.output_dir), name)
+    return cut_config(config, next(iter(config.prune.students)))
 
 
 def distill_config(config: c.FlowConfig, name: str) -> c.DistillConfig:
