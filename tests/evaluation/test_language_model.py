@@ -40,9 +40,9 @@ def asked(request, loaded):
     settings = {"pretrained": model, "tokenizer": tokenizer, "max_length": MAX_LENGTH, "bounds": bounds(most=2)}
     if request.param == "ours":
         return TransformersLM(**settings)
-    model = lm_eval_api.language_model(**settings, check=lambda ids: None)
-    assert isinstance(model, TransformersLM) != WHOLE
-    return model
+    view = lm_eval_api.language_model(**settings, check=lambda ids: None)
+    assert isinstance(view, TransformersLM) != WHOLE
+    return view
 
 
 def bounds(window: int = MAX_LENGTH, **fields) -> Bounds:
@@ -144,9 +144,9 @@ def test_log_likelihoods_in_chunks_are_those_of_whole_logits(dtype, error, monke
         targets = torch.where(torch.arange(23) % 2 == 0, likeliest, (likeliest + 1) % 259)
         for rows in (1, 7, 23, 100):
             monkeypatch.setattr(likelihoods, "CHUNK", 4 * 259 * rows)
-            logs, greedy = likelihoods.token_log_likelihoods(model, hidden, targets)
+            own, greedy = likelihoods.token_log_likelihoods(model, hidden, targets)
             expected = logs.gather(1, targets[:, None])[:, 0]
-            assert torch.allclose(logs.double(), expected, rtol=error, atol=error)
+            assert torch.allclose(own.double(), expected, rtol=error, atol=error)
             assert greedy.tolist() == [number % 2 == 0 for number in range(23)]
 
 
