@@ -15,10 +15,11 @@ from typing import Any
 from nemo_minitron.checkpoints import sentencepiece as sentencepiece_file
 from nemo_minitron.checkpoints.file_bytes import Bytes, InMemory
 from nemo_minitron.checkpoints.files import Files, folder_files
+from nemo_minitron.checkpoints.tokenizer_config import CONFIG, check_same_class, common_words, for_sentencepiece
 from nemo_minitron.errors import CheckpointError
 
 HUGGINGFACE, SENTENCEPIECE = "huggingface", "sentencepiece"
-MODEL, DEFINITION, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+MODEL, DEFINITION = "tokenizer.model", "tokenizer.json"
 SPECIAL_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
 #: Folder beside the others with further templates of conversations.
 TEMPLATES = "additional_chat_templates"
@@ -38,9 +39,6 @@ HUB_TIMEOUT = 5.0
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 #: Keys of config.json and generation_config.json with ids of special tokens.
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-#: Names of transformers 5 -> those that transformers 4 has for the same, and transformers 5 takes too.
-CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
-EXTRA, ADDITIONAL = "extra_special_tokens", "additional_special_tokens"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +74,7 @@ class Tokenizer:
         """
         contents = {name: data.read() for name, data in self.files.items()}
         if self.kind == SENTENCEPIECE:
-            contents[CONFIG] = (json.dumps(_for_sentencepiece(self._sentencepiece()), indent=2) + "\n").encode()
+            contents[CONFIG] = (json.dumps(for_sentencepiece(self._sentencepiece()), indent=2) + "\n").encode()
         return contents
 
     def copy_to(self, folder: Path) -> None:
@@ -89,7 +87,7 @@ class Tokenizer:
         for name, data in self.contents().items():
             path = folder / name
             if name == MODEL_CONFIG and path.is_file():
-                _check_same_class(data, path)
+                check_same_class(data, path)
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
@@ -183,43 +181,6 @@ def _ids_of_model(model: Any) -> dict[str, int]:
     return {}
 
 
-def _for_sentencepiece(model: sentencepiece_file.SentencePieceModel) -> dict[str, Any]:
-    """tokenizer_config.json that lets transformers take a bare SentencePiece model.
-
-    `legacy` gives SentencePiece's own ids to text that begins with a space.
-    """
-    texts = {f"{name}_token": model.pieces[number] for name, number in model.ids.items()}
-    stated = {f"{name}_token": texts.get(f"{name}_token") for name in ("bos", "eos", "unk")}
-    pad = {"pad_token": texts["pad_token"]} if "pad_token" in texts else {}
-    return {
-        "tokenizer_class": "LlamaTokenizer",
-        "legacy": True,
-        "add_bos_token": stated["bos_token"] is not None,
-        "add_eos_token": False,
-        **stated,
-        **pad,
-    }
-
-
-def _check_same_class(tokenizer_config: bytes, path: Path) -> None:
-    """Raises CheckpointError where two config.json stand for different classes of tokenizers."""
-    kinds = [_kind(data) for data in (tokenizer_config, path.read_bytes())]
-    if kinds[0] != kinds[1]:
-        raise CheckpointError(
-            f"the tokenizer is that of a {kinds[0]} model, and the model a {kinds[1]}; its {CONFIG} names no "
-            "tokenizer_class, so transformers would take the model's: state the class there"
-        )
-
-
-def _kind(data: bytes) -> Any:
-    """The class of tokenizers, or else the kind of models, that a config.json names."""
-    try:
-        loaded = json.loads(data)
-        return loaded.get("tokenizer_class") or loaded.get("model_type")
-    except (ValueError, AttributeError, RecursionError):
-        return None
-
-
 def is_file(name: str) -> bool:
     """Whether a file of this name belongs to a tokenizer; folders with slashes."""
     return any(fnmatchcase(name, pattern) for pattern in FILES if name.count("/") == pattern.count("/"))
@@ -240,25 +201,13 @@ def in_folder(files: Files, name: str | None = None) -> Tokenizer | None:
         return Tokenizer(kind=SENTENCEPIECE, name=name, files=own)
     tokenizer = Tokenizer(name=name, files=own)
     config = tokenizer._json(CONFIG)
-    common = _common_words(config)
+    common = common_words(config)
     if common != config:
         data = (json.dumps(common, indent=2) + "\n").encode()
         own[CONFIG] = InMemory(own[CONFIG].path, 0, len(data), data)
     if not config.get("tokenizer_class") and MODEL_CONFIG in files:
         own[MODEL_CONFIG] = files[MODEL_CONFIG]
     return dataclasses.replace(tokenizer, files=own)
-
-
-def _common_words(config: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json in words that transformers 4 and 5 both read."""
-    common = dict(config)
-    if isinstance(kind := common.get("tokenizer_class"), str):
-        common["tokenizer_class"] = CLASSES.get(kind, kind)
-    if isinstance(common.get(EXTRA), list):
-        tokens, known = common.pop(EXTRA), common.get(ADDITIONAL)
-        known = known if isinstance(known, list) else []
-        common[ADDITIONAL] = [*known, *(token for token in tokens if token not in known)]
-    return common
 
 
 def cached(tokenizer: Tokenizer) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from nemo_minitron.architecture import Architecture, RopeScaling
+from nemo_minitron.architecture import FAMILIES, Architecture, RopeScaling
 from nemo_minitron.checkpoints import tokenizer as tokenizers
 from nemo_minitron.checkpoints import untrusted
 from nemo_minitron.checkpoints.files import Files
@@ -109,7 +109,7 @@ def _window(config: dict[str, Any]) -> int | None:
 def _family(fields: dict[str, Any], config: dict[str, Any]) -> str:
     """The family that a configuration, which does not name it, amounts to."""
     said = config.get("family")
-    if said in ("llama", "mistral", "nemotron", "qwen2", "gpt"):
+    if said in FAMILIES:
         return said
     if fields["normalization"] == "LayerNorm" and fields["activation"] == "squared_relu":
         return "nemotron" if fields["layernorm_zero_centered_gamma"] else "gpt"
