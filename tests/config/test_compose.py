@@ -132,6 +132,14 @@ def test_hardware_that_is_left_open_gives_stages_their_defaults():
     assert (config.trainer.devices, config.model.micro_batch_size) == (1, 4)
 
 
+@pytest.mark.parametrize("command", ["flow", "plan"])
+def test_hardware_of_an_unknown_kind_is_refused(command):
+    assert problems(command, *REQUIRED[command], "hardware.accelerator=tpu", "hardware.precision=fp8") == [
+        "hardware.accelerator = 'tpu' must be one of auto, gpu, cpu",
+        "hardware.precision = 'fp8' must be one of auto, bf16, bf16-mixed, 32",
+    ]
+
+
 STAGES = [name for name, command in COMMANDS.items() if command.hardware]
 
 

@@ -32,6 +32,12 @@ def is_bf16(precision: str, cuda: bool) -> bool:
     return precision.startswith("bf16") or (precision == "auto" and cuda)
 
 
+def kind_problems(accelerator: str, precision: str) -> list[str]:
+    """A problem for each of the two that is none of those there are."""
+    problems = one_of("accelerator", accelerator, ("auto", "gpu", "cpu"))
+    return problems + one_of("precision", str(precision), ("auto", "bf16", "bf16-mixed", "32"))
+
+
 class Ranks(NamedTuple):
     """The processes that a command runs as.
 
@@ -85,9 +91,7 @@ class TrainerConfig(Config):
             limit_val_batches=self.limit_val_batches,
             log_every_n_steps=self.log_every_n_steps,
         )
-        problems += one_of("accelerator", self.accelerator, ("auto", "gpu", "cpu"))
-        problems += one_of("precision", str(self.precision), ("auto", "bf16", "bf16-mixed", "32"))
-        return problems
+        return problems + kind_problems(self.accelerator, self.precision)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -186,4 +190,5 @@ class HardwareConfig(Config):
             prune_pipeline_model_parallel_size=self.prune_pipeline_model_parallel_size,
             micro_batch_size=self.micro_batch_size,
         )
+        problems += kind_problems(self.accelerator, self.precision)
         return problems + above_zero(memory_gb=self.memory_gb, tflops=self.tflops)
