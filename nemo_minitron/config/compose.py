@@ -248,6 +248,8 @@ def _compose_files(config_name: str, choices: list[str], conf: Path, source: str
         raise ConfigError(_missing_preset(error), source) from None
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_unusable_file(error, folder / f"{name}.yaml"), source) from None
+    except ValueError as error:  # of Hydra's, for a group that is given something else than a name
+        raise ConfigError(f"{', '.join(choices)}: a group takes the name of a preset ({error})", source) from None
 
 
 def _locate(config_name: str, conf: Path, source: str) -> tuple[Path, str]:

@@ -404,3 +404,9 @@ def test_inspect_takes_its_source_and_what_to_show():
     assert problems("inspect") == ["source is missing: name the checkpoint to look at, source=PATH"]
     config = compose("inspect", ["source=/m", "json=true", "values=true"])
     assert (config.source, config.json, config.values) == ("/m", True, True)
+
+
+@pytest.mark.parametrize("choice", ["hardware=null", "model=1", "data=true", "model=[tiny,auto]", "model=tiny,auto"])
+def test_a_group_that_is_given_no_name_is_a_configuration_error(choice):
+    with pytest.raises(ConfigError):
+        read("flow", [choice])
