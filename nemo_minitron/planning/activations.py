@@ -61,7 +61,7 @@ def _ffn(a: Architecture, run: Run) -> float:
 
 def _gated(a: Architecture, run: Run) -> int:
     """Widths of a gated FFN that are kept: both halves of linear_fc1's output and their product; unless the gate is one
-    operation (fused, or megatron.lean's) the activated half too, and the linear half with its offset."""
+    operation (fused, or megatron.local_layers's) the activated half too, and the linear half with its offset."""
     whole = run.core.takes_gate and a.activation == "silu" if run.local_spec else a.family in FUSED_GATE
     if whole:
         return 3
