@@ -27,6 +27,7 @@ FAMILIES = {
     "mistral": {"family": "mistral"},
     "nemotron": NEMOTRON,
     "qwen2": {"family": "qwen2", "add_qkv_bias": True, "layernorm_epsilon": 1e-6},
+    "qwen3": {"family": "qwen3", "qk_layernorm": True, "layernorm_epsilon": 1e-6},
     "tied": {"family": "llama", "share_embeddings_and_output_weights": True},
 }
 

@@ -29,6 +29,7 @@ SHAPES = {
     "qwen2, tied": dataclasses.replace(
         LLAMA, family="qwen2", add_qkv_bias=True, share_embeddings_and_output_weights=True
     ),
+    "qwen3": dataclasses.replace(LLAMA, family="qwen3", qk_layernorm=True),
 }  # fmt: skip
 GPUS = Layout(
     cuda=True, bf16=True, devices=8, tensor_parallel=8, sequence_parallel=True, micro_batch_size=1,
