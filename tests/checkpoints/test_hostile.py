@@ -273,6 +273,31 @@ def config_of(loaded: dict) -> dict:
     return next(node for key, node in loaded["objects"].items() if key.startswith("llama_config"))
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("Qwen3MoEConfig", {}, "Qwen3-MoE: not yet"),
+        ("Qwen3Config30B_A3B", {}, "Qwen3-MoE: not yet"),
+        ("Qwen3Config235B_A22B", {}, "Qwen3-MoE: not yet"),
+        ("Qwen3Config", {"num_moe_experts": 8}, "Qwen3-MoE: not yet"),
+        ("LlamaConfig", {"num_moe_experts": 8}, "mixture of experts: not yet"),
+    ],
+)
+def test_a_mixture_of_experts_is_refused_by_name(name, fields, message, tmp_path):
+    folder = make(tmp_path / "c", "nemo2")
+
+    def change(loaded):
+        config = config_of(loaded)
+        loaded["objects"][config["metadata"]["key"]]["items"][0][1]["name"] = name
+        config["items"] += [
+            [f"Attr(name='{field}')", {"type": "leaf", "value": value}] for field, value in fields.items()
+        ]
+
+    edit_json(folder / "context" / "io.json", change)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
 def test_io_json_that_names_a_callable_names_it_in_vain(bait, tmp_path):
     """As activation, as class of the config: read as names, which fit or not."""
     folder = make(tmp_path / "c", "nemo2")
