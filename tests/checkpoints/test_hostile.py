@@ -1,6 +1,7 @@
 """Untrusted checkpoints are data: nothing that a file says is run, nothing outside is read, sizes are not believed."""
 
 import builtins
+import dataclasses
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from nemo_minitron.architecture import Architecture
+from nemo_minitron.architecture import Architecture, RopeScaling
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.formats.base import WriteOptions
 from nemo_minitron.checkpoints.formats.nemo1 import config as nemo1
@@ -296,6 +297,17 @@ def test_a_mixture_of_experts_is_refused_by_name(name, fields, message, tmp_path
     edit_json(folder / "context" / "io.json", change)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(folder)
+
+
+def test_a_llama_nemotron_of_llamas_shape_is_a_llama(tmp_path):
+    """NeMo's Llama31NemotronNano8BConfig, by what its class says where the file says nothing."""
+    folder = make(tmp_path / "c", "nemo2")
+
+    def change(loaded):
+        loaded["objects"][config_of(loaded)["metadata"]["key"]]["items"][0][1]["name"] = "Llama31NemotronNano8BConfig"
+
+    edit_json(folder / "context" / "io.json", change)
+    assert open_checkpoint(folder).architecture == dataclasses.replace(ARCHITECTURE, rope_scaling=RopeScaling())
 
 
 def test_io_json_that_names_a_callable_names_it_in_vain(bait, tmp_path):
