@@ -12,7 +12,7 @@ from typing import Any
 from nemo_minitron.config import Config, all_problems, at_least, one_of
 from nemo_minitron.errors import ConfigError
 
-FAMILIES = ("llama", "mistral", "nemotron", "qwen2", "gpt")
+FAMILIES = ("llama", "mistral", "nemotron", "qwen2", "qwen3", "gpt")
 PRUNABLE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
 
@@ -33,7 +33,8 @@ class Architecture(Config):
     `kv_channels` is the size of one head and is kept when the width is pruned, so it is stated and never computed
     from hidden_size / num_attention_heads once it is known. `vocab_size` counts the rows of the embedding matrix,
     padding included; the last `vocab_padding` of them belong to no token. `sliding_window` is how many tokens back a
-    token attends (Mistral 7B v0.1); None: all of them.
+    token attends (Mistral 7B v0.1); None: all of them. `qk_layernorm`: each head's query and key are normalised before
+    they are rotated, with gains of head size that all heads share (Qwen 3).
     """
 
     family: str = "llama"
@@ -52,6 +53,7 @@ class Architecture(Config):
     gated_linear_unit: bool = True
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
+    qk_layernorm: bool = False
     share_embeddings_and_output_weights: bool = False
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
@@ -92,12 +94,16 @@ class Architecture(Config):
         h, f = self.hidden_size, self.ffn_hidden_size
         query, qkv = self.num_attention_heads * self.kv_channels, self.qkv_rows()
         fc1 = f * (2 if self.gated_linear_unit else 1)
-        norm = h * (2 if self.normalization == "LayerNorm" else 1)
-        weights = qkv * h + h * query + fc1 * h + h * f + 2 * norm
+        weights = qkv * h + h * query + fc1 * h + h * f + self.norm_parameters()
         biases = (qkv if self.add_bias_linear or self.add_qkv_bias else 0) + (
             h + fc1 + h if self.add_bias_linear else 0
         )
         return weights + biases
+
+    def norm_parameters(self) -> int:
+        """Parameters of a layer's norms: 2 h, and 2 d where queries and keys have one; twice with biases."""
+        channels = 2 * self.hidden_size + (2 * self.kv_channels if self.qk_layernorm else 0)
+        return channels * (2 if self.normalization == "LayerNorm" else 1)
 
     def qkv_rows(self) -> int:
         """Rows of the fused query-key-value projection: (n + 2g) * d."""

@@ -24,9 +24,16 @@ _MISTRAL_NEMO: dict[str, Any] = {
     "family": "mistral", "num_attention_heads": 32, "num_query_groups": 8, "kv_channels": 128, "vocab_size": 131072,
     "seq_length": 8192, "rotary_base": 1000000.0,
 }  # fmt: skip
+#: Heads are of 128 channels whatever the hidden size is; embeddings are tied up to 4B.
+_QWEN3: dict[str, Any] = {
+    "family": "qwen3", "num_query_groups": 8, "kv_channels": 128, "vocab_size": 151936, "seq_length": 4096,
+    "layernorm_epsilon": 1e-6, "rotary_base": 1000000.0, "qk_layernorm": True,
+}  # fmt: skip
+_QWEN3_TIED: dict[str, Any] = {**_QWEN3, "share_embeddings_and_output_weights": True}
 
 #: arXiv 2407.14679 (Nemotron-4, Minitron), arXiv 2408.11796 (the others), Meta's model card (Llama 3.1 70B), and the
-#: config.json of meta-llama/Llama-3.2-1B, meta-llama/Llama-3.2-3B and HuggingFaceTB/SmolLM2-135M-Instruct.
+#: config.json of meta-llama/Llama-3.2-1B, meta-llama/Llama-3.2-3B, HuggingFaceTB/SmolLM2-135M-Instruct and
+#: Qwen/Qwen3-0.6B, -1.7B, -4B, -8B, -14B and -32B. qwen3_6b is a shape for a student of Qwen3-8B.
 KNOWN: dict[str, Architecture] = {
     "llama31_8b": Architecture(num_layers=32, hidden_size=4096, ffn_hidden_size=14336, **_LLAMA31),
     "llama31_70b": Architecture(
@@ -55,6 +62,27 @@ KNOWN: dict[str, Architecture] = {
         family="llama", num_layers=30, hidden_size=576, ffn_hidden_size=1536, num_attention_heads=9,
         num_query_groups=3, kv_channels=64, vocab_size=49152, seq_length=8192, rotary_base=100000.0,
         share_embeddings_and_output_weights=True,
+    ),
+    "qwen3_0.6b": Architecture(
+        num_layers=28, hidden_size=1024, ffn_hidden_size=3072, num_attention_heads=16, **_QWEN3_TIED
+    ),
+    "qwen3_1.7b": Architecture(
+        num_layers=28, hidden_size=2048, ffn_hidden_size=6144, num_attention_heads=16, **_QWEN3_TIED
+    ),
+    "qwen3_4b": Architecture(
+        num_layers=36, hidden_size=2560, ffn_hidden_size=9728, num_attention_heads=32, **_QWEN3_TIED
+    ),
+    "qwen3_6b": Architecture(
+        num_layers=30, hidden_size=3584, ffn_hidden_size=11776, num_attention_heads=32, **_QWEN3
+    ),
+    "qwen3_8b": Architecture(
+        num_layers=36, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=32, **_QWEN3
+    ),
+    "qwen3_14b": Architecture(
+        num_layers=40, hidden_size=5120, ffn_hidden_size=17408, num_attention_heads=40, **_QWEN3
+    ),
+    "qwen3_32b": Architecture(
+        num_layers=64, hidden_size=5120, ffn_hidden_size=25600, num_attention_heads=64, **_QWEN3
     ),
     "tiny": Architecture(
         num_layers=6, hidden_size=192, ffn_hidden_size=576, num_attention_heads=6, num_query_groups=2, kv_channels=32,

@@ -28,6 +28,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "minitron-width": ("Nemotron", {"head_dim": 32, "hidden_size": 48, "intermediate_size": 80}),
     "qwen2": ("Qwen2", {"rope_theta": 1e6}),
     "qwen25-tied": ("Qwen2", {"tie_word_embeddings": True, "head_dim": 8}),
+    # Qwen2.5 0.5B (14 heads in 2 groups, hidden 896, FFN 4864), widths divided by 8.
+    "qwen25-0.5b": ("Qwen2", {"tie_word_embeddings": True, "hidden_size": 112, "intermediate_size": 608,
+                              "num_attention_heads": 14}),
+    "qwen3": ("Qwen3", {"rope_theta": 1e6, "head_dim": 24}),
+    "qwen3-tied": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 32, "num_key_value_heads": 1}),
     # NVIDIA/NeMo 14487 (22 layers, hidden 3712, FFN 10048, 16 heads), sizes divided by 32 but for layers and heads.
     "nemo-14487": ("Llama", {"num_hidden_layers": 22, "hidden_size": 116, "intermediate_size": 314,
                              "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 8}),

@@ -7,6 +7,8 @@ Legend: h hidden, f FFN, n heads, g query groups, d head size, v vocabulary rows
     embedding.word_embeddings.weight                           [v, h]
     decoder.layers.0.self_attention.linear_qkv.layer_norm_weight  [h]      input norm
     decoder.layers.0.self_attention.linear_qkv.weight          [(n+2g)d, h]  each group's queries, its key, its value
+    decoder.layers.0.self_attention.q_layernorm.weight         [d]         norms of each head's query and key, where
+    decoder.layers.0.self_attention.k_layernorm.weight         [d]         the architecture has them
     decoder.layers.0.self_attention.linear_proj.weight         [h, nd]
     decoder.layers.0.mlp.linear_fc1.layer_norm_weight          [h]         norm before the MLP
     decoder.layers.0.mlp.linear_fc1.weight                     [2f, h] gate above up; [f, h] where there is no gate
@@ -42,6 +44,8 @@ WITH_EXTRA_STATE = (
     "self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj", "mlp.linear_fc1",
     "mlp.linear_fc2",
 )  # fmt: skip
+#: Norms of each head's query and key, which some families have; they have an extra state as well.
+QK_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 FINAL_NORM = "decoder.final_layernorm"
 
 
@@ -52,6 +56,7 @@ def layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "self_attention.linear_qkv.layer_norm_weight": (a.hidden_size,),
         "self_attention.linear_qkv.weight": (a.qkv_rows(), a.hidden_size),
+        **{f"{norm}.weight": (a.kv_channels,) for norm in QK_NORMS if a.qk_layernorm},
         "self_attention.linear_proj.weight": (a.hidden_size, a.num_attention_heads * a.kv_channels),
         "mlp.linear_fc1.layer_norm_weight": (a.hidden_size,),
         "mlp.linear_fc1.weight": (fc1, a.hidden_size),
@@ -60,6 +65,7 @@ def layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     if a.normalization == "LayerNorm":
         shapes["self_attention.linear_qkv.layer_norm_bias"] = (a.hidden_size,)
         shapes["mlp.linear_fc1.layer_norm_bias"] = (a.hidden_size,)
+        shapes |= {f"{norm}.bias": (a.kv_channels,) for norm in QK_NORMS if a.qk_layernorm}
     if a.add_bias_linear or a.add_qkv_bias:
         shapes["self_attention.linear_qkv.bias"] = (a.qkv_rows(),)
     if a.add_bias_linear:
@@ -177,10 +183,16 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def extra_states(num_layers: int) -> Iterator[str]:
-    """Keys of the extra states of a model with Transformer Engine, one a shard, as Megatron stacks them."""
+def extra_states(num_layers: int, weights: Iterable[str] = ()) -> Iterator[str]:
+    """Keys of the extra states of a model with Transformer Engine, one a shard, as Megatron stacks them.
+
+    Args:
+        weights: the model's stacked keys, which tell whether it has norms of queries and keys.
+    """
+    modules = {key.removeprefix(LAYERS).rpartition(".")[0] for key in weights}
+    names = (*WITH_EXTRA_STATE, *(norm for norm in QK_NORMS if norm in modules))
     for layer in range(num_layers):
-        for name in WITH_EXTRA_STATE:
+        for name in names:
             yield f"{LAYERS}{name}.{EXTRA_STATE}/shard_{layer}_{num_layers}"
     yield f"{FINAL_NORM}.{EXTRA_STATE}/shard_0_1"
 

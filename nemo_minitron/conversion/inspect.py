@@ -141,7 +141,8 @@ def _activation(a: dict[str, Any]) -> str:
 
 
 def _norm(a: dict[str, Any]) -> str:
-    return a["normalization"] + (" with gamma stored minus 1" if a["layernorm_zero_centered_gamma"] else "")
+    heads = ", of each query and key too" if a["qk_layernorm"] else ""
+    return a["normalization"] + (" with gamma stored minus 1" if a["layernorm_zero_centered_gamma"] else "") + heads
 
 
 def _vocabulary(a: dict[str, Any]) -> str:

@@ -29,7 +29,8 @@ def activation_bytes(a: Architecture, element: int) -> int:
     """
     attention = 3 * a.qkv_rows() + a.num_attention_heads * a.kv_channels
     mlp = (3 if a.gated_linear_unit else 2) * a.ffn_hidden_size + a.hidden_size
-    return element * (2 * a.hidden_size + max(attention, mlp)) + 2 * 4 * a.hidden_size
+    normalised = max(a.hidden_size, a.num_attention_heads * a.kv_channels if a.qk_layernorm else 0)
+    return element * (2 * a.hidden_size + max(attention, mlp)) + 2 * 4 * normalised
 
 
 def cache_bytes(a: Architecture, element: int) -> int:

@@ -28,7 +28,7 @@ from nemo_minitron.errors import ConfigError
 from nemo_minitron.packages.versions import has_nemo
 
 Settings = TypeVar("Settings", bound=c.Config)
-FAMILIES = ("GPTModel", "LlamaModel", "MistralModel", "NemotronModel", "Qwen2Model")
+FAMILIES = ("GPTModel", "LlamaModel", "MistralModel", "NemotronModel", "Qwen2Model", "Qwen3Model")
 
 
 def depth(source: Path, output: Path, **arguments: Any) -> None:

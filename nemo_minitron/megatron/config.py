@@ -51,9 +51,12 @@ def torch_layers(config: "TransformerConfig") -> "TransformerBlockSubmodules":
     from nemo_minitron.megatron.attention import TorchAttention
     from nemo_minitron.megatron.local_layers import LocalNorm, SwiGLU
 
-    layer = get_gpt_layer_local_spec(normalization=config.normalization)
+    layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalNorm
-    layer.submodules.self_attention.submodules.core_attention = TorchAttention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = TorchAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = LocalNorm
     if getattr(config, "use_te_activation_func", False):  # which says that the activation is one of the submodules
         layer.submodules.mlp.submodules.activation_func = SwiGLU
     layers = [layer] * get_num_layers_to_build(config)

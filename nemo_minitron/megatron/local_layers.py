@@ -58,7 +58,7 @@ class RMSNormFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-        ctx.save_for_backward(x, gamma, scale)
+        ctx.save_for_backward(x.contiguous(), gamma, scale)  # not all of what x may be a part of, as a key is of qkv
         return (wide * scale).mul_(gamma).to(x.dtype)
 
     @staticmethod

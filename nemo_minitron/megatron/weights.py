@@ -20,6 +20,7 @@ from nemo_minitron.checkpoints.names import (
     FINAL_NORM,
     LAYERS,
     NOT_WEIGHTS,
+    QK_NORMS,
     by_canonical_name,
     checked,
     prefix_of,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NORM_WEIGHTS = ("layernorm.weight", "layer_norm_weight")
+#: Norms of the residual stream, by the end of their weights' names in the local spec.
+HIDDEN_NORMS = ("input_layernorm.weight", "pre_mlp_layernorm.weight", "final_layernorm.weight")
 BEFORE_CONVERSION = "megatron"
 #: How Megatron saves where the result is of a format that it does not write itself.
 NATIVE = Nemo2()
@@ -227,14 +230,14 @@ def _with_extra_states(shards: dict[str, Any], prefix: str) -> dict[str, Any]:
     """This rank's shards, and the extra states that modules of this layer spec do not have, or not in this version."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    projection, attention = (f"self_attention.{name}.{EXTRA_STATE}" for name in ("linear_proj", "core_attention"))
-    norm = f"{prefix}{FINAL_NORM}."
+    projection, norm = "self_attention.linear_proj", f"{prefix}{FINAL_NORM}."
+    others = ["self_attention.core_attention"]
+    others += [norm for norm in QK_NORMS if any(name.endswith(f"{norm}.weight") for name in shards)]
     added = {
-        name.replace(projection, attention): dataclasses.replace(
-            value, key=value.key.replace(projection, attention), data=None
-        )
+        name.replace(projection, other): dataclasses.replace(value, key=value.key.replace(projection, other), data=None)
         for name, value in shards.items()
-        if name.endswith(projection)
+        if name.endswith(f"{projection}.{EXTRA_STATE}")
+        for other in others
     }
     if f"{norm}weight" in shards:  # the last pipeline stage
         key, replica = f"{norm}{EXTRA_STATE}", shards[f"{norm}weight"].replica_id
@@ -295,7 +298,8 @@ def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         "linear_proj.weight": (a.hidden_size, a.num_attention_heads * a.kv_channels),
         "linear_fc1.weight": (fc1_rows, a.hidden_size),
         "linear_fc2.weight": (a.hidden_size, a.ffn_hidden_size),
-        "layernorm.weight": (a.hidden_size,),
+        **dict.fromkeys((f"{norm}.weight" for norm in QK_NORMS), (a.kv_channels,)),
+        **dict.fromkeys(HIDDEN_NORMS, (a.hidden_size,)),
     }
 
 

@@ -46,7 +46,18 @@ def _attention(a: Architecture, run: Run) -> float:
     values = g * d if run.local_spec else a.qkv_rows()
     blocks = n * d if run.local_spec and _windowed(a, run) and run.seq_length > BLOCK else 0
     kept = e * (n * d + g * d + values + n * d + blocks) + FP32 * n
-    return kept / run.layout.tensor_parallel
+    return (kept + _qk_norms(a, run)) / run.layout.tensor_parallel
+
+
+def _qk_norms(a: Architecture, run: Run) -> float:
+    """The inputs of a token's norms of queries and keys, and their statistics (_norm); their outputs are rotated, and
+    not kept."""
+    if not a.qk_layernorm:
+        return 0
+    heads, rms = a.num_attention_heads + a.num_query_groups, a.normalization == "RMSNorm"
+    if run.local_spec and rms and run.layout.cuda:
+        return heads * (2 * FP32 * a.kv_channels + FP32)
+    return heads * (run.bytes * a.kv_channels + (FP32 if rms else (run.bytes if run.local_spec else FP32) * 2))
 
 
 def _windowed(a: Architecture, run: Run) -> bool:
@@ -79,7 +90,8 @@ def forward_work(a: Architecture, run: Run) -> float:
     """What one layer needs beside its input while it runs without a backward pass to come."""
     e, n, d = run.bytes, a.num_attention_heads, a.kv_channels
     stream, tensor = 2 * a.hidden_size, run.layout.tensor_parallel
-    attention = stream + (a.qkv_rows() + 4 * n * d) / tensor  # queries, and the products of their rotation
+    products = 6 if a.qk_layernorm and e < FP32 else 4  # of queries: of their norm in fp32, or of their rotation
+    attention = stream + (a.qkv_rows() + products * n * d) / tensor
     ffn = stream + (_gated(a, run) if a.gated_linear_unit else 2) * a.ffn_hidden_size / tensor
     return e * max(attention, ffn) * run.tokens
 

@@ -104,7 +104,7 @@ def rank_parameters(a: Architecture, layout: Layout, stage: int) -> int:
     """
     tensor, pipeline = layout.tensor_parallel, layout.pipeline_parallel
     h, norm = a.hidden_size, a.hidden_size * (2 if a.normalization == "LayerNorm" else 1)
-    whole = 2 * norm + (2 * h if a.add_bias_linear else 0)
+    whole = a.norm_parameters() + (2 * h if a.add_bias_linear else 0)
     total = stage_layers(a.num_layers, pipeline)[stage] * (whole + (a.layer_parameters() - whole) // tensor)
     matrix = a.vocab_size // tensor * h
     first, last = stage == 0, stage == pipeline - 1

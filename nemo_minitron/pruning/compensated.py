@@ -11,6 +11,7 @@ norm's gain, D the map that stands in for a dropped block (zero but before one),
     attention    [h', n'd]  P^T W X_n
     MLP          [h', f']   P^T (I + D)^T W X_f
     norms        [h']       g                  one number a norm (arithmetic.norm_gain)
+    q, k norms   [d]        as they are        each head's own channels, which nothing rotates or drops
 
 Rows of qkv and fc1 are those of the heads and neurons that stay. What is done to the rows of a matrix and what to its
 columns commutes, so the order of the parts does not matter: each refits to the teacher's own activations, which the
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import PruningPlan
-from nemo_minitron.checkpoints.names import EMBEDDING, LAYERS, OUTPUT
+from nemo_minitron.checkpoints.names import EMBEDDING, LAYERS, OUTPUT, QK_NORMS
 from nemo_minitron.checkpoints.tensors import ByRows, Computed, Lazy
 from nemo_minitron.pruning import arithmetic
 from nemo_minitron.pruning.cut import Kept, layer_indices
@@ -208,6 +209,8 @@ class CompensatedCut:
             return (
                 tensor if self.basis is None else self._norm(inner, tensor, norm, reader, rows if first else ffn_rows)
             )
+        if module in QK_NORMS:
+            return tensor
         if module == "self_attention.linear_qkv":
             if self.kept.heads is not None and self.settings.merge_heads:
                 tensor = self._merged(tensor, layer)

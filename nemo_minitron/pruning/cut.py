@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import ImportanceScores, PruningPlan
-from nemo_minitron.checkpoints.names import LAYERS
+from nemo_minitron.checkpoints.names import LAYERS, QK_NORMS
 from nemo_minitron.checkpoints.tensors import ByRows, Lazy
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ def layer_indices(name: str, layer: int, teacher: Architecture, kept: Kept) -> t
     if "layer_norm_" in name:
         return (kept.hidden,)
     module, _, kind = name.rpartition(".")
+    if module in QK_NORMS:  # of head size, shared by all heads
+        return (None,)
     rows, columns = {
         "self_attention.linear_qkv": lambda: (_qkv_rows(heads, teacher), kept.hidden),
         "self_attention.linear_proj": lambda: (kept.hidden, _channels(heads, teacher.kv_channels)),

@@ -23,6 +23,11 @@ def target_problems(architecture: Architecture, targets: PruneTargets) -> list[s
             f"num_query_groups {groups} differs from the teacher's {architecture.num_query_groups}: "
             "ModelOpt no longer prunes query groups"
         )
+    if targets.merge_heads and architecture.qk_layernorm and targets.num_attention_heads is not None:
+        problems.append(
+            "merge_heads: this model normalises each query after linear_qkv, which takes away what a merged one gains; "
+            "leave merge_heads out, and linear_proj is refitted"
+        )
     try:
         problems += layer_problems(parse_layers(targets.drop_layers), architecture.num_layers)
     except ValueError as error:

@@ -59,7 +59,7 @@ def saved(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama31", "mistral-window", "minitron-width", "qwen2"])
+@pytest.mark.parametrize("name", ["llama3", "llama31", "mistral-window", "minitron-width", "qwen2", "qwen3"])
 def test_a_directory_of_transformers_5_computes_what_the_classic_one_does(name, saved):
     folder, expected = saved(name, rope_theta=500000.0)
     assert torch.equal(logits(folder), expected)
@@ -90,6 +90,8 @@ def test_the_share_of_a_head_that_nemotron_rotates_has_three_names(key, saved):
                        "layer_types": ["full_attention"] * 2}),
         ("qwen2", {}, {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0,
                        "layer_types": None}),
+        ("qwen3", {"head_dim": 128}, {"head_dim": None}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}, {"attention_bias": None}),
         ("llama3", {}, {"quantization_config": {}}),
         ("llama31", {}, {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0}}),
     ],

@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "nemotron": NEMOTRON,
     "pruned": {**NEMOTRON, "hidden_size": 48, "ffn_hidden_size": 80, "num_layers": 1},
     "qwen2": {"family": "qwen2", "add_qkv_bias": True, "layernorm_epsilon": 1e-6},
+    "qwen3": {"family": "qwen3", "qk_layernorm": True, "layernorm_epsilon": 1e-6},
     "gpt": {"family": "gpt", "activation": "gelu", "normalization": "LayerNorm", "gated_linear_unit": False},
     "padded": {"family": "llama", "vocab_size": 384, "vocab_padding": 100},
     "padded for ranks": {**NEMOTRON, "vocab_size": 1024, "vocab_padding": 500},

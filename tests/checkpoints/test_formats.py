@@ -96,7 +96,7 @@ def told(value):
     return (value.func, value.args, value.keywords) if isinstance(value, functools.partial) else value
 
 
-@pytest.mark.parametrize("family", ["llama31", "minitron-width", "qwen2"])
+@pytest.mark.parametrize("family", ["llama31", "minitron-width", "qwen2", "qwen3"])
 def test_bf16_weights_compute_the_same(family, tmp_path):
     """From bf16 bits, both sides in fp32: nothing but the order of sums differs."""
     from nemo_minitron.conversion.verify import logits
@@ -318,7 +318,8 @@ def test_what_transformers_cannot_express_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma"}, "model_type 'gemma'; known here are llama, mistral, nemotron, qwen2"),
+        ({"model_type": "gemma"}, "model_type 'gemma'; known here are llama, mistral, nemotron, qwen2, qwen3"),
+        ({"model_type": "qwen3_moe"}, "Qwen3-MoE: not yet"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling of type 'yarn'"),
         ({"attention_bias": True}, "biases in both or neither"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),

@@ -152,13 +152,13 @@ def other_words(data: bytes, chance: random.Random) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def described(tmp_path_factory) -> Path:
+def described(request, tmp_path_factory) -> Path:
     """A small model with a tokenizer, and the words that transformers 5 has for some of it."""
-    folder = save("llama31", torch.float32, tmp_path_factory.mktemp("described") / "model")
+    folder = save(request.param, torch.float32, tmp_path_factory.mktemp("described") / "model")
     train_bpe([TEXT] * 10, 259, folder)
     config = json.loads((folder / "config.json").read_text())
     if "rope_parameters" not in config:  # written by transformers 4
-        config["rope_parameters"] = {**config["rope_scaling"], "rope_theta": config["rope_theta"]}
+        config["rope_parameters"] = {**(config["rope_scaling"] or {}), "rope_theta": config["rope_theta"]}
     (folder / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
     settings = {"bos_token_id": 0, "eos_token_id": [0, 1], "temperature": 0.7, "top_p": 0.9, "top_k": 5,
                 "repetition_penalty": 1.1, "max_length": 32}  # fmt: skip
@@ -181,7 +181,9 @@ def present(folder: Path, kind: str) -> list[str]:
     return [name for name in DESCRIPTIONS[kind] if (folder / name).is_file()]
 
 
-@pytest.mark.parametrize("kind", DESCRIPTIONS)
+@pytest.mark.parametrize(
+    ("described", "kind"), [*(("llama31", kind) for kind in DESCRIPTIONS), ("qwen3", "config")], indirect=["described"]
+)
 def test_damaged_descriptions_are_refused_or_lose_nothing(kind, described, tmp_path, monkeypatch, capsys):
     """Through `generate`: one message, or the same model. What a tokenizer's files say leaves as it came, and means to
     this package what it means to transformers."""

@@ -1,6 +1,7 @@
 """Untrusted checkpoints are data: nothing that a file says is run, nothing outside is read, sizes are not believed."""
 
 import builtins
+import dataclasses
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from nemo_minitron.architecture import Architecture
+from nemo_minitron.architecture import Architecture, RopeScaling
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.formats.base import WriteOptions
 from nemo_minitron.checkpoints.formats.nemo1 import config as nemo1
@@ -271,6 +272,42 @@ def edit_json(path: Path, change) -> None:
 
 def config_of(loaded: dict) -> dict:
     return next(node for key, node in loaded["objects"].items() if key.startswith("llama_config"))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("Qwen3MoEConfig", {}, "Qwen3-MoE: not yet"),
+        ("Qwen3Config30B_A3B", {}, "Qwen3-MoE: not yet"),
+        ("Qwen3Config235B_A22B", {}, "Qwen3-MoE: not yet"),
+        ("Qwen3Config", {"num_moe_experts": 8}, "Qwen3-MoE: not yet"),
+        ("LlamaConfig", {"num_moe_experts": 8}, "mixture of experts: not yet"),
+    ],
+)
+def test_a_mixture_of_experts_is_refused_by_name(name, fields, message, tmp_path):
+    folder = make(tmp_path / "c", "nemo2")
+
+    def change(loaded):
+        config = config_of(loaded)
+        loaded["objects"][config["metadata"]["key"]]["items"][0][1]["name"] = name
+        config["items"] += [
+            [f"Attr(name='{field}')", {"type": "leaf", "value": value}] for field, value in fields.items()
+        ]
+
+    edit_json(folder / "context" / "io.json", change)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
+def test_a_llama_nemotron_of_llamas_shape_is_a_llama(tmp_path):
+    """NeMo's Llama31NemotronNano8BConfig, by what its class says where the file says nothing."""
+    folder = make(tmp_path / "c", "nemo2")
+
+    def change(loaded):
+        loaded["objects"][config_of(loaded)["metadata"]["key"]]["items"][0][1]["name"] = "Llama31NemotronNano8BConfig"
+
+    edit_json(folder / "context" / "io.json", change)
+    assert open_checkpoint(folder).architecture == dataclasses.replace(ARCHITECTURE, rope_scaling=RopeScaling())
 
 
 def test_io_json_that_names_a_callable_names_it_in_vain(bait, tmp_path):

@@ -183,6 +183,7 @@ def test_families_are_told_apart(saved, tmp_path):
     cases = {
         "nemotron": {"normalization": "layernorm1p", "activation": "squared-relu"},
         "qwen2": {"qkv_bias": True},
+        "qwen3": {"qk_layernorm": True},
         "mistral": {"tokenizer": {"type": "mistralai/Mistral-Nemo-Base-2407"}},
         "gpt": {"activation": "gelu"},
         "llama": {},

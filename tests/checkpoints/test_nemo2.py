@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from nemo_minitron.architecture import Architecture, RopeScaling
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.checkpoints.files import folder_files
 from nemo_minitron.checkpoints.formats.nemo2.classes import WEIGHTS
+from nemo_minitron.checkpoints.names import EXTRA_STATE, canonical_shapes, extra_states
 from nemo_minitron.checkpoints.storage import torch_dist
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.megatron.layout import Layout
@@ -27,6 +29,7 @@ FAMILIES = {
     "mistral": {"family": "mistral"},
     "nemotron": NEMOTRON,
     "qwen2": {"family": "qwen2", "add_qkv_bias": True, "layernorm_epsilon": 1e-6},
+    "qwen3": {"family": "qwen3", "qk_layernorm": True, "layernorm_epsilon": 1e-6},
     "tied": {"family": "llama", "share_embeddings_and_output_weights": True},
 }
 
@@ -93,6 +96,20 @@ def test_a_round_trip_is_bit_exact_and_keeps_the_architecture(family, tmp_path):
     assert all(torch.allclose(after[name], value, rtol=0, atol=2e-7) for name, value in before.items())
     stored = read_weights(tmp_path / "checkpoint")
     assert sum(tensor.numel() for tensor in stored.values()) == architecture.parameters()
+    assert extra_states_of(output) == set(extra_states(architecture.num_layers, canonical_keys(architecture)))
+
+
+def extra_states_of(checkpoint: Path) -> set[str]:
+    """Keys of the extra states that Megatron saved."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    keys = FileSystemReader(str(checkpoint / "weights")).read_metadata().state_dict_metadata
+    return {key.removeprefix("module.") for key in keys if EXTRA_STATE in key}
+
+
+def canonical_keys(architecture: Architecture) -> set[str]:
+    """Names of the weights, stacked."""
+    return {re.sub(r"layers\.\d+\.", "layers.", name) for name in canonical_shapes(architecture)}
 
 
 def test_a_nemotron_computes_what_transformers_does_before_and_after_a_cut(tiny, tmp_path):

@@ -91,7 +91,8 @@ def test_help_of_every_command(name, capsys):
 def test_help_shows_presets_and_the_settings_as_chosen(capsys):
     assert cli.main(["flow", "--help", "model=llama31_8b"]) == 0
     text = capsys.readouterr().out
-    assert "model=auto|llama31_8b|llama32_1b|llama32_3b|minitron_4b|minitron_8b|smollm2_135m|tiny" in text
+    names = "auto|llama31_8b|llama32_1b|llama32_3b|minitron_4b|minitron_8b|qwen3_0.6b|qwen3_1.7b|qwen3_4b|qwen3_8b"
+    assert f"model={names}|smollm2_135m|tiny" in text
     assert "model.seq_length=8192" in text
     assert "data.limit_documents=null" in text
 

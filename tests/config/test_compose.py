@@ -261,7 +261,7 @@ def test_all_values_off_range_are_reported_together():
 def test_a_preset_that_does_not_exist_names_those_that_do():
     assert problems("flow", "model=foo") == [
         "model=foo is not a preset; there are auto, llama31_8b, llama32_1b, llama32_3b, minitron_4b, minitron_8b, "
-        "smollm2_135m, tiny"
+        "qwen3_0.6b, qwen3_1.7b, qwen3_4b, qwen3_8b, smollm2_135m, tiny"
     ]
     assert "without presets" in problems("finetune", "model=tiny")[0]
 

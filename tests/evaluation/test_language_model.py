@@ -107,7 +107,7 @@ def test_greedy_text_ends_where_it_is_told(loaded, asked):
     assert asked.generate_until(requests("generate_until", [(contexts[0], shorter)])) == [texts[0].split(end)[0]]
 
 
-@pytest.mark.parametrize("name", ["llama31", "llama32-tied", "mistral-window", "nemotron", "qwen2"])
+@pytest.mark.parametrize("name", ["llama31", "llama32-tied", "mistral-window", "nemotron", "qwen2", "qwen3"])
 def test_every_family_answers_what_the_harness_does_with_whole_logits(small_models, name, monkeypatch):
     """Its own class where there is one, float64 logits otherwise; logits of a few tokens at a time, one sequence or all
     in a batch."""
@@ -159,7 +159,7 @@ def test_a_batch_holds_as_many_sequences_as_fit_and_one_at_least():
     assert likelihoods.batches([], 1, 100) == []
 
 
-@pytest.mark.parametrize("name", ["llama2", "mistral", "nemotron", "qwen2"])
+@pytest.mark.parametrize("name", ["llama2", "mistral", "nemotron", "qwen2", "qwen3"])
 def test_attention_is_told_that_it_is_causal_and_gets_no_mask(name, monkeypatch):
     masks = []
     attention = torch.nn.functional.scaled_dot_product_attention

@@ -28,14 +28,19 @@ MINITRON_4B = {
     "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False, "attention_bias": False,
     "mlp_bias": False,
 }  # fmt: skip
-#: What the config.json of small models with tied embeddings says on the hub, of what makes up their sizes.
+#: What the config.json of models says on the hub, of what makes up their sizes.
 LLAMA32 = {
     "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": True,
     "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
                      "original_max_position_embeddings": 8192, "rope_type": "llama3"},
 }  # fmt: skip
-TIED = {
+QWEN3 = {
+    "model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-06,
+    "max_position_embeddings": 40960, "rope_theta": 1000000, "rope_scaling": None, "hidden_act": "silu",
+    "attention_bias": False, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28,
+}  # fmt: skip
+SIZES = {
     "llama32_1b": {**LLAMA32, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
                    "num_attention_heads": 32, "head_dim": 64},
     "llama32_3b": {**LLAMA32, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
@@ -44,15 +49,29 @@ TIED = {
                      "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
                      "max_position_embeddings": 8192, "rms_norm_eps": 1e-05, "rope_theta": 100000,
                      "rope_scaling": None, "tie_word_embeddings": True},
+    "qwen3_0.6b": {**QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+                   "num_attention_heads": 16, "tie_word_embeddings": True},
+    "qwen3_1.7b": {**QWEN3, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
+                   "num_attention_heads": 16, "tie_word_embeddings": True},
+    "qwen3_4b": {**QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+                 "num_attention_heads": 32, "tie_word_embeddings": True},
+    "qwen3_8b": {**QWEN3, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+                 "num_attention_heads": 32, "tie_word_embeddings": False},
 }  # fmt: skip
-PARAMETERS = {"llama32_1b": 1_235_814_400, "llama32_3b": 3_212_749_824, "smollm2_135m": 134_515_008}
+PARAMETERS = {
+    "llama32_1b": 1_235_814_400, "llama32_3b": 3_212_749_824, "smollm2_135m": 134_515_008,
+    "qwen3_0.6b": 596_049_920, "qwen3_1.7b": 1_720_574_976, "qwen3_4b": 4_022_468_096, "qwen3_8b": 8_190_735_360,
+}  # fmt: skip
 #: The hardware that each preset is made for, and what it plans with.
-FITS = {"llama32_1b": "1x24gb", "llama32_3b": "1x80gb"}
+FITS = {
+    "llama32_1b": "1x24gb", "llama32_3b": "1x80gb", "qwen3_0.6b": "1x24gb", "qwen3_1.7b": "1x80gb",
+    "qwen3_4b": "8x80gb", "qwen3_8b": "8x80gb",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("name", SIZES)
 def test_a_known_model_has_the_sizes_of_its_config_json(name):
-    published = read_config(TIED[name], name)
+    published = read_config(SIZES[name], name)
     assert KNOWN[name].with_sizes(seq_length=published.seq_length) == published
     assert KNOWN[name].parameters() == PARAMETERS[name]
 

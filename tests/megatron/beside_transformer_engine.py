@@ -34,8 +34,11 @@ def layers_of(model: torch.nn.Module) -> list[str]:
     )
 
 
-def plain_nemo(folder: Path, fields: dict[str, Any], teacher: str, paths: list[str], zarr: Path) -> dict[str, Any]:
-    """Trains and saves; restores each of `paths`; loads them by their contexts, and an archive's weights in zarr."""
+def plain_nemo(
+    folder: Path, fields: dict[str, Any], teacher: str, paths: list[str], others: list[str], zarr: Path
+) -> dict[str, Any]:
+    """Trains and saves; restores each of `paths`; loads them and `others` by their contexts, and an archive's weights
+    in zarr."""
     architecture = open_checkpoint(teacher).architecture
     with engine(3, folder / "log"):
         model = train_and_save(fields, architecture, folder / "run", folder / "by-nemo")
@@ -45,7 +48,9 @@ def plain_nemo(folder: Path, fields: dict[str, Any], teacher: str, paths: list[s
             restored = restore(fields, architecture, folder / f"run-{number}", Path(path), None)
             torch.save(weights_of(restored), folder / f"restored-{number}.pt")
     with engine(3, folder / "log"), parallel_ranks(CPU, 3):
-        results["by context"] = [by_context(Path(path), folder / f"logits-{n}.pt") for n, path in enumerate(paths)]
+        results["by context"] = [
+            by_context(Path(path), folder / f"logits-{n}.pt") for n, path in enumerate(paths + others)
+        ]
         model = load_model(architecture, CPU, None)
         results["zarr"] = megatron_loads(model.sharded_state_dict(prefix="model."), zarr)
         results["local layers"] = layers_of(load_model(architecture, CPU, open_checkpoint(teacher), local_spec=True))
@@ -82,7 +87,7 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
         config = from_dict(_load("nemo_minitron.config:FinetuneConfig"), plain["fields"])
         fields = {name: getattr(config, name) for name in ("trainer", "model")}
         folder, zarr = Path(plain["folder"]), Path(plain["zarr"])
-        loaded = plain_nemo(folder, fields, config.model.restore_from_path, plain["paths"], zarr)
+        loaded = plain_nemo(folder, fields, config.model.restore_from_path, plain["paths"], plain["others"], zarr)
         results |= loaded | {"zarr": sorted(loaded["zarr"])}
     return results
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from hf import llama
+from models import build, save
 from nemo_minitron import config as c
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.checkpoints.names import extra_states
@@ -86,12 +87,15 @@ def container(tiny, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     convert(c.ConvertConfig(source=str(root / "t.nemo"), output=str(root / "streamed"), verify="none"))
     with tarfile.open(root / "t.nemo") as archive:
         archive.extractall(root / "unpacked", filter="data")
+    save("qwen3", torch.float32, root / "qwen3-hf")
+    convert(c.ConvertConfig(source=str(root / "qwen3-hf"), output=str(root / "qwen3"), to="nemo2", verify="none"))
     finetune = c.FinetuneConfig(**fields(tiny, root / "finetuned"))
     prune = tiny.pruning(root / "student", hidden_size=96, ffn_hidden_size=192, drop_layers=[2])
     plain = {
         "folder": str(root),
         "fields": dataclasses.asdict(finetune),
         "paths": [str(tiny.teacher), str(root / "streamed")],
+        "others": [str(root / "qwen3")],
         "zarr": str(root / "unpacked" / "model_weights"),
     }
     wanted = {"finetuned": stage(finetune), "student": stage(prune)}
@@ -109,7 +113,7 @@ def assert_same_losses(one: dict[str, Any], other: dict[str, Any]) -> None:
 def test_its_layers_are_chosen_where_it_runs(container):
     _, results = container
     assert results["layers"] == LAYERS
-    assert [loaded["layers"] for loaded in results["by context"]] == [LAYERS] * 2  # by NeMo itself
+    assert [loaded["layers"] for loaded in results["by context"]] == [LAYERS] * 3  # by NeMo itself
 
 
 def test_the_local_spec_has_no_layer_of_its(container):
@@ -155,6 +159,15 @@ def test_plain_nemo_with_it_loads_what_was_written_without(tiny, container, numb
     with torch.no_grad():
         expected = llama(tiny.teacher, teacher.architecture)(torch.arange(24)[None]).logits
     assert torch.allclose(torch.load(root / f"logits-{number}.pt"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_of_queries_and_keys_are_loaded_with_their_extra_states(container):
+    root, results = container
+    loaded = results["by context"][2]
+    assert loaded["missing"] == [] and set(loaded["left over"]) <= {f"module.{ATTENTION}"}
+    with torch.no_grad():
+        expected = build("qwen3", torch.float32)(torch.arange(24)[None]).logits
+    assert torch.allclose(torch.load(root / "logits-2.pt"), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_archive_in_zarr_has_the_extra_states_that_it_asks_for(tiny, container):

@@ -29,6 +29,7 @@ SHAPES = {
     "qwen2, tied": dataclasses.replace(
         LLAMA, family="qwen2", add_qkv_bias=True, share_embeddings_and_output_weights=True
     ),
+    "qwen3": dataclasses.replace(LLAMA, family="qwen3", qk_layernorm=True),
 }  # fmt: skip
 GPUS = Layout(
     cuda=True, bf16=True, devices=8, tensor_parallel=8, sequence_parallel=True, micro_batch_size=1,
@@ -206,6 +207,13 @@ def test_loss_and_attention_work_in_the_planned_pieces():
         ("mistral_nemo_12b", 12.2, None),
         ("mn_minitron_8b", 8.4, 7.3),
         ("llama31_70b", 70.6, None),
+        ("qwen3_0.6b", 0.6, 0.44),
+        ("qwen3_1.7b", 1.7, 1.4),
+        ("qwen3_4b", 4.0, 3.6),
+        ("qwen3_6b", 6.0, None),
+        ("qwen3_8b", 8.2, 6.95),
+        ("qwen3_14b", 14.8, 13.2),
+        ("qwen3_32b", 32.8, 31.2),
     ],
 )
 def test_known_models_have_the_published_sizes(name, parameters, without_embeddings):

@@ -20,8 +20,8 @@ from nemo_minitron.pruning.cut import choose
 from nemo_minitron.pruning.plan import plan_cut
 
 GRID = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 16, "num_layers_divisor": 1}
-FAMILIES = ("llama31", "llama-biases", "mistral-nemo", "nemotron", "qwen2")
-TIED = ("llama32-tied", "qwen25-tied")
+FAMILIES = ("llama31", "llama-biases", "mistral-nemo", "nemotron", "qwen2", "qwen3")
+TIED = ("llama32-tied", "qwen25-tied", "qwen3-tied")
 TOKENS = 512
 
 

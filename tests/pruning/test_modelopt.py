@@ -24,6 +24,7 @@ FAMILIES = {
     "llama": {},
     "nemotron": NEMOTRON,
     "qwen2": {"family": "qwen2", "add_qkv_bias": True},
+    "qwen3": {"family": "qwen3", "qk_layernorm": True},
     "tied": {"share_embeddings_and_output_weights": True},
     "biases": {"add_bias_linear": True},
 }  # fmt: skip

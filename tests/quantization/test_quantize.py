@@ -35,6 +35,7 @@ MODELS = {
     "nemotron": ("Nemotron", {}),
     "nemotron-width": ("Nemotron", {"head_dim": 64}),
     "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 64}),
     "llama-256": ("Llama", {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}),
     "llama-160": ("Llama", {"hidden_size": 160, "head_dim": 32}),
 }
@@ -131,7 +132,7 @@ def logits(folder: Path, kind: str, state: dict[str, torch.Tensor] | None = None
 
 
 @pytest.mark.parametrize("qformat", ["fp8", "int4_awq", "int8_sq"])
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-width", "mistral", "nemotron-width", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-width", "mistral", "nemotron-width", "qwen2", "qwen3"])
 def test_what_is_exported_is_the_model_to_the_formats_precision(name, qformat, shelf, tmp_path):
     """Read by the definitions alone, put into transformers' model, its logits are the source's but for rounding."""
     kind, source, output = MODELS[name][0], model(shelf, name), tmp_path / "out"
@@ -446,6 +447,7 @@ def test_settings_that_cannot_be_are_refused_at_once(fields, message):
         ("llama", {"qformat": "int4_awq", "tp_size": 2}, ConfigError, "heads x head size 4 x 32 = 128 mod 256 = 128; "
          "nearest legal: prune.num_attention_heads=8"),
         ("qwen2", {"export": "trtllm"}, ConfigError, "no TensorRT-LLM checkpoint of qwen2 models; .*export=hf"),
+        ("qwen3", {"export": "trtllm"}, ConfigError, "no TensorRT-LLM checkpoint of qwen3 models; .*export=hf"),
         ("llama", {"num_samples": 9999}, DataError, "9999 sequences of 32 are 319968: give num_samples=\\d+"),
         ("llama", {"seq_length": 65}, ConfigError, "seq_length = 65 is above the model's 64"),
         ("llama", {"accelerator": "gpu"}, EngineError, "no GPU"),

@@ -33,7 +33,7 @@ def rows(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def students(tiny, tmp_path_factory) -> dict:
-    """A pruned Llama, Mistral with a head size of its own, and Nemotron, each with its tokenizer."""
+    """A pruned Llama, Mistral and Qwen 3 with head sizes of their own, and Nemotron, each with its tokenizer."""
     import transformers
 
     folder = tmp_path_factory.mktemp("students")
@@ -42,6 +42,7 @@ def students(tiny, tmp_path_factory) -> dict:
     for name, kind, sizes in (
         ("mistral", "Mistral", {"head_dim": 24, "sliding_window": None}),
         ("nemotron", "Nemotron", {}),
+        ("qwen3", "Qwen3", {"head_dim": 24}),
     ):
         torch.manual_seed(1)
         settings = getattr(transformers, f"{kind}Config")(**{**SMALL, "vocab_size": 512, **sizes})
@@ -107,7 +108,7 @@ def tuned(tiny, students, rows, tmp_path_factory):
     return seen
 
 
-NAMES = ("pruned", "mistral", "nemotron")
+NAMES = ("pruned", "mistral", "nemotron", "qwen3")
 
 
 @pytest.mark.parametrize("name", NAMES)

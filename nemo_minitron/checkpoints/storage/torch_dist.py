@@ -143,14 +143,15 @@ def write(
         prefix: before every key, ``module.`` or ``model.``.
         weights: (key without prefix, layer or -1, layers of the stack, tensor), the layers of a key in order.
     """
-    catalogue, buffer = _Catalogue(), memoryview(bytearray(BLOCK))
+    catalogue, buffer, keys = _Catalogue(), memoryview(bytearray(BLOCK)), set()
     with create(PIECES) as file:
         for key, layer, stack, tensor in weights:
             position, shape = file.tell(), tensor.shape if layer < 0 else (1, *tensor.shape)
             checksum = torch_writer.write_tensor(file, shape, tensor.dtype, tensor.blocks(buffer, check=False))
             tensor.check(checksum)
+            keys.add(key)
             catalogue.add_tensor(f"{prefix}{key}", layer, stack, tensor, (position, file.tell() - position))
-        for key in extra_states(num_layers):
+        for key in extra_states(num_layers, keys):
             position = file.tell()
             torch_writer.write_object(file, [None])
             catalogue.add_object(f"{prefix}{key}", (position, file.tell() - position))

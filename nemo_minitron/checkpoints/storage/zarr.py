@@ -117,7 +117,7 @@ def write(
     for name, array in described.items():
         with create(f"{name}/{ARRAY}") as file:
             file.write(json.dumps(array, indent=4).encode())
-    for key in extra_states(num_layers):
+    for key in extra_states(num_layers, [name.removeprefix(prefix) for name in described]):
         with create(f"{prefix}{key}.pt") as file:
             torch_writer.write_object(file, None)
     with create("common.pt") as file:

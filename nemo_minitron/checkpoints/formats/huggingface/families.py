@@ -16,6 +16,11 @@ LLAMA_LAYER: dict[str, tuple[str, ...]] = {
     "mlp.linear_fc1.": ("mlp.gate_proj.", "mlp.up_proj."),
     "mlp.linear_fc2.": ("mlp.down_proj.",),
 }
+QWEN3_LAYER = {
+    **LLAMA_LAYER,
+    "self_attention.q_layernorm.": ("self_attn.q_norm.",),
+    "self_attention.k_layernorm.": ("self_attn.k_norm.",),
+}
 NEMOTRON_LAYER = {**LLAMA_LAYER, "mlp.linear_fc1.": ("mlp.up_proj.",)}
 OUTER = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -105,7 +110,21 @@ FAMILIES: dict[str, Family] = {
         fixed={**GATED, "add_qkv_bias": True},
         written={"use_sliding_window": False},
     ),
+    "qwen3": Family(
+        model_type="qwen3",
+        architecture="Qwen3ForCausalLM",
+        layer=QWEN3_LAYER,
+        norm_eps="rms_norm_eps",
+        defaults={
+            "hidden_act": "silu", "rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128,
+            "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28,
+        },
+        fixed={**GATED, "qk_layernorm": True},
+        written={"attention_bias": False, "use_sliding_window": False},
+    ),
 }  # fmt: skip
+#: model_type of what is not read yet -> its name.
+NOT_YET = {"qwen3_moe": "Qwen3-MoE"}
 
 
 def layer_names(family: Family, name: str) -> tuple[str, ...]:

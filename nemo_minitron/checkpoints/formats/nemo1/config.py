@@ -66,6 +66,7 @@ def read_architecture(config: dict[str, Any], vocab_size: int, source: str) -> A
         "gated_linear_unit": gated,
         "add_bias_linear": bias,
         "add_qkv_bias": bool(config.get("qkv_bias", False)) and not bias,
+        "qk_layernorm": bool(config.get("qk_layernorm", False)),
         "share_embeddings_and_output_weights": bool(config.get("share_embeddings_and_output_weights", True)),
         "rotary_base": config.get("rotary_base", 10000.0),
         "rotary_percent": config.get("rotary_percentage", 1.0),
@@ -116,7 +117,9 @@ def _family(fields: dict[str, Any], config: dict[str, Any]) -> str:
     if fields["normalization"] != "RMSNorm" or not fields["gated_linear_unit"] or fields["activation"] != "silu":
         return "gpt"
     if fields["add_qkv_bias"]:
-        return "qwen2"
+        return "gpt" if fields["qk_layernorm"] else "qwen2"
+    if fields["qk_layernorm"]:
+        return "qwen3"
     stated = config.get("tokenizer")
     tokenizer = stated if isinstance(stated, dict) else {}
     named = f"{tokenizer.get('type', '')} {config.get('name', '')}".lower()
@@ -199,6 +202,8 @@ def write_yaml(a: Architecture, dtype: str, tokenizer: tokenizers.Tokenizer | No
     }
     if a.rope_scaling is not None and a.rope_scaling != LLAMA31:
         config["rope_scaling"] = dataclasses.asdict(a.rope_scaling)
+    if a.qk_layernorm:
+        config["qk_layernorm"] = True
     if a.sliding_window is not None:
         config["window_size"] = [a.sliding_window, 0]
     return yaml.safe_dump(config, sort_keys=False)

@@ -1,5 +1,6 @@
 """What a NeMo-2 checkpoint calls things: its folders, NeMo's classes of each family, the fields of their configs."""
 
+import re
 from typing import Any
 
 from nemo_minitron.checkpoints import generation
@@ -16,14 +17,18 @@ FAMILY_OF_CLASS = (
     ("Mistral", "mistral"),
     ("Nemotron", "nemotron"),
     ("Qwen2", "qwen2"),
+    ("Qwen3", "qwen3"),
     ("GPTConfig", "gpt"),
 )
+#: NeMo's config classes of Qwen3-MoE: Qwen3MoEConfig, Qwen3Config30B_A3B, Qwen3Config235B_A22B.
+QWEN3_MOE = re.compile(r"Qwen3(MoE|Config\d+B_A)")
 #: Family -> (model class, config class) of nemo.collections.llm.
 CLASSES = {
     "llama": ("LlamaModel", "LlamaConfig"),
     "mistral": ("MistralModel", "MistralConfig7B"),
     "nemotron": ("NemotronModel", "NemotronConfig"),
     "qwen2": ("Qwen2Model", "Qwen2Config"),
+    "qwen3": ("Qwen3Model", "Qwen3Config"),
     "gpt": ("GPTModel", "GPTConfig"),
 }
 #: What the families' config classes in NeMo 2.7 say where a checkpoint says nothing.
@@ -40,6 +45,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "share_embeddings_and_output_weights": False, "seq_length": 4096,
     },
     "qwen2": {**RMS_GATED, "add_qkv_bias": True, "layernorm_epsilon": 1e-6, "rotary_base": 1e6, "seq_length": 4096},
+    "qwen3": {
+        **RMS_GATED, "qk_layernorm": True, "layernorm_epsilon": 1e-6, "rotary_base": 1e6, "seq_length": 4096,
+        "kv_channels": 128, "num_query_groups": 8,
+    },
     "gpt": {
         "normalization": "LayerNorm", "activation": "gelu", "gated_linear_unit": False, "add_bias_linear": True,
         "share_embeddings_and_output_weights": True, "seq_length": 1024,
@@ -54,6 +63,6 @@ ROPE_SCALING = {
 SAME_NAME = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
     "seq_length", "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "gated_linear_unit",
-    "add_bias_linear", "add_qkv_bias", "share_embeddings_and_output_weights", "rotary_base", "rotary_percent",
-    "init_method_std",
+    "add_bias_linear", "add_qkv_bias", "qk_layernorm", "share_embeddings_and_output_weights", "rotary_base",
+    "rotary_percent", "init_method_std",
 )  # fmt: skip

@@ -15,6 +15,7 @@ from nemo_minitron.checkpoints.formats.nemo2.classes import (
     FAMILY_OF_CLASS,
     MODEL_YAML,
     PADDING,
+    QWEN3_MOE,
     ROPE_SCALING,
     SAME_NAME,
 )
@@ -28,6 +29,11 @@ def read_config(context: Files) -> tuple[str, str, dict[str, Any]]:
         CheckpointError: the context is missing or unreadable, or the family is not a dense one that is known here.
     """
     class_name, values = _model_config(context)
+    if values.get("num_moe_experts") or QWEN3_MOE.match(class_name):
+        name = "Qwen3-MoE" if class_name.startswith("Qwen3") else "mixture of experts"
+        raise CheckpointError(
+            f"{context.where}: {name}: not yet; its config class is {class_name}, dense models are read"
+        )
     family = next((family for prefix, family in FAMILY_OF_CLASS if class_name.startswith(prefix)), None)
     if family is None:
         known = ", ".join(prefix for prefix, _ in FAMILY_OF_CLASS)
