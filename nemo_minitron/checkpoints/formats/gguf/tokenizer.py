@@ -356,11 +356,16 @@ def _write_pieces(
 def _written_special(
     tokens: list[str], definition: Mapping[str, Any], config: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Special tokens, and which of them are put around a text."""
+    """Special tokens, and which of them are put around a text.
+
+    What ends a text is what ends generation, where settings say it, as a server stops there; the others are the
+    tokenizer's.
+    """
     place = {token: number for number, token in enumerate(tokens)}
     stated = {name: _text_of(config.get(name)) for name in SPECIAL}
     ids = {name: place[text] for name, text in stated.items() if text in place}
-    ids |= {name: settings[f"{name}_id"] for name in SPECIAL if type(settings.get(f"{name}_id")) is int}
+    said = {name: number for name in SPECIAL if type(number := settings.get(f"{name}_id")) is int}
+    ids = said | ids | {name: number for name, number in said.items() if name == "eos_token"}
     made: dict[str, Any] = {}
     ends = settings.get("eos_token_id")
     if isinstance(ends, list) and ends:
