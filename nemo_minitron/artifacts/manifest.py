@@ -17,6 +17,11 @@ MANIFEST_LIMIT = 16 << 20
 VERSIONED_PACKAGES = ("torch", "nemo-toolkit", "megatron-core", "nvidia-modelopt", "transformers", "numpy")
 
 
+def manifest_beside(file: str | os.PathLike) -> Path:
+    """Where the manifest of a result lies that is a file and no archive."""
+    return Path(f"{os.fspath(file)}.{MANIFEST}")
+
+
 @dataclasses.dataclass(kw_only=True)
 class Manifest:
     """How a stage's folder was made, and what was measured on the way.
@@ -49,9 +54,12 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> "Manifest":
-        """Reads the manifest in a folder, or in a `.nemo` archive; raises MinitronError where there is none."""
+        """Reads the manifest in a folder, in a `.nemo` archive or beside another file; raises MinitronError where none
+        is."""
         path = Path(folder) / MANIFEST
         try:
+            if Path(folder).is_file() and (beside := manifest_beside(folder)).is_file():
+                return cls.parse(beside.read_bytes())
             if Path(folder).is_file():
                 member = last_member(Path(folder), MANIFEST, MANIFEST_LIMIT)
                 if member is None:

@@ -28,7 +28,7 @@ class Checkpoint(Contents):
 
     Attributes:
         path: where it is.
-        format: the name of its format (``nemo1``, ``nemo2``, ``hf``).
+        format: the name of its format (``nemo1``, ``nemo2``, ``hf``, ``gguf``).
     """
 
     path: Path
@@ -105,10 +105,10 @@ def locate(path: Path) -> tuple[Path, Format] | None:
     if kind is not None or not path.is_dir():
         return (path, kind) if kind is not None else None
     entries = sorted(path.iterdir())
-    files = [entry for entry in entries if table.is_named_like_a_file(entry)]
+    files = sorted({table.stands_for(entry) for entry in entries if table.is_named_like_a_file(entry)})
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise CheckpointError(f"{path} holds {len(files)} archives ({names}); name one of them")
+        raise CheckpointError(f"{path} holds {len(files)} checkpoints ({names}); name one of them")
     if files:
         return locate(files[0])
     folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
@@ -133,8 +133,8 @@ def write_checkpoint(
     """Writes a checkpoint at `path`, which nobody else looks at yet, one tensor at a time.
 
     Args:
-        path: an archive for `nemo1`; a folder, which may exist, otherwise.
-        form: the name of its format (``nemo1``, ``nemo2``, ``hf``).
+        path: the file for formats that are one; a folder, which may exist, otherwise.
+        form: the name of its format (``nemo1``, ``nemo2``, ``hf``, ``gguf``).
         tensors: canonical name -> tensor, those of the architecture and no others.
 
     Raises:

@@ -17,9 +17,6 @@ from nemo_minitron.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-if TYPE_CHECKING:
-    pass
-
 BLOCK = 8 << 20
 
 
@@ -86,11 +83,18 @@ def same_bits(one: Lazy, other: Lazy) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     buffers = memoryview(bytearray(BLOCK)), memoryview(bytearray(BLOCK))
-    first, second = _rebuffer(one, buffers[0]), _rebuffer(other, buffers[1])
+    first, second = pieces(one, buffers[0]), pieces(other, buffers[1])
     return all(a == b for a, b in zip(first, second, strict=True))
 
 
-def _rebuffer(tensor: Lazy, buffer: memoryview, size: int = 1 << 20) -> Iterator[bytes]:
+def same_numbers(one: Lazy, other: Lazy) -> bool:
+    """Whether two tensors of floating-point numbers are the same, in whatever precisions."""
+    if one.dtype == other.dtype:
+        return same_bits(one, other)
+    return same_bits(*(tensor if tensor.dtype == "float32" else Cast(tensor, "float32") for tensor in (one, other)))
+
+
+def pieces(tensor: Lazy, buffer: memoryview, size: int = 1 << 20) -> Iterator[bytes]:
     """The tensor's bytes in pieces of equal size, whatever blocks they come in."""
     rest = bytearray()
     for block in tensor.blocks(buffer):

@@ -139,7 +139,7 @@ def _without_preset(
     files = compose_files([*choices, *([f"model={AUTO}"] if named else []), *([f"hardware={AUTO}"] if own else [])])
     if checkpoint not in (None, "null") and files["model"]["name"] == AUTO:
         place = Path(str(checkpoint).strip("'\"")).expanduser().absolute()
-        files["model"]["name"] = place.name.removesuffix(".nemo") or AUTO
+        files["model"]["name"] = place.name.removesuffix(".nemo").removesuffix(".gguf") or AUTO
     return files
 
 

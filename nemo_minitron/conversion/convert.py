@@ -23,6 +23,8 @@ from nemo_minitron.jobs.job import Job
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "32": "float32"}
 #: Largest relative difference of logits once values were rounded to another dtype.
 ROUNDED = {"bfloat16": 5e-2, "float16": 5e-3, "float32": verify.TOLERANCE}
+#: The same for weights that were quantised to eight bits.
+QUANTISED = 1e-1
 
 
 def convert(config: ConvertConfig) -> Manifest:
@@ -35,6 +37,7 @@ def convert(config: ConvertConfig) -> Manifest:
     """
     source = open_checkpoint(config.source, "source", quantized=True)
     architecture, tensors = plan(source, config)
+    options = write_options(config)
     FORMATS[config.target_format].check(architecture, source.dtype)
     if config.tokenizer:
         tokenizers.from_directory(config.tokenizer)
@@ -60,6 +63,8 @@ def convert(config: ConvertConfig) -> Manifest:
     def write(partial: Path) -> dict[str, Any]:
         place = place_in(partial, config.output, config.target_format)
         tokenizer = choose_tokenizer(source, config)
+        for note in FORMATS[config.target_format].notes(architecture, options):
+            print(f"note: {note}", file=sys.stderr)
         with progress(tensors, f"{source.format} -> {config.target_format}") as watched:
             write_checkpoint(
                 place,
@@ -68,7 +73,7 @@ def convert(config: ConvertConfig) -> Manifest:
                 watched,
                 tokenizer,
                 source.generation,
-                WriteOptions(weights=config.weights, shard_bytes=int(config.shard_size_gb * 1e9)),
+                options,
             )
         checked = check_result(source, place, tensors, how, config)
         return {
@@ -82,6 +87,11 @@ def convert(config: ConvertConfig) -> Manifest:
     if verify.STRENGTH.index(how) > verify.STRENGTH.index(done.metrics["verified"]):
         done.metrics |= check_result(source, Path(config.output), tensors, how, config)
     return done
+
+
+def write_options(config: ConvertConfig) -> WriteOptions:
+    """How the result is written."""
+    return WriteOptions(weights=config.weights, shard_bytes=int(config.shard_size_gb * 1e9), gguf_type=config.gguf_type)
 
 
 def plan(source: Checkpoint, config: ConvertConfig) -> tuple[Architecture, Mapping[str, Lazy]]:
@@ -119,10 +129,16 @@ def check_result(
     """Opens what was written, which checks every name and shape, and compares it as `how` says."""
     if how == "none":
         return {"verified": "none"}
-    result = open_checkpoint(place, "result")
-    checked = {"verified": how, **verify.compare_tensors(expected, result, config.seed)}
+    result = open_checkpoint(place, "result", quantized=True)
+    held = result.kind.kept(expected, result.architecture, write_options(config))
+    checked = {"verified": how, **verify.compare_tensors(held, result, config.seed)}
     if how == "logits":
-        dtype = DTYPES[config.dtype] if config.dtype else source.dtype
-        tolerance = verify.TOLERANCE if dtype == source.dtype else ROUNDED[dtype]
-        checked |= verify.compare_logits(source, result, config.seed, tolerance)
+        checked |= verify.compare_logits(source, result, config.seed, tolerance(source, result))
     return checked
+
+
+def tolerance(source: Checkpoint, result: Checkpoint) -> float:
+    """Largest relative difference of logits that the result's precision explains."""
+    if result.quantization is not None:
+        return QUANTISED
+    return verify.TOLERANCE if result.dtype == source.dtype else ROUNDED[result.dtype]

@@ -7,7 +7,9 @@ resume of the very same job (same key) and thrown away otherwise. A lock beside 
 making the same one.
 
 An output called ``*.nemo`` is an archive: the stage leaves it in the partial folder under the output's name, the
-manifest becomes its last member, and the run's logs go to ``<name>.nemo.logs`` beside it.
+manifest becomes its last member, and the run's logs go to ``<name>.nemo.logs`` beside it. An output called as another
+format of files is such a file in the same way; its manifest lies beside it, ``<name>.manifest.json``, with the file's
+fingerprint, so that it stands for no other file.
 """
 
 import contextlib
@@ -28,17 +30,23 @@ from nemo_minitron.artifacts import (
     PARTIAL_KEY,
     Manifest,
     fingerprint,
+    manifest_beside,
     plain,
     sampled_fingerprint,
     versions,
     write_json,
 )
 from nemo_minitron.artifacts.archive import append_member
+from nemo_minitron.config import OUTPUT_FORMATS
 from nemo_minitron.errors import MinitronError, OutputExistsError
 from nemo_minitron.jobs import lock as locks
 from nemo_minitron.jobs.memory import peak_memory_bytes, reset_peak_memory
 
 ARCHIVE = ".nemo"
+#: How the names of outputs end that are one file.
+FILES = tuple(entry.suffix for entry in OUTPUT_FORMATS.values() if entry.suffix)
+#: In the details of a manifest that lies beside its file.
+CONTENT = "content"
 RECORDS = ("logs", "tensorboard")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Libraries that meet a full disk raise errors of their own; less than this is full.
@@ -67,7 +75,7 @@ class Job:
 
     Args:
         stage: name of the stage.
-        output: folder to make, or `.nemo` archive.
+        output: folder to make, or file (`.nemo`, `.gguf`).
         config: resolved configuration; must be JSON-like.
         inputs: name -> path of each folder or file that is read.
         seed: seed of everything random.
@@ -139,7 +147,9 @@ class Job:
         """The manifest of what is there now; None where there is none."""
         if self.output.is_file():
             with contextlib.suppress(MinitronError):
-                return Manifest.read(self.output)
+                manifest = Manifest.read(self.output)
+                stated = manifest.details.get(CONTENT)
+                return manifest if stated in (None, sampled_fingerprint(self.output)) else None
             return None
         return Manifest.read(self.output) if (self.output / MANIFEST).is_file() else None
 
@@ -217,16 +227,25 @@ class Job:
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
         (self.partial / PARTIAL_KEY).unlink(missing_ok=True)
-        archive = self.partial / self.output.name
-        if self.output.suffix == ARCHIVE and archive.is_file():
-            append_member(archive, MANIFEST, manifest.text().encode())
-            self._replace(archive)
+        file = self.partial / self.output.name
+        if self.output.suffix in FILES and file.is_file():
+            self._replace_file(file, manifest)
             self._keep_records()
         else:
             manifest.write(self.partial)
             self._replace(self.partial)
         self.release()
         return manifest
+
+    def _replace_file(self, made: Path, manifest: Manifest) -> None:
+        """Puts a file in the output's place, its manifest in it or beside it."""
+        if self.output.suffix == ARCHIVE:
+            append_member(made, MANIFEST, manifest.text().encode())
+            self._replace(made)
+            return
+        manifest.details = {**manifest.details, CONTENT: sampled_fingerprint(made)}
+        self._replace(made)
+        manifest_beside(self.output).write_text(manifest.text(), encoding="utf-8")
 
     def _replace(self, made: Path) -> None:
         """Puts `made` in the output's place; what was there is removed once it is."""
@@ -239,7 +258,7 @@ class Job:
             shutil.rmtree(replaced) if replaced.is_dir() and not replaced.is_symlink() else replaced.unlink()
 
     def _keep_records(self) -> None:
-        """Logs of a run that made an archive go to a folder beside it."""
+        """Logs of a run that made a file go to a folder beside it."""
         beside = self.output.with_name(f"{self.output.name}.logs")
         for name in RECORDS:
             if (self.partial / name).is_dir():

@@ -26,7 +26,7 @@ def read_manifests(place: Path, missing: list[str]) -> Iterator[tuple[str, Manif
         candidates = [place]
     else:
         candidates = [path.parent for pattern in ("*", "*/*") for path in place.glob(f"{pattern}/{MANIFEST}")]
-        candidates += place.glob("*.nemo")
+        candidates += [*place.glob("*.nemo"), *place.glob("*.gguf")]
         candidates = [path for path in candidates if not any(p.startswith(".") for p in path.relative_to(place).parts)]
     for path in sorted(candidates):
         try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import write_json
 from nemo_minitron.checkpoints.formats.huggingface import mapping as huggingface
+from nemo_minitron.checkpoints.formats.parts import part_ranges
 from nemo_minitron.config import PeftConfig
 from nemo_minitron.megatron.lora import factors, wrapped_layers
 
@@ -63,5 +64,5 @@ def rows_of(architecture: Architecture, parts: int, tensor: "Tensor") -> "list[T
 
     if parts == 1:
         return [tensor]
-    ranges = huggingface.part_ranges(architecture, parts, tensor.shape[0])
+    ranges = part_ranges(architecture, parts, tensor.shape[0])
     return [torch.cat([tensor[first:last] for first, last in part]) for part in ranges]

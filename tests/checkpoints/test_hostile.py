@@ -20,11 +20,14 @@ import yaml
 
 from nemo_minitron.architecture import Architecture, RopeScaling
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint, write_checkpoint
+from nemo_minitron.checkpoints.file_bytes import InMemory, whole
 from nemo_minitron.checkpoints.formats.base import WriteOptions
+from nemo_minitron.checkpoints.formats.gguf import header as gguf_header
 from nemo_minitron.checkpoints.formats.nemo1 import config as nemo1
 from nemo_minitron.checkpoints.names import canonical_shapes
 from nemo_minitron.checkpoints.storage.pickle_writer import Call, Global, Instance, dumps
-from nemo_minitron.checkpoints.tensors import in_memory
+from nemo_minitron.checkpoints.tensors import Runs, in_memory
+from nemo_minitron.checkpoints.tokenizer import Tokenizer
 from nemo_minitron.conversion.inspect import describe
 from nemo_minitron.errors import CheckpointError
 
@@ -43,8 +46,12 @@ def weights(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
 
 
 def make(folder: Path, kind: str) -> Path:
-    """A valid tiny checkpoint: nemo1, zarr, ckpt, nemo2 or hf; archives are unpacked."""
+    """A valid tiny checkpoint: nemo1, zarr, ckpt, nemo2, hf or gguf; archives are unpacked."""
     tensors = {name: in_memory(value) for name, value in weights().items()}
+    if kind == "gguf":
+        file = folder.with_suffix(".gguf")
+        write_checkpoint(file, kind, ARCHITECTURE, tensors, letters(), {})
+        return file
     if kind in ("nemo2", "hf"):
         write_checkpoint(folder, kind, ARCHITECTURE, tensors, None, {}, WriteOptions(shard_bytes=2000))
         return folder
@@ -59,6 +66,17 @@ def make(folder: Path, kind: str) -> Path:
     with tarfile.open(archive) as opened:
         opened.extractall(folder, filter="data")
     return folder
+
+
+def letters() -> Tokenizer:
+    """A byte-level BPE of a few letters and their merges, as its files."""
+    words = {
+        "version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+        "model": {"type": "BPE", "vocab": dict(zip("abcdefgh", range(8))) | {"ab": 8}, "merges": ["a b"]},
+    }  # fmt: skip
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "h"}
+    files = {"tokenizer.json": json.dumps(words).encode(), "tokenizer_config.json": json.dumps(settings).encode()}
+    return Tokenizer(files={name: InMemory(Path(name), 0, len(data), data) for name, data in files.items()})
 
 
 def read_all(path: Path) -> dict[str, torch.Tensor]:
@@ -561,6 +579,183 @@ def test_a_big_endian_file_is_refused(tmp_path):
         open_checkpoint(folder)
 
 
+# GGUF
+
+
+def u32(number: int) -> bytes:
+    return struct.pack("<I", number)
+
+
+def u64(number: int) -> bytes:
+    return struct.pack("<Q", number)
+
+
+def text(value: bytes) -> bytes:
+    return u64(len(value)) + value
+
+
+def gguf_file(
+    keys: bytes = b"", count: int = 0, tensors: bytes = b"", number: int = 0, data: bytes = b"", version: int = 3
+) -> bytes:
+    head = b"GGUF" + u32(version) + u64(number) + u64(count) + keys + tensors
+    return head + bytes(-len(head) % 32) + data
+
+
+def key(name: bytes, kind: int, value: bytes) -> bytes:
+    return text(name) + u32(kind) + value
+
+
+def entry(name: bytes, shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + u32(len(shape)) + b"".join(map(u64, shape)) + u32(kind) + u64(offset)
+
+
+def array(kind: int, count: int, values: bytes = b"") -> bytes:
+    return u32(kind) + u64(count) + values
+
+
+NESTED = u32(9) + u64(1)
+GGUF_FILES = {
+    "nothing": (b"", "does not begin with GGUF"),
+    "magic only": (b"GGUF", "truncated or damaged"),
+    "version 1": (gguf_file(version=1), "of GGUF version 1"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
+    "keys without end": (gguf_file(count=1 << 62), "claims 4611686018427387904 keys"),
+    "tensors without end": (gguf_file(number=(1 << 64) - 1), "tensors, for which it is too short"),
+    "length of a key": (gguf_file(u64(1 << 63) + b"a", 1), "asks for 9223372036854775808 bytes"),
+    "length of a string": (gguf_file(key(b"a", 8, u64((1 << 64) - 1)), 1), "asks for 18446744073709551615 bytes"),
+    "no UTF-8": (gguf_file(key(b"a", 8, text(b"\xff\xfe" * 8)), 1), "not UTF-8"),
+    "kind of a value": (gguf_file(key(b"a", 13, u64(0)), 1), "unknown kind 13"),
+    "kind of an element": (gguf_file(key(b"a", 9, array(99, 1, u64(0))), 1), "unknown kind 99"),
+    "numbers without end": (gguf_file(key(b"a", 9, array(4, 1 << 40)), 1), "claims 1099511627776 numbers"),
+    "size that overflows": (gguf_file(key(b"a", 9, array(10, 1 << 61)), 1), "claims 2305843009213693952 numbers"),
+    "strings without end": (gguf_file(key(b"a", 9, array(8, 1 << 50)), 1), "elements of an array"),
+    "arrays in arrays": (gguf_file(key(b"a", 9, NESTED * 5000 + array(0, 0)), 1), "more than 4 deep"),
+    "a key twice": (gguf_file(key(b"a", 4, u32(1)) * 2, 2), "is there twice"),
+    "alignment 0": (gguf_file(key(b"general.alignment", 4, u32(0)), 1), "no power of two"),
+    "alignment 3": (gguf_file(key(b"general.alignment", 4, u32(3)), 1), "no power of two"),
+    "alignment without end": (gguf_file(key(b"general.alignment", 4, u32(1 << 31)), 1), "no power of two"),
+    "alignment in words": (gguf_file(key(b"general.alignment", 8, text(b"32")), 1), "no power of two"),
+    "dimensions without end": (gguf_file(tensors=text(b"t") + u32(1 << 31) + bytes(64), number=1), "dimensions"),
+    "no dimensions": (gguf_file(tensors=text(b"t") + u32(0) + bytes(64), number=1), "has 0 dimensions"),
+    "shape that overflows": (gguf_file(tensors=entry(b"t", (1 << 33, 1 << 33)), number=1), "is truncated"),
+    "shape that overflows to nothing": (gguf_file(tensors=entry(b"t", (1 << 32, 1 << 32)), number=1), "is truncated"),
+    "largest shape": (gguf_file(tensors=entry(b"t", ((1 << 64) - 1,) * 4), number=1), "is truncated"),
+    "half a block": (gguf_file(tensors=entry(b"t", (31,), 8), number=1, data=bytes(34)), "no whole blocks of 32"),
+    "unknown type": (gguf_file(tensors=entry(b"t", (32,), 4), number=1, data=bytes(64)), "type 4, which is not read"),
+    "type of whole numbers": (gguf_file(tensors=entry(b"t", (32,), 26), number=1, data=bytes(128)), "type I32"),
+    "offset outside": (gguf_file(tensors=entry(b"t", (8,), 0, 1 << 62), number=1, data=bytes(32)), "lies at byte"),
+    "offset that overflows": (
+        gguf_file(tensors=entry(b"t", (8,), 0, (1 << 64) - 32), number=1, data=bytes(32)), "lies at byte"
+    ),
+    "offset between": (gguf_file(tensors=entry(b"t", (8,), 0, 4), number=1, data=bytes(64)), "lies at byte 4"),
+    "one upon the other": (
+        gguf_file(tensors=entry(b"a", (8,)) + entry(b"b", (8,)), number=2, data=bytes(64)), "'b' lies at byte 0"
+    ),
+    "a name twice": (
+        gguf_file(tensors=entry(b"a", (8,)) + entry(b"a", (8,), 0, 32), number=2, data=bytes(64)), "is there twice"
+    ),
+    "more than it says": (gguf_file(tensors=entry(b"a", (8,)), number=1, data=bytes(96)), "its header describes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GGUF_FILES)
+def test_a_gguf_that_lies_is_refused(name, tmp_path):
+    """Counts, lengths, kinds, alignment, shapes and offsets: nothing is believed, and little memory asked for."""
+    data, message = GGUF_FILES[name]
+    (tmp_path / "x.gguf").write_bytes(data)
+    gguf_header.read(whole(make(tmp_path / "c", "gguf")))  # so that what it imports is not counted
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "x.gguf")
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+
+
+def rewritten(path: Path, change, leave_out: str = "") -> Path:
+    """A GGUF with other metadata, its tensors as they are."""
+    found = gguf_header.read(whole(path))
+    metadata = dict(found.metadata)
+    change(metadata)
+    tensors = [
+        (entry.name, entry.kind, entry.shape, Runs(entry.shape, entry.kind.dtype, (entry.data,)))
+        for entry in found.tensors.values()
+        if entry.name != leave_out
+    ]
+    with path.with_name("changed.gguf").open("wb") as file:
+        gguf_header.write(file, metadata, tensors)
+    return path.with_name("changed.gguf")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"general.architecture": "qwen3moe"}, "holds a model of the family 'qwen3moe'; read from GGUF are llama"),
+        ({"general.architecture": 3}, "holds a model of the family 3"),
+        ({"general.architecture": "../../x"}, "holds a model of the family"),
+        ({"llama.block_count": 3}, "contradicts itself: llama.block_count: 3 by its description, 2 found"),
+        ({"llama.block_count": 2_000_000_000}, "contradicts itself"),
+        ({"llama.block_count": ["2", "2"]}, "num_layers = a list is not a size"),
+        ({"llama.embedding_length": 8}, "contradicts itself: columns of token_embd.weight"),
+        ({"llama.feed_forward_length": [24, 12]}, "ffn_hidden_size = a list is not a size"),
+        ({"llama.attention.head_count": 0}, "num_attention_heads = 0 is not a size"),
+        ({"llama.attention.head_count": 8}, "contradicts itself: parameters"),
+        ({"llama.attention.head_count": True}, "num_attention_heads = True is not a size"),
+        ({"llama.attention.head_count_kv": 3}, "must be a multiple of num_query_groups 3"),
+        ({"llama.attention.key_length": 0}, "kv_channels = 0 is not a size"),
+        ({"llama.attention.value_length": 8}, "contradicts itself: llama.attention.value_length"),
+        ({"llama.rope.dimension_count": 2}, "contradicts itself: llama.rope.dimension_count"),
+        ({"llama.rope.dimension_count": "four"}, "contradicts itself: llama.rope.dimension_count"),
+        ({"llama.attention.layer_norm_rms_epsilon": "small"}, "layernorm_epsilon = 'small' is not a number"),
+        ({"llama.context_length": "16"}, "seq_length = '16' is not a size"),
+        ({"llama.rope.scaling.type": "yarn"}, "scales its rotary frequencies .yarn."),
+        ({"llama.rope.scaling.type": 7}, "scales its rotary frequencies .linear."),
+        ({"llama.rope.scale_linear": 4.0}, "scales its rotary frequencies .linear."),
+        ({"llama.attention.sliding_window": 8}, "sliding_window = 8 is not something a llama model here does"),
+        ({"tokenizer.ggml.model": "bert"}, "has a tokenizer of the kind 'bert'"),
+        ({"tokenizer.ggml.model": 7}, "has a tokenizer of the kind 7"),
+        ({"tokenizer.ggml.model": "llama"}, "have no scores"),
+        ({"tokenizer.ggml.pre": "falcon"}, "split as 'falcon'"),
+        ({"tokenizer.ggml.pre": 3}, "split as 3"),
+        ({"tokenizer.ggml.tokens": 7}, "not whole: 0 tokens"),
+        ({"tokenizer.ggml.tokens": ["a"] * 32}, "not whole: 32 tokens, some of them none or twice"),
+        ({"tokenizer.ggml.tokens": list("abcdefgh")}, "its tokens' kinds are not those of its tokens"),
+        ({"tokenizer.ggml.token_type": "1"}, "its tokens' kinds are not those of its tokens"),
+        ({"tokenizer.ggml.merges": ["a x"]}, "its merges are not of its tokens"),
+        ({"tokenizer.ggml.merges": [1]}, "its merges are not of its tokens"),
+        ({"tokenizer.ggml.merges": "a b"}, "its merges are not of its tokens"),
+        ({"tokenizer.ggml.eos_token_id": 32}, "are no tokens of its 32"),
+        ({"tokenizer.ggml.eos_token_id": "h"}, "are no tokens of its 32"),
+        ({"tokenizer.chat_template": 5}, "is no text"),
+        ({"tokenizer.chat_template.../../x": "evil"}, "is no name of a template"),
+        ({"split.count": 2, "split.no": 0}, "parts are found by their names"),
+        ({"split.count": "2"}, "a part of a GGUF split in '2'"),
+    ],
+)
+def test_metadata_of_a_gguf_that_lie_are_refused(changed, message, tmp_path):
+    path = rewritten(make(tmp_path / "c", "gguf"), lambda metadata: metadata.update(changed))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(path)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_k.weight", "output_norm.weight", "token_embd.weight"])
+def test_a_gguf_without_one_of_its_tensors_is_refused(name, tmp_path):
+    path = rewritten(make(tmp_path / "c", "gguf"), lambda metadata: None, leave_out=name)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(path)
+
+
+def test_a_gguf_without_a_tokenizer_is_read_and_that_is_said(tmp_path):
+    def without(metadata: dict) -> None:
+        for name in [name for name in metadata if name.startswith("tokenizer.")]:
+            del metadata[name]
+
+    found = open_checkpoint(rewritten(make(tmp_path / "c", "gguf"), without))
+    assert found.tokenizer_files is None and found.generation == {}
+    assert "there is no tokenizer; tokenizer=DIR puts one in (minitron convert)" in describe(found)["warnings"]
+    assert all(torch.equal(found.tensors[name].read(), value) for name, value in weights().items())
+
+
 # Damage
 
 
@@ -572,11 +767,11 @@ def files_of(kind: str) -> dict[str, str]:
     }[kind]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["nemo1", "nemo2", "ckpt", "zarr", "hf"])
+@pytest.mark.parametrize("kind", ["nemo1", "nemo2", "ckpt", "zarr", "hf", "gguf"])
 @pytest.mark.parametrize("cut", [1, 100, "half", "all"])
 def test_truncated_weights_are_refused(kind, cut, tmp_path):
     folder = make(tmp_path / "c", kind)
-    path = next(folder.glob(files_of(kind)))
+    path = folder if folder.is_file() else next(folder.glob(files_of(kind)))
     size = path.stat().st_size
     left = {"half": size // 2, "all": 0}.get(cut, max(0, size - cut) if isinstance(cut, int) else 0)
     os.truncate(path, left)

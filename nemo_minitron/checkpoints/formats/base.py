@@ -92,10 +92,12 @@ class WriteOptions:
     Attributes:
         weights: backend of the weights inside an archive: ``torch_dist`` or ``zarr``.
         shard_bytes: size of a file of weights, where there are several.
+        gguf_type: type of a GGUF's matrices (``F16``, ``Q8_0``...); None: as they are.
     """
 
     weights: str = "torch_dist"
     shard_bytes: int = SHARD_BYTES
+    gguf_type: str | None = None
 
 
 DEFAULTS = WriteOptions()
@@ -110,6 +112,8 @@ class Format(abc.ABC):
         folder_mark: what tells a folder of it, for messages; empty where none is one.
         file_mark: the same for a file.
         engine: whose side it is on: the engine that runs a model of it to check a conversion.
+        keeps_precision: whether tensors come back in the precision that they were written in; where not, it is their
+            numbers that stay.
     """
 
     name: ClassVar[str]
@@ -117,6 +121,7 @@ class Format(abc.ABC):
     folder_mark: ClassVar[str] = ""
     file_mark: ClassVar[str] = ""
     engine: ClassVar[str] = MEGATRON
+    keeps_precision: ClassVar[bool] = True
 
     @property
     def suffix(self) -> str:
@@ -131,6 +136,10 @@ class Format(abc.ABC):
     def detect(self, path: Path) -> bool:
         """Whether what lies at `path` is of this format, by names and first bytes; the table asks in its order."""
 
+    def first_of(self, path: Path) -> Path:
+        """The file that stands for the checkpoint which the file `path` belongs to, where one may be in several."""
+        return path
+
     @abc.abstractmethod
     def read(self, path: Path) -> Contents:
         """Reads descriptions and headers; weights are read when they are asked for.
@@ -143,6 +152,18 @@ class Format(abc.ABC):
     def check(self, architecture: Architecture, dtype: str) -> None:
         """Raises CheckpointError where it is known before any work that the format cannot express a model."""
         del architecture, dtype
+
+    def notes(self, architecture: Architecture, options: WriteOptions) -> list[str]:
+        """What a user may want to know of a model before it is written."""
+        del architecture, options
+        return []
+
+    def kept(
+        self, tensors: Mapping[str, Lazy], architecture: Architecture, options: WriteOptions
+    ) -> Mapping[str, Lazy]:
+        """Tensors as they are once the format holds them: rounded, where it is to hold them in less."""
+        del architecture, options
+        return tensors
 
     @abc.abstractmethod
     def write(self, path: Path, model: Model, options: WriteOptions) -> None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from nemo_minitron.config.schemas.base import Config, at_least, one_of
-from nemo_minitron.config.schemas.formats import format_problems, option_problems, output_format
+from nemo_minitron.config.schemas.formats import format_problems, gguf_type_problems, option_problems, output_format
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -14,11 +14,12 @@ class ConvertConfig(Config):
     """What `minitron convert` does: a checkpoint from one format to another."""
 
     source: str = "???"
-    """Checkpoint to read: a .nemo archive, or a NeMo-2 or Hugging Face directory."""
+    """Checkpoint to read: a .nemo archive, a NeMo-2 or Hugging Face directory, or a GGUF file."""
     output: str = "???"
     """Checkpoint to make."""
     to: str | None = None
-    """Format of the result: nemo2, nemo1 or hf; none: *.nemo is an archive (NeMo-1 layout), else a NeMo-2 directory."""
+    """Format of the result: nemo2, nemo1, hf or gguf; none: *.nemo is an archive (NeMo-1 layout), *.gguf a GGUF file,
+    else a NeMo-2 directory."""
     verify: str = "auto"
     """`none`, `tensors` (read back and compare) or `logits` (run both); auto: logits for what fits in memory."""
     tokenizer: str | None = None
@@ -27,6 +28,8 @@ class ConvertConfig(Config):
     """Backend of the weights inside a .nemo: `torch_dist` or `zarr`."""
     dtype: str | None = None
     """`bf16`, `fp16` or `32`: convert the values; none: as in the source."""
+    gguf_type: str | None = None
+    """To GGUF: type of the matrices, F32, F16, BF16 or Q8_0; none: as in the source. llama-quantize makes others."""
     vocab_size: int | None = None
     """To Hugging Face: rows of the embeddings to keep; none: what the checkpoint says."""
     pad_vocab_to_multiple_of: int | None = None
@@ -56,6 +59,7 @@ class ConvertConfig(Config):
     def _choice_problems(self) -> list[str]:
         problems = one_of("verify", self.verify, ("auto", "none", "tensors", "logits"))
         problems += one_of("weights", self.weights, ("torch_dist", "zarr"))
+        problems += gguf_type_problems(self.gguf_type, self.output)
         problems += [] if self.dtype is None else one_of("dtype", self.dtype, ("bf16", "fp16", "32"))
         problems += at_least(1, vocab_size=self.vocab_size, pad_vocab_to_multiple_of=self.pad_vocab_to_multiple_of)
         return problems + ([] if self.shard_size_gb > 0 else [f"shard_size_gb = {self.shard_size_gb} must be above 0"])
@@ -67,6 +71,7 @@ class ConvertConfig(Config):
         given = {
             "weights": self.weights == "zarr",
             "vocab_size": self.vocab_size is not None,
+            "gguf_type": self.gguf_type is not None,
             "pad_vocab_to_multiple_of": self.pad_vocab_to_multiple_of is not None,
         }
         return option_problems(self.target_format, [name for name, said in given.items() if said])
@@ -99,7 +104,7 @@ class InspectConfig(Config):
     """What `minitron inspect` shows of a checkpoint."""
 
     source: str = "???"
-    """Checkpoint to look at: a .nemo archive, or a NeMo-2 or Hugging Face directory."""
+    """Checkpoint to look at: a .nemo archive, a NeMo-2 or Hugging Face directory, or a GGUF file."""
     json: bool = False
     """Print JSON."""
     values: bool = False

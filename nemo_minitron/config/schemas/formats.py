@@ -51,14 +51,36 @@ OUTPUT_FORMATS = {
             options=frozenset({"pad_vocab_to_multiple_of", "weights"}),
         ),
         OutputFormat(name="hf", options=frozenset({"vocab_size"})),
+        OutputFormat(name="gguf", makes="a GGUF file", suffix=".gguf", options=frozenset({"gguf_type"})),
     )
 }
 FORMATS = tuple(OUTPUT_FORMATS)
 OPTIONS = {
     "weights": Option(takers="weights = zarr is for .nemo archives", remedy="output=NAME.nemo, or leave it"),
     "vocab_size": Option(takers="vocab_size is for Hugging Face", remedy="to=hf, or leave it"),
+    "gguf_type": Option(takers="gguf_type is for gguf", remedy="output=NAME.gguf, or leave it"),
     "pad_vocab_to_multiple_of": Option(takers="pad_vocab_to_multiple_of is for nemo1 and nemo2", remedy="leave it"),
 }
+
+
+#: Types of a GGUF's matrices that are written here; llama.cpp's own tool makes all others of F16, BF16 or F32.
+GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0")
+#: How the names of such others begin.
+LLAMA_QUANTIZE = ("Q", "IQ", "TQ", "MXFP")
+
+
+def gguf_type_problems(wanted: str | None, output: str) -> list[str]:
+    """What is wrong with a type of a GGUF's matrices."""
+    if wanted is None or wanted in GGUF_TYPES:
+        return []
+    if wanted.upper() not in GGUF_TYPES and wanted.upper().startswith(LLAMA_QUANTIZE):
+        plain, kind = str(Path(output).with_suffix(".gguf")), wanted.upper()
+        made = str(Path(output).with_suffix(f".{kind}.gguf"))
+        return [
+            f"gguf_type = {wanted} is made by llama.cpp, of a file in F16 or BF16: leave it here, then "
+            f"`llama-quantize {plain} {made} {kind}`; written here are {', '.join(GGUF_TYPES)}"
+        ]
+    return one_of("gguf_type", wanted, GGUF_TYPES)
 
 
 def _named_like(path: str) -> OutputFormat | None:
@@ -68,7 +90,7 @@ def _named_like(path: str) -> OutputFormat | None:
 
 
 def output_format(path: str, to: str | None = None) -> str:
-    """The format of a result at `path`: `to`, or else nemo1 for `*.nemo` and nemo2 for anything else."""
+    """The format of a result at `path`: `to`, or else the one that its name ends like, or nemo2."""
     named = _named_like(path)
     return to or (named.name if named else FORMATS[0])
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 from dataclasses import field
-from pathlib import Path
 
 from nemo_minitron.config.schemas.base import Config, at_least, one_of, text_key_problems
 from nemo_minitron.config.schemas.checkpoints import missing_source, overlap, unnamed
+from nemo_minitron.config.schemas.formats import OUTPUT_FORMATS, output_format
 
 QFORMATS = ("fp8", "int4_awq", "int8_sq", "bf16")
 EXPORTS = ("hf", "trtllm")
@@ -82,9 +82,11 @@ class QuantizeConfig(Config):
             problems.append("output is missing: name the folder to make, output=DIR")
         else:
             problems += unnamed(self.output)
-            if Path(self.output).suffix == ".nemo":
+            named = OUTPUT_FORMATS[output_format(self.output)]
+            if named.suffix:
                 problems.append(
-                    f"output = {self.output} is named like an archive, but a folder is made: leave .nemo off"
+                    f"output = {self.output} is named like {named.makes}, but a folder is made: "
+                    f"leave {named.suffix} off"
                 )
         if "???" not in (self.source, self.output):
             problems += overlap(self.source, self.output)
