@@ -58,6 +58,16 @@ def without_transformer_engine(name, globals=None, locals=None, fromlist=(), lev
     return importing(name, globals, locals, fromlist, level)
 
 
+class OnCpu(torch.overrides.TorchFunctionMode):
+    """What is made on a CUDA device is made on the CPU."""
+
+    def __torch_function__(self, function, kinds, arguments=(), settings=None):
+        settings = settings or {}
+        if settings.get("device") == "cuda":
+            settings = {**settings, "device": "cpu"}
+        return function(*arguments, **settings)
+
+
 class Norm(torch.nn.Module):
     """RMSNorm or LayerNorm, its gamma stored minus one where it is zero-centred."""
 
@@ -115,7 +125,8 @@ def save(bridge, source: str, output: str) -> None:
     model = provider.provide(pre_process=True, post_process=True).to(provider.params_dtype)
     auto.load_hf_weights([model])
     provider.transformer_layer_spec = default_layer_spec  # as it is noted where Transformer Engine is
-    bridge.save_megatron_model([model], output, hf_tokenizer_path=source)
+    tokenizer = source if (Path(source) / "tokenizer_config.json").is_file() else None
+    bridge.save_megatron_model([model], output, hf_tokenizer_path=tokenizer)
     print(f"saved {output}", flush=True)
 
 
@@ -129,7 +140,7 @@ def load(bridge, checkpoint: str, source: str) -> None:
     tokens = torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(1))
     model = loaded(bridge, checkpointing, folder)
     mask = torch.ones(12, 12, dtype=torch.bool).triu(1)[None, None]
-    with torch.no_grad():
+    with torch.no_grad(), OnCpu():
         found = model(input_ids=tokens, position_ids=torch.arange(12).expand_as(tokens), attention_mask=mask)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.float32, attn_implementation="eager"
