@@ -266,6 +266,16 @@ def padded_vocab_size(vocab_size: int, divisible_by: int = 128, tensor_parallel:
     return math.ceil(vocab_size / multiple) * multiple
 
 
+#: Megatron's multiples of a vocabulary, the usual one first, then those of tensor parallel ranks, then smaller ones.
+MULTIPLES = (*(128 << shift for shift in range(8)), *(64 >> shift for shift in range(7)))
+
+
+def vocab_multiple(architecture: Architecture) -> int:
+    """The m with ceil(tokens / m) * m rows, which Megatron pads a vocabulary by that is stated without its padding."""
+    rows, tokens = architecture.vocab_size, architecture.vocab_size - architecture.vocab_padding
+    return next((m for m in MULTIPLES if -(-tokens // m) * m == rows), rows)
+
+
 def parse_layers(layers: Any) -> list[int]:
     """Layer numbers (1-based) from a list of numbers and ranges: ``[1, "16-31"]`` or ``"16-31"``.
 

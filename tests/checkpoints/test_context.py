@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_minitron.architecture import Architecture, RopeScaling
+from nemo_minitron.architecture import Architecture, RopeScaling, vocab_multiple
 from nemo_minitron.checkpoints.formats.nemo2.classes import CLASSES
-from nemo_minitron.checkpoints.formats.nemo2.context_writer import TokenizerRef, vocab_multiple, write_context
+from nemo_minitron.checkpoints.formats.nemo2.context_writer import TokenizerRef, write_context
 from nemo_minitron.checkpoints.formats.nemo2.engine import nemo_config
 from nemo_minitron.errors import CheckpointError
 from sizes import NEMOTRON, SMALL

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from nemo_minitron.checkpoints.formats.base import Format
+from nemo_minitron.checkpoints.formats.bridge.directory import Bridge
 from nemo_minitron.checkpoints.formats.gguf.file import Gguf
 from nemo_minitron.checkpoints.formats.huggingface.directory import HuggingFace
 from nemo_minitron.checkpoints.formats.nemo1.archive import Nemo1
@@ -10,7 +11,7 @@ from nemo_minitron.checkpoints.formats.nemo2.directory import Nemo2
 
 #: By name, in the order in which a path is asked for. NeMo 1 takes any file: one that is told by its first bytes
 #: stands before it.
-FORMATS: dict[str, Format] = {entry.name: entry for entry in (Nemo2(), Gguf(), Nemo1(), HuggingFace())}
+FORMATS: dict[str, Format] = {entry.name: entry for entry in (Nemo2(), Gguf(), Nemo1(), Bridge(), HuggingFace())}
 
 
 def detected(path: Path) -> Format | None:

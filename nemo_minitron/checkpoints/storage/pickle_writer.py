@@ -55,6 +55,8 @@ def _write(out: bytearray, value: Any) -> None:
         out += {None: b"N", True: b"\x88", False: b"\x89"}[value]
     elif isinstance(value, int):
         _write_int(out, value)
+    elif isinstance(value, float):
+        out += b"G" + struct.pack(">d", value)
     elif isinstance(value, str):
         text = value.encode()
         out += b"X" + struct.pack("<I", len(text)) + text

@@ -6,7 +6,8 @@ each a file of torch.save; `common.pt` and `metadata.json`.
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from nemo_minitron.checkpoints.chunked import Chunk, Chunked
@@ -21,7 +22,9 @@ from nemo_minitron.checkpoints.storage.torch_zip import StoredTensor, read_torch
 from nemo_minitron.checkpoints.tensors import BLOCK, Lazy
 from nemo_minitron.errors import CheckpointError
 
-METADATA, PIECES = ".metadata", "__0_0.distcp"
+METADATA, PIECES, COMMON = ".metadata", "__0_0.distcp", "common.pt"
+#: What Megatron core from 0.19 on has in place of common.pt: an object among the pieces.
+COMMON_OBJECT = "common_state/shard_0_1"
 BACKEND = {
     "sharded_backend": "torch_dist", "sharded_backend_version": 1,
     "common_backend": "torch", "common_backend_version": 1,
@@ -75,6 +78,26 @@ def tensors(files: Files) -> dict[str, Chunked]:
         raise CheckpointError(
             f"{files.where}/{METADATA} is not a distributed checkpoint's metadata ({type(error).__name__}: {error})"
         ) from None
+
+
+def common_state(files: Files) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors that lie in pieces (arguments, iteration...), as inert values; what is
+    not there is empty.
+
+    Raises:
+        CheckpointError: it is damaged, or names what has no place in it.
+    """
+    if COMMON in files:
+        return _mapping(read_torch_file(files[COMMON], f"{files.where}/{COMMON}"))
+    place = _places(read_metadata(files), files).get((COMMON_OBJECT, None))
+    if place is None:
+        return {}
+    stored = read_torch_file(place, f"{files.where}: {COMMON_OBJECT}")
+    return _mapping(stored[0] if isinstance(stored, list) and stored else None)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _places(metadata: Any, files: Files) -> dict[tuple[str, tuple[int, ...] | None], Bytes]:
@@ -134,7 +157,11 @@ def _locator(place: Bytes, shape: tuple[int, ...], dtype: str, source: str) -> C
 
 
 def write(
-    create: Callable[[str], Any], prefix: str, weights: Iterable[tuple[str, int, int, Lazy]], num_layers: int
+    create: Callable[[str], Any],
+    prefix: str,
+    weights: Iterable[tuple[str, int, int, Lazy]],
+    num_layers: int,
+    common: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Writes a checkpoint that Megatron loads with Transformer Engine, whose extra states are None, and without.
 
@@ -142,6 +169,7 @@ def write(
         create: `create(name)` is a context manager that gives a seekable binary file.
         prefix: before every key, ``module.`` or ``model.``.
         weights: (key without prefix, layer or -1, layers of the stack, tensor), the layers of a key in order.
+        common: plain values that are kept beside them.
     """
     catalogue, buffer, keys = _Catalogue(), memoryview(bytearray(BLOCK)), set()
     with create(PIECES) as file:
@@ -157,8 +185,8 @@ def write(
             catalogue.add_object(f"{prefix}{key}", (position, file.tell() - position))
     with create(METADATA) as file:
         file.write(pickle_writer.dumps(catalogue.metadata()))
-    with create("common.pt") as file:
-        torch_writer.write_object(file, {})
+    with create(COMMON) as file:
+        torch_writer.write_object(file, dict(common))
     with create("metadata.json") as file:
         file.write(json.dumps(BACKEND).encode())
 

@@ -6,7 +6,7 @@ The checksum of a block is worked out on another core while the block is written
 import math
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from nemo_minitron.checkpoints.chunked import checksums
@@ -89,11 +89,11 @@ class _Zip:
         self.file.write(END.pack(b"PK\x05\x06", 0, 0, count, count, size, min(offset, LARGE), 0))
 
 
-def describe_tensor(shape: tuple[int, ...], dtype: str) -> Call:
-    """A contiguous tensor over storage 0, as torch.save describes it."""
+def describe_tensor(shape: tuple[int, ...], dtype: str, key: int = 0) -> Call:
+    """A contiguous tensor over the storage `key`, as torch.save describes it."""
     if dtype not in STORAGE_NAMES:
         raise CheckpointError(f"weights of {dtype} cannot be written; known are {', '.join(STORAGE_NAMES)}")
-    storage = ("storage", Global("torch", STORAGE_NAMES[dtype]), "0", "cpu", math.prod(shape))
+    storage = ("storage", Global("torch", STORAGE_NAMES[dtype]), str(key), "cpu", math.prod(shape))
     stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     hooks = Call(Global("collections", "OrderedDict"), ())
     arguments = (Persistent(storage), 0, tuple(shape), stride, False, hooks)
@@ -106,21 +106,32 @@ def write_tensor(file: BinaryIO, shape: tuple[int, ...], dtype: str, blocks: Ite
     Args:
         file: seekable.
     """
-    return _write(file, describe_tensor(shape, dtype), math.prod(shape) * ITEM_SIZES[dtype], blocks)
+    nbytes = math.prod(shape) * ITEM_SIZES[dtype]
+    return _write(file, describe_tensor(shape, dtype), [(nbytes, blocks)])[0]
+
+
+def write_numbers(file: BinaryIO, numbers: Mapping[str, tuple[str, bytes]]) -> None:
+    """Writes a dict of tensors without axes, as torch.save does.
+
+    Args:
+        numbers: name -> dtype, and the number's bytes, little-endian.
+    """
+    tensors = {name: describe_tensor((), dtype, key) for key, (name, (dtype, _)) in enumerate(numbers.items())}
+    _write(file, tensors, [(len(data), [data]) for _, data in numbers.values()])
 
 
 def write_object(file: BinaryIO, value: Any) -> None:
     """Writes a plain value without tensors, as torch.save does."""
-    _write(file, value, None, ())
+    _write(file, value, [])
 
 
-def _write(file: BinaryIO, value: Any, nbytes: int | None, blocks: Iterable[memoryview]) -> int:
-    archive, checksum = _Zip(file), 0
+def _write(file: BinaryIO, value: Any, storages: Sequence[tuple[int, Iterable[memoryview | bytes]]]) -> list[int]:
+    """Writes a value and the storages, of so many bytes, that its tensors lie in; returns their CRC-32."""
+    archive = _Zip(file)
     description = dumps(value)
     archive.add("data.pkl", len(description), [description])
     archive.add("byteorder", 6, [b"little"])
-    if nbytes is not None:
-        checksum = archive.add("data/0", nbytes, blocks, align=True)
+    found = [archive.add(f"data/{key}", size, blocks, align=True) for key, (size, blocks) in enumerate(storages)]
     archive.add("version", 2, [b"3\n"])
     archive.close()
-    return checksum
+    return found

@@ -25,7 +25,10 @@ STORAGES = {
 }  # fmt: skip
 UNTYPED = "UntypedStorage"
 #: Classes that are met in checkpoints beside tensors (extra states, arguments): kept as inert objects.
-BESIDE_TENSORS = ("io", "_io", "argparse", "megatron.", "transformer_engine.", "modelopt.", "omegaconf.", "nemo.")
+BESIDE_TENSORS = (
+    "io", "_io", "argparse", "signal", "pathlib", "pathlib.", "megatron.", "transformer_engine.", "modelopt.",
+    "omegaconf.", "nemo.",
+)  # fmt: skip
 PICKLE_LIMIT = 512 << 20
 LOCAL_HEADER = 30
 
@@ -111,6 +114,8 @@ def read_torch_file(data: Bytes, source: str) -> Any:
         ("torch.serialization", "_get_layout"): lambda name: name,
         ("torch", "device"): lambda *_: None,
         ("_codecs", "encode"): lambda *_: b"",  # bytes in pickles of protocol 2
+        ("builtins", "set"): lambda values=(): list(values),
+        ("__builtin__", "set"): lambda values=(): list(values),
         **{("torch", name): name for name in STORAGES},
         ("torch.storage", UNTYPED): UNTYPED,
     }

@@ -50,6 +50,7 @@ OUTPUT_FORMATS = {
             suffix=".nemo",
             options=frozenset({"pad_vocab_to_multiple_of", "weights"}),
         ),
+        OutputFormat(name="bridge", options=frozenset({"pad_vocab_to_multiple_of"})),
         OutputFormat(name="hf", options=frozenset({"vocab_size"})),
         OutputFormat(name="gguf", makes="a GGUF file", suffix=".gguf", options=frozenset({"gguf_type"})),
     )
@@ -59,7 +60,9 @@ OPTIONS = {
     "weights": Option(takers="weights = zarr is for .nemo archives", remedy="output=NAME.nemo, or leave it"),
     "vocab_size": Option(takers="vocab_size is for Hugging Face", remedy="to=hf, or leave it"),
     "gguf_type": Option(takers="gguf_type is for gguf", remedy="output=NAME.gguf, or leave it"),
-    "pad_vocab_to_multiple_of": Option(takers="pad_vocab_to_multiple_of is for nemo1 and nemo2", remedy="leave it"),
+    "pad_vocab_to_multiple_of": Option(
+        takers="pad_vocab_to_multiple_of is for nemo1, nemo2 and bridge", remedy="leave it"
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from nemo_minitron.architecture import Architecture
+from nemo_minitron.architecture import Architecture, vocab_multiple
 from nemo_minitron.checkpoints.formats.nemo2.classes import CLASSES, MODEL_YAML, PADDING, ROPE_SCALING, SAME_NAME
 from nemo_minitron.checkpoints.tokenizer import HUGGINGFACE, SENTENCEPIECE
 from nemo_minitron.errors import CheckpointError
@@ -24,8 +24,6 @@ IO_JSON = "io.json"
 #: Version of fiddle's JSON.
 VERSION = "0.0.1"
 DTYPES = ("bfloat16", "float16", "float32")
-#: Megatron's multiples of a vocabulary, the usual one first, then those of tensor parallel ranks, then smaller ones.
-MULTIPLES = (*(128 << shift for shift in range(8)), *(64 >> shift for shift in range(7)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +141,6 @@ def _window(architecture: Architecture) -> dict[str, Any]:
     if architecture.sliding_window is not None:
         return {"window_size": [architecture.sliding_window, 0], "cp_comm_type": "a2a"}
     return {"window_size": None, "cp_comm_type": None} if architecture.family == "mistral" else {}
-
-
-def vocab_multiple(architecture: Architecture) -> int:
-    """The m with ceil(tokens / m) * m rows: NeMo 2.0, whose configs have no vocab_size, pads the tokenizer's by it."""
-    rows, tokens = architecture.vocab_size, architecture.vocab_size - architecture.vocab_padding
-    return next((m for m in MULTIPLES if -(-tokens // m) * m == rows), rows)
 
 
 def _tokenizer(folder: Path, tokenizer: TokenizerRef) -> Call:
