@@ -31,6 +31,8 @@ WAYS = {
     "nemo1 -> hf": ("archive.nemo", "hf-from-nemo1", {"to": "hf"}),
     "nemo2 -> nemo1 (zarr)": ("nemo2", "zarr.nemo", {"weights": "zarr"}),
     "nemo1 (zarr) -> nemo2": ("zarr.nemo", "from-zarr", {"to": "nemo2"}),
+    "nemo2 -> bridge": ("nemo2", "bridge", {"to": "bridge"}),
+    "bridge -> nemo2": ("bridge", "from-bridge", {"to": "nemo2"}),
     "hf -> nemo2, verify=tensors": ("hf", "verified", {"to": "nemo2", "verify": "tensors"}),
 }
 QUICK = ("hf -> nemo2", "nemo2 -> nemo1", "nemo1 -> hf")

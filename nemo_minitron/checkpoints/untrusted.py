@@ -57,7 +57,7 @@ def architecture(family: str, fields: dict[str, Any], source: str | Path) -> Arc
             continue
         try:
             fields = fields | {name: float(fields[name])}
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             problems.append(f"{name} = {shown(fields[name])} is not a number")
     if not problems:
         if fields.get("kv_channels") is None and fields["hidden_size"] < fields["num_attention_heads"]:

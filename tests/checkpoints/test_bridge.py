@@ -1,7 +1,7 @@
 """Megatron-Bridge checkpoints: what Bridge itself wrote is read, and what is written is what Bridge reads.
 
-`megatron_bridge/` holds what Bridge 0.6.2 saved, with megatron-core 0.19.2, by its `with_bridge.py`. The numbers in there
-are made here again.
+`megatron_bridge/` holds what Bridge 0.6.2 saved, with megatron-core 0.19.2, by its `with_bridge.py`. The numbers in
+there are made here again.
 """
 
 import argparse

@@ -30,9 +30,9 @@ JUNK = (None, True, False, -1, 0, 1, 7, 2**31 - 1, 2**31, 2**63, -(2**70), 0.0, 
         "", "x", "0", "\ud800", "a" * 300, [], [None], [[]], [0, 1], {}, {"": None}, {"content": 3})  # fmt: skip
 SECONDS = 20
 MEMORY = 512 << 20
-KINDS = ("nemo1", "zarr", "ckpt", "nemo2", "hf", "archive", "gzip", "gguf")
+KINDS = ("nemo1", "zarr", "ckpt", "nemo2", "bridge", "megatron-lm", "hf", "archive", "gzip", "gguf")
 #: Where every byte of a tensor is under a checksum, or the file is too short: values are right or refused.
-CHECKED = ("nemo1", "ckpt", "nemo2", "gzip")
+CHECKED = ("nemo1", "ckpt", "nemo2", "bridge", "megatron-lm", "gzip")
 #: Fields of an architecture that a damaged number or word changes into another model of the same tensors.
 SHAPES = ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size", "gated_linear_unit", "normalization")
 

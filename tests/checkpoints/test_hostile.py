@@ -1,5 +1,6 @@
 """Untrusted checkpoints are data: nothing that a file says is run, nothing outside is read, sizes are not believed."""
 
+import argparse
 import builtins
 import dataclasses
 import io
@@ -46,15 +47,17 @@ def weights(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
 
 
 def make(folder: Path, kind: str) -> Path:
-    """A valid tiny checkpoint: nemo1, zarr, ckpt, nemo2, hf or gguf; archives are unpacked."""
+    """A valid tiny checkpoint: nemo1, zarr, ckpt, nemo2, bridge, megatron-lm, hf or gguf; archives are unpacked."""
     tensors = {name: in_memory(value) for name, value in weights().items()}
     if kind == "gguf":
         file = folder.with_suffix(".gguf")
         write_checkpoint(file, kind, ARCHITECTURE, tensors, letters(), {})
         return file
-    if kind in ("nemo2", "hf"):
+    if kind in ("nemo2", "bridge", "hf"):
         write_checkpoint(folder, kind, ARCHITECTURE, tensors, None, {}, WriteOptions(shard_bytes=2000))
         return folder
+    if kind == "megatron-lm":
+        return as_megatron_lm(make(folder, "bridge"), in_zip_of(ARGUMENTS))
     folder.mkdir()
     if kind == "ckpt":
         (folder / "model_config.yaml").write_text(nemo1.write_yaml(ARCHITECTURE, "bfloat16", None, "torch_dist"))
@@ -77,6 +80,32 @@ def letters() -> Tokenizer:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "h"}
     files = {"tokenizer.json": json.dumps(words).encode(), "tokenizer_config.json": json.dumps(settings).encode()}
     return Tokenizer(files={name: InMemory(Path(name), 0, len(data), data) for name, data in files.items()})
+
+
+def as_megatron_lm(folder: Path, common: bytes) -> Path:
+    """A checkpoint of Bridge's with this common state in place of its description."""
+    iteration = folder / "iter_0000000"
+    (iteration / "run_config.yaml").unlink()
+    (iteration / "common.pt").write_bytes(common)
+    return folder
+
+
+#: What Megatron-LM keeps of the arguments of ARCHITECTURE.
+ARGUMENTS = argparse.Namespace(
+    **{name: getattr(ARCHITECTURE, name) for name in (
+        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+        "seq_length", "normalization", "layernorm_epsilon", "add_bias_linear", "rotary_base", "rotary_percent",
+        "init_method_std",
+    )},
+    group_query_attention=True, swiglu=True, untie_embeddings_and_output_weights=True, position_embedding_type="rope",
+    params_dtype=torch.bfloat16,
+)  # fmt: skip
+
+
+def in_zip_of(arguments: argparse.Namespace) -> bytes:
+    file = io.BytesIO()
+    torch.save({"args": arguments, "iteration": 0}, file)
+    return file.getvalue()
 
 
 def read_all(path: Path) -> dict[str, torch.Tensor]:
@@ -124,7 +153,7 @@ def pickles(bait: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", pickles(Path("x")))
-@pytest.mark.parametrize("place", ["metadata", "ckpt", "piece"])
+@pytest.mark.parametrize("place", ["metadata", "ckpt", "piece", "arguments", "state of training"])
 def test_a_pickle_that_calls_something_is_not_run(name, place, bait, tmp_path):
     content = pickles(bait)[name]
     if place == "metadata":
@@ -133,6 +162,11 @@ def test_a_pickle_that_calls_something_is_not_run(name, place, bait, tmp_path):
     elif place == "ckpt":
         folder = make(tmp_path / "c", "ckpt")
         (folder / "model_weights.ckpt").write_bytes(in_zip(content))
+    elif place == "arguments":
+        folder = as_megatron_lm(make(tmp_path / "c", "bridge"), in_zip(content))
+    elif place == "state of training":
+        folder = make(tmp_path / "c", "bridge")
+        (folder / "latest_train_state.pt").write_bytes(in_zip(content))
     else:  # a tensor's own description, inside a .distcp file
         folder = make(tmp_path / "c", "nemo1")
         replace_description(folder / "model_weights" / "__0_0.distcp", content)
@@ -382,11 +416,12 @@ def test_io_json_of_any_other_kind_is_refused(text, tmp_path):
         "{" * 10_000,
     ],
 )
-@pytest.mark.parametrize("kind", ["nemo1", "nemo2"])
+@pytest.mark.parametrize("kind", ["nemo1", "nemo2", "bridge"])
 def test_yaml_with_tags_or_tricks_is_refused(text, kind, bait, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = make(tmp_path / "c", kind)
-    (folder / ("model_config.yaml" if kind == "nemo1" else "context/model.yaml")).write_text(text)
+    names = {"nemo1": "model_config.yaml", "nemo2": "context/model.yaml", "bridge": "iter_0000000/run_config.yaml"}
+    (folder / names[kind]).write_text(text)
     with pytest.raises(CheckpointError):
         open_checkpoint(folder)
     assert not bait.exists()
@@ -409,7 +444,7 @@ def test_yaml_in_which_aliases_multiply_costs_nothing(tmp_path):
         folder = make(tmp_path / name, "nemo1")
 
 
-@pytest.mark.parametrize("kind", ["nemo1", "hf"])
+@pytest.mark.parametrize("kind", ["nemo1", "bridge", "megatron-lm", "hf"])
 @pytest.mark.parametrize(
     ("name", "value"),
     [("layers", 10**12), ("layers", -1), ("layers", "2"), ("layers", 2.5), ("layers", [2]), ("heads", 0),
@@ -418,10 +453,19 @@ def test_yaml_in_which_aliases_multiply_costs_nothing(tmp_path):
 def test_sizes_in_a_configuration_are_not_believed(kind, name, value, tmp_path):
     folder = make(tmp_path / "c", kind)
     names = {
-        "nemo1": {"layers": "num_layers", "heads": "num_attention_heads", "hidden": "hidden_size"},
-        "hf": {"layers": "num_hidden_layers", "heads": "num_attention_heads", "hidden": "hidden_size"},
-    }[kind]
-    if kind == "hf":
+        "layers": "num_hidden_layers" if kind == "hf" else "num_layers",
+        "heads": "num_attention_heads",
+        "hidden": "hidden_size",
+    }
+    if kind == "bridge":
+        path = folder / "iter_0000000" / "run_config.yaml"
+        config = yaml.safe_load(path.read_text())
+        config["model"][names[name]] = value
+        path.write_text(yaml.safe_dump(config))
+    elif kind == "megatron-lm":
+        arguments = argparse.Namespace(**{**vars(ARGUMENTS), names[name]: value})
+        (folder / "iter_0000000" / "common.pt").write_bytes(in_zip_of(arguments))
+    elif kind == "hf":
         edit_json(folder / "config.json", lambda loaded: loaded.update({names[name]: value}))
     else:
         config = yaml.safe_load((folder / "model_config.yaml").read_text())
@@ -431,6 +475,34 @@ def test_sizes_in_a_configuration_are_not_believed(kind, name, value, tmp_path):
         open_checkpoint(folder)
     assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["layernorm_epsilon", "rotary_base"])
+def test_a_number_beyond_all_numbers_is_refused(name, tmp_path):
+    folder = make(tmp_path / "c", "nemo1")
+    config = yaml.safe_load((folder / "model_config.yaml").read_text())
+    (folder / "model_config.yaml").write_text(yaml.safe_dump({**config, name: 10**400}))
+    with pytest.raises(CheckpointError, match="is not a number"):
+        open_checkpoint(folder)
+
+
+def test_what_run_config_says_to_call_is_not_called(bait, tmp_path, monkeypatch):
+    """As model, as activation, as argument, as tokenizer; Bridge would call it."""
+    monkeypatch.chdir(tmp_path)
+    call = {"_target_": "os.system", "_args_": [f"touch {bait}"], "_call_": True}
+    for place in ("model", "activation_func", "params_dtype", "tokenizer", "checkpoint"):
+        folder = make(tmp_path / place, "bridge")
+        path = folder / "iter_0000000" / "run_config.yaml"
+        config = yaml.safe_load(path.read_text())
+        holder = config if place in config else config["model"]
+        holder[place] = call if place != "model" else {**config["model"], **call}
+        path.write_text(yaml.safe_dump(config))
+        if place in ("model", "activation_func"):
+            with pytest.raises(CheckpointError, match="os.system"):
+                open_checkpoint(folder)
+        else:
+            assert len(read_all(folder)) == len(weights())
+    assert not bait.exists()
 
 
 # Names and sizes of weights

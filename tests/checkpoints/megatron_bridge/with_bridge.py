@@ -4,10 +4,12 @@
     python with_bridge.py load CHECKPOINT HF_DIR [CHECKPOINT HF_DIR ...]
 
 `save` imports a Hugging Face directory by AutoBridge and saves it by save_megatron_model. `load` loads by
-load_megatron_model, wants no tensor missing and none left over, but for extra states that Transformer Engine alone has, and
-transformers' logits of the same model, to 1e-4 of the largest. Needs megatron-bridge 0.6.2 and a megatron-core that it goes with (0.19.2). Stand-ins are for what a CPU does
-not have, and for nothing that reads or writes: Transformer Engine (the local layer spec, and a norm that takes
-zero-centred gamma), CUDA's random states, streams and current device.
+load_megatron_model. It wants no tensor missing and none left over, but for extra states, some of which Transformer
+Engine alone has, and transformers' logits of the same model, to 1e-4 of the largest.
+
+Needs megatron-bridge 0.6.2 and a megatron-core that goes with it (0.19.2). Stand-ins are for what a CPU does not have,
+and for nothing that reads or writes: Transformer Engine (the local layer spec, and a norm that takes zero-centred
+gamma) and CUDA (random states, streams, current device).
 """
 
 import builtins

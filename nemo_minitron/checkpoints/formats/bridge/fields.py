@@ -93,7 +93,7 @@ def _scaling(values: dict[str, Any], source: str) -> RopeScaling | None:
         return None
     try:
         return RopeScaling(factor=float(values.get("rope_scaling_factor", SCALING.factor)))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         shown = untrusted.shown(values["rope_scaling_factor"])
         raise CheckpointError(f"{source}: rope_scaling_factor = {shown} is not a number") from None
 
