@@ -15,7 +15,8 @@ from nemo_minitron.checkpoints import tokenizer as tokenizers
 from nemo_minitron.checkpoints.file_bytes import Bytes, InMemory
 from nemo_minitron.checkpoints.formats.gguf import splits
 from nemo_minitron.checkpoints.sentencepiece import CONTROL, NORMAL, UNUSED, USER_DEFINED, SentencePieceModel
-from nemo_minitron.checkpoints.tokenizer import CONFIG, DEFINITION, MODEL, SPECIAL_MAP, TEMPLATES, Tokenizer
+from nemo_minitron.checkpoints.tokenizer import DEFINITION, MODEL, SPECIAL_MAP, TEMPLATES, Tokenizer
+from nemo_minitron.checkpoints.tokenizer_config import CONFIG
 from nemo_minitron.checkpoints.untrusted import shown
 from nemo_minitron.errors import CheckpointError
 
