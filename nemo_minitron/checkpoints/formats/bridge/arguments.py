@@ -17,7 +17,7 @@ RENAMED = {
 }
 KEPT = (
     *SAME_NAME, "position_embedding_type", "rope_scaling_factor", "window_size", "make_vocab_size_divisible_by",
-    "tensor_model_parallel_size", "multi_latent_attention", "qk_layernorm", "qk_l2_norm", "mtp_num_layers",
+    "tensor_model_parallel_size", "multi_latent_attention", "qk_l2_norm", "mtp_num_layers",
     "is_hybrid_model", "heterogeneous_layers_config_path", "rotary_interleaved", "no_rope_freq",
     "window_attn_skip_freq", "softmax_scale", "softmax_type", "attention_output_gate", "experimental_attention_variant",
     "activation_func_clamp_value", "glu_linear_offset", "apply_residual_connection_post_layernorm",
@@ -56,6 +56,7 @@ def read(namespace: Any, source: str) -> dict[str, Any]:
     values["seq_length"] = given.get("max_position_embeddings") or given.get("seq_length")
     values["num_query_groups"] = given.get("num_query_groups") if given.get("group_query_attention") else None
     values["add_qkv_bias"] = bool(given.get("add_qkv_bias", False))
+    values["qk_layernorm"] = bool(given.get("qk_layernorm", False))
     return values
 
 

@@ -23,14 +23,15 @@ FAMILY_OF_CLASS = (
     (re.compile(r"Mistral(Small3)?ModelProvider\w*"), "mistral"),
     (re.compile(r"Nemotron[34]?ModelProvider\w*"), "nemotron"),
     (re.compile(r"Qwen(2|25)ModelProvider\w*"), "qwen2"),
+    (re.compile(r"Qwen3ModelProvider\w*"), "qwen3"),
 )
-KNOWN_CLASSES = "GPTModelProvider, GPTModelConfig, and those of Llama, Mistral, Nemotron and Qwen2"
+KNOWN_CLASSES = "GPTModelProvider, GPTModelConfig, and those of Llama, Mistral, Nemotron, Qwen2 and Qwen3"
 
 #: Fields of a model that have the same name in Architecture, and that run_config.yaml always states.
 SAME_NAME = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
     "seq_length", "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "gated_linear_unit",
-    "add_bias_linear", "add_qkv_bias", "share_embeddings_and_output_weights", "rotary_base", "rotary_percent",
+    "add_bias_linear", "add_qkv_bias", "qk_layernorm", "share_embeddings_and_output_weights", "rotary_base", "rotary_percent",
     "init_method_std",
 )  # fmt: skip
 #: Last name of the function in `activation_func` -> name in Architecture.
@@ -46,7 +47,6 @@ DENSE: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("rope",),
     "num_moe_experts": (),
     "multi_latent_attention": (False,),
-    "qk_layernorm": (False,),
     "qk_l2_norm": (False,),
     "mtp_num_layers": (0,),
     "is_hybrid_model": (False,),

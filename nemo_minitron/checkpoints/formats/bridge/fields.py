@@ -17,7 +17,7 @@ from nemo_minitron.errors import CheckpointError
 
 DTYPES = ("bfloat16", "float16", "float32")
 FLAGS = (
-    "layernorm_zero_centered_gamma", "gated_linear_unit", "add_bias_linear", "add_qkv_bias",
+    "layernorm_zero_centered_gamma", "gated_linear_unit", "add_bias_linear", "add_qkv_bias", "qk_layernorm",
     "share_embeddings_and_output_weights", "rope_scaling",
 )  # fmt: skip
 #: What Megatron Core scales the rotary frequencies by; the factor alone is a field.
@@ -72,6 +72,8 @@ def family_of(fields: dict[str, Any]) -> str:
         return "nemotron" if fields["layernorm_zero_centered_gamma"] else "gpt"
     if fields["normalization"] != "RMSNorm" or not fields["gated_linear_unit"] or fields["activation"] != "silu":
         return "gpt"
+    if fields["qk_layernorm"]:
+        return "gpt" if fields["add_qkv_bias"] else "qwen3"
     if fields["add_qkv_bias"]:
         return "qwen2"
     return "mistral" if fields["sliding_window"] else "llama"

@@ -186,7 +186,7 @@ def check(a: Architecture) -> None:
 
 
 def _not_expressible(a: Architecture, name: str, entry: GgufArchitecture) -> list[str]:
-    fixed = {"add_qkv_bias": False, "layernorm_zero_centered_gamma": False, **entry.fixed}
+    fixed = {"add_qkv_bias": False, "qk_layernorm": False, "layernorm_zero_centered_gamma": False, **entry.fixed}
     problems = [
         f"{field} is {getattr(a, field)}, llama.cpp's {name} has {value}"
         for field, value in fixed.items()

@@ -65,6 +65,7 @@ ARCHITECTURES: dict[str, GgufArchitecture] = {
         family="llama", also=("mistral",), fixed=GATED, in_turns=True, biases=True, rope_factors=True
     ),
     "qwen2": GgufArchitecture(family="qwen2", fixed={**GATED, "add_qkv_bias": True}),
+    "qwen3": GgufArchitecture(family="qwen3", fixed={**GATED, "qk_layernorm": True}),
     "nemotron": GgufArchitecture(
         family="nemotron",
         layer=UNGATED,
