@@ -25,6 +25,10 @@ PRESETS = {
     "tiny": ("model=tiny", "hardware=cpu"),
     "smollm2": ("model=smollm2_135m", "hardware=cpu", "limit_test_batches=12"),
     "llama31_8b": ("model=llama31_8b", "hardware=8x80gb"),
+    "qwen3_0.6b": ("model=qwen3_0.6b", "hardware=1x24gb"),
+    "qwen3_1.7b": ("model=qwen3_1.7b", "hardware=1x80gb"),
+    "qwen3_4b": ("model=qwen3_4b", "hardware=8x80gb"),
+    "qwen3_8b": ("model=qwen3_8b", "hardware=8x80gb"),
 }
 #: Other names of the same.
 ALIASES = {"smollm2_135m": "smollm2"}
@@ -220,8 +224,9 @@ def start(preset: str, folder: str | None = None) -> Tutorial:
     """Opens the tutorial's run.
 
     Args:
-        preset: `tiny`, a model of three million parameters on a CPU, `smollm2`, SmolLM2-135M on a CPU, or `llama31_8b`,
-            Llama 3.1 8B on 8 GPUs of 80 GB.
+        preset: `tiny`, a model of three million parameters on a CPU, `smollm2`, SmolLM2-135M on a CPU, `llama31_8b`,
+            Llama 3.1 8B on 8 GPUs of 80 GB, or a Qwen3: `qwen3_0.6b` on one GPU of 24 GB, `qwen3_1.7b` on one of 80 GB,
+            `qwen3_4b` and `qwen3_8b` on 8 of 80 GB.
         folder: where results go; none: runs/PRESET.
     """
     _say_less()

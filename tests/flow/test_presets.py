@@ -15,6 +15,7 @@ from nemo_minitron.errors import ConfigError
 from nemo_minitron.flow.dry_run import describe
 from nemo_minitron.flow.models import student_architecture, teacher_architecture
 from nemo_minitron.flow.settle import settle
+from nemo_minitron.integrations.notebooks import PRESETS, Tutorial
 from nemo_minitron.planning.command import work_out
 from nemo_minitron.published import KNOWN, stated_fields
 from nemo_minitron.training.finetune import finetune, random_architecture
@@ -104,6 +105,11 @@ def test_a_flow_can_be_planned_for_every_model_preset(name):
     assert teacher == KNOWN[name]
     for student in config.prune.students:
         assert student_architecture(config, teacher, student).parameters() < 0.7 * teacher.parameters()
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) & set(MODELS)))
+def test_the_notebooks_preset_is_the_flows(name, tmp_path):
+    assert Tutorial(name, str(tmp_path)).teacher == KNOWN[name]
 
 
 def test_the_width_student_of_minitron_8b_is_minitron_4b():
