@@ -1,4 +1,4 @@
-"""llama.cpp on what `convert` writes, where llama-cpp-python is installed: ids, greedy tokens, logits, and its server."""
+"""llama.cpp on what `convert` writes, where llama-cpp-python is installed: ids, tokens, logits, and its server."""
 
 import json
 import os
