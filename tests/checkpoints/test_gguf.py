@@ -50,14 +50,18 @@ def model(family: str, dtype: torch.dtype, folder: Path, **sizes) -> Path:
     return folder
 
 
-def windowless(family: str) -> dict:
-    return {"sliding_window": 64} if family == "mistral-window" else {}
+#: Sizes that llama.cpp loads where it does not those of the family.
+LOADED = {
+    "mistral-window": {"sliding_window": 64},
+    "qwen25-tied": {"head_dim": 16},
+    "minitron-width": {"hidden_size": 128},
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_round_trip_keeps_every_bit(family, dtype, tmp_path):
-    start = model(family, DTYPES[dtype], tmp_path / "start", **windowless(family))
+    start = model(family, DTYPES[dtype], tmp_path / "start", **LOADED.get(family, {}))
     file = run(start, tmp_path / "model.gguf")
     end = run(file, tmp_path / "end", to="hf")
     kept = stored(start)
@@ -83,8 +87,7 @@ def test_transformers_reads_the_same_model(family, tmp_path):
     """By its own table of GGUF; of rotary scaling, which it passes over, nothing is compared but weights."""
     from transformers import AutoModelForCausalLM
 
-    sizes = {"head_dim": 16} if family in ("qwen25-tied",) else {}  # transformers takes hidden over heads
-    sizes = {"hidden_size": 64, "head_dim": 16} if family == "minitron-width" else sizes
+    sizes = LOADED.get(family, {})
     start = model(family, torch.float32, tmp_path / "start", **sizes)
     file = run(start, tmp_path / "model.gguf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
@@ -454,7 +457,13 @@ def test_what_llama_cpp_does_not_compute_is_refused_before_anything_is_written(t
     start = model("mistral-window", torch.bfloat16, tmp_path / "start")
     with pytest.raises(CheckpointError, match="no sliding window, and this one's, 8 tokens"):
         run(start, tmp_path / "model.gguf")
-    assert [path.name for path in tmp_path.iterdir()] == ["start"]
+    for family, message in (
+        ("qwen25-tied", "heads 4 x head size 8 = 32"),
+        ("minitron-width", "4 x head size 32 = 128"),
+    ):
+        with pytest.raises(CheckpointError, match=f"llama.cpp loads no .*{message} are not the hidden size"):
+            run(model(family, torch.bfloat16, tmp_path / family), tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_mistral_comes_back_as_llama_and_that_is_said(tmp_path, capsys):

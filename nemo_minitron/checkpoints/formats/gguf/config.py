@@ -203,6 +203,12 @@ def _not_expressible(a: Architecture, name: str, entry: GgufArchitecture) -> lis
             f"llama.cpp's {name} has no sliding window, and this one's, {a.sliding_window} tokens, is shorter than its "
             f"sequence length {a.seq_length}"
         )
+    query = a.num_attention_heads * a.kv_channels
+    if query != a.hidden_size and not entry.free_heads:
+        problems.append(
+            f"llama.cpp loads no {name} whose heads {a.num_attention_heads} x head size {a.kv_channels} = {query} are "
+            f"not the hidden size {a.hidden_size}; prune its heads or its hidden size so that they are"
+        )
     if entry.in_turns and a.kv_channels % 2:
         problems.append(f"heads of the odd size {a.kv_channels} have no halves")
     return problems

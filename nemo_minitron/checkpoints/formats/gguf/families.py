@@ -45,6 +45,8 @@ class GgufArchitecture:
         biases: whether linear layers may have biases.
         partial_rotary: whether a share of each head may be rotated.
         rope_factors: whether the rotary frequencies may be scaled as in Llama 3.1.
+        free_heads: whether heads x head size may be another than the hidden size; where not, llama.cpp takes the hidden
+            size for the shapes of query and output, and does not load the file.
     """
 
     family: str
@@ -56,13 +58,14 @@ class GgufArchitecture:
     biases: bool = False
     partial_rotary: bool = False
     rope_factors: bool = False
+    free_heads: bool = False
 
 
 GATED = {"normalization": "RMSNorm", "gated_linear_unit": True, "activation": "silu"}
 #: By the name in general.architecture.
 ARCHITECTURES: dict[str, GgufArchitecture] = {
     "llama": GgufArchitecture(
-        family="llama", also=("mistral",), fixed=GATED, in_turns=True, biases=True, rope_factors=True
+        family="llama", also=("mistral",), fixed=GATED, in_turns=True, biases=True, rope_factors=True, free_heads=True
     ),
     "qwen2": GgufArchitecture(family="qwen2", fixed={**GATED, "add_qkv_bias": True}),
     "qwen3": GgufArchitecture(family="qwen3", fixed={**GATED, "qk_layernorm": True}),
