@@ -68,7 +68,7 @@ ARCHITECTURES: dict[str, GgufArchitecture] = {
         family="llama", also=("mistral",), fixed=GATED, in_turns=True, biases=True, rope_factors=True, free_heads=True
     ),
     "qwen2": GgufArchitecture(family="qwen2", fixed={**GATED, "add_qkv_bias": True}),
-    "qwen3": GgufArchitecture(family="qwen3", fixed={**GATED, "qk_layernorm": True}),
+    "qwen3": GgufArchitecture(family="qwen3", fixed={**GATED, "qk_layernorm": True}, free_heads=True),
     "nemotron": GgufArchitecture(
         family="nemotron",
         layer=UNGATED,
