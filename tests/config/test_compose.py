@@ -355,7 +355,7 @@ def test_a_format_that_does_not_fit_the_name_is_refused(command, place):
         ("hf", "m.nemo", "leave .nemo off"),
         ("nemo2", "m.nemo", "leave .nemo off"),
         ("nemo1", "m/", "name it m.nemo"),
-        ("onnx", "m", "must be one of nemo2, nemo1, hf"),
+        ("onnx", "m", "must be one of nemo2, nemo1, bridge, hf, gguf"),
     ]:
         messages = problems(command, *REQUIRED[command], f"{place}={path}", f"to={to}")
         assert len(messages) == 1 and said in messages[0]
@@ -381,7 +381,7 @@ def test_convert_takes_what_fits_the_target():
         (["output=/m", "weights=zarr"], "weights = zarr is for .nemo archives; the result is nemo2"),
         (["output=/m", "to=hf", "weights=zarr"], "weights = zarr is for .nemo archives; the result is hf"),
         (["output=/m.nemo", "vocab_size=5"], "vocab_size is for Hugging Face; the result is nemo1"),
-        (["output=/m", "to=hf", "pad_vocab_to_multiple_of=128"], "_of is for nemo1, nemo2 and bridge"),
+        (["output=/m", "to=hf", "pad_vocab_to_multiple_of=128"], "pad_vocab_to_multiple_of is for nemo1, nemo2"),
         (["output=/s/."], "output = /s/. is the source itself"),
         (["output=/s/../"], "output = '/s/../' has no name of its own"),
     ],
