@@ -373,7 +373,7 @@ def test_convert_takes_what_fits_the_target():
         (["output=/m", "weights=zarr"], "weights = zarr is for .nemo archives; the result is nemo2"),
         (["output=/m", "to=hf", "weights=zarr"], "weights = zarr is for .nemo archives; the result is hf"),
         (["output=/m.nemo", "vocab_size=5"], "vocab_size is for Hugging Face; the result is nemo1"),
-        (["output=/m", "to=hf", "pad_vocab_to_multiple_of=128"], "_of is for nemo1, nemo2 and bridge"),
+        (["output=/m", "to=hf", "pad_vocab_to_multiple_of=128"], "pad_vocab_to_multiple_of is for nemo1, nemo2"),
         (["output=/s/."], "output = /s/. is the source itself"),
         (["output=/s/../"], "output = '/s/../' has no name of its own"),
     ],

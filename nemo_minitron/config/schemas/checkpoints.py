@@ -18,7 +18,7 @@ class ConvertConfig(Config):
     output: str = "???"
     """Checkpoint to make."""
     to: str | None = None
-    """Format of the result: nemo2, nemo1, bridge or hf; none: *.nemo is an archive, else a NeMo-2 directory."""
+    """Format of the result: nemo2, nemo1, hf or bridge; none: *.nemo is an archive, else a NeMo-2 directory."""
     verify: str = "auto"
     """`none`, `tensors` (read back and compare) or `logits` (run both); auto: logits for what fits in memory."""
     tokenizer: str | None = None
