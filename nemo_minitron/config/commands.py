@@ -121,7 +121,7 @@ COMMANDS = {
         function="nemo_minitron.conversion.convert:convert",
         summary="a checkpoint from one format to another: .nemo, NeMo-2, Hugging Face",
         positionals=(("source", "SRC"), ("output", "DST")),
-        options=(Option("--to", "to", "nemo2, nemo1, bridge or hf, where the name DST does not say it", "FORMAT"),),
+        options=(Option("--to", "to", "nemo2, nemo1, hf, bridge or gguf, where the name DST does not say it", "FORMAT"),),
     ),
     "inspect": Command(
         schema=c.InspectConfig,

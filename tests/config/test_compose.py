@@ -355,7 +355,7 @@ def test_a_format_that_does_not_fit_the_name_is_refused(command, place):
         ("hf", "m.nemo", "leave .nemo off"),
         ("nemo2", "m.nemo", "leave .nemo off"),
         ("nemo1", "m/", "name it m.nemo"),
-        ("onnx", "m", "must be one of nemo2, nemo1, bridge, hf, gguf"),
+        ("onnx", "m", "must be one of nemo2, nemo1, hf"),
     ]:
         messages = problems(command, *REQUIRED[command], f"{place}={path}", f"to={to}")
         assert len(messages) == 1 and said in messages[0]

@@ -18,7 +18,7 @@ class ConvertConfig(Config):
     output: str = "???"
     """Checkpoint to make."""
     to: str | None = None
-    """Format of the result: nemo2, nemo1, bridge, hf or gguf; none: *.nemo is an archive (NeMo-1 layout), *.gguf a GGUF
+    """Format of the result: nemo2, nemo1, hf, bridge or gguf; none: *.nemo is an archive (NeMo-1 layout), *.gguf a GGUF
     file, else a NeMo-2 directory."""
     verify: str = "auto"
     """`none`, `tensors` (read back and compare) or `logits` (run both); auto: logits for what fits in memory."""

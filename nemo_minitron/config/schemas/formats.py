@@ -50,8 +50,8 @@ OUTPUT_FORMATS = {
             suffix=".nemo",
             options=frozenset({"pad_vocab_to_multiple_of", "weights"}),
         ),
-        OutputFormat(name="bridge", options=frozenset({"pad_vocab_to_multiple_of"})),
         OutputFormat(name="hf", options=frozenset({"vocab_size"})),
+        OutputFormat(name="bridge", options=frozenset({"pad_vocab_to_multiple_of"})),
         OutputFormat(name="gguf", makes="a GGUF file", suffix=".gguf", options=frozenset({"gguf_type"})),
     )
 }
