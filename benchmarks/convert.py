@@ -31,6 +31,8 @@ WAYS = {
     "nemo1 -> hf": ("archive.nemo", "hf-from-nemo1", {"to": "hf"}),
     "nemo2 -> nemo1 (zarr)": ("nemo2", "zarr.nemo", {"weights": "zarr"}),
     "nemo1 (zarr) -> nemo2": ("zarr.nemo", "from-zarr", {"to": "nemo2"}),
+    "hf -> gguf": ("hf", "model.gguf", {}),
+    "gguf -> hf": ("model.gguf", "hf-from-gguf", {"to": "hf"}),
     "hf -> nemo2, verify=tensors": ("hf", "verified", {"to": "nemo2", "verify": "tensors"}),
 }
 QUICK = ("hf -> nemo2", "nemo2 -> nemo1", "nemo1 -> hf")
@@ -47,6 +49,18 @@ def architecture(gigabytes: float) -> Any:
     one = Architecture(num_layers=1, **fields)
     left = gigabytes * 1e9 / 2 - (one.parameters() - one.layer_parameters())
     return Architecture(num_layers=max(1, round(left / one.layer_parameters())), **fields)
+
+
+def letters() -> Any:
+    """A tokenizer of a few letters, which a GGUF cannot do without."""
+    from nemo_minitron.checkpoints.file_bytes import InMemory
+    from nemo_minitron.checkpoints.tokenizer import Tokenizer
+
+    words = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+             "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}  # fmt: skip
+    files = {"tokenizer.json": words, "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}}
+    data = {name: json.dumps(value).encode() for name, value in files.items()}
+    return Tokenizer(files={name: InMemory(Path(name), 0, len(text), text) for name, text in data.items()})
 
 
 def make(folder: Path, gigabytes: float) -> None:
@@ -68,7 +82,7 @@ def make(folder: Path, gigabytes: float) -> None:
         name: Computed(size, "bfloat16", lambda size=size: random(size))
         for name, size in canonical_shapes(shape).items()
     }
-    write_checkpoint(folder, "hf", shape, tensors, None, {}, WriteOptions(shard_bytes=1_000_000_000))
+    write_checkpoint(folder, "hf", shape, tensors, letters(), {}, WriteOptions(shard_bytes=1_000_000_000))
 
 
 def convert(source: str, output: str, settings: str) -> None:

@@ -188,7 +188,8 @@ class PruneConfig(Config):
     overwrite: bool = False
     """Replace an output that was made from something else."""
     to: str | None = None
-    """Format of the result: nemo2, nemo1 or hf; none: *.nemo is an archive (NeMo-1 layout), else a NeMo-2 directory."""
+    """Format of the result: nemo2, nemo1, hf or gguf; none: *.nemo is an archive (NeMo-1 layout), *.gguf a GGUF file,
+    else a NeMo-2 directory."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     model: PruneModelConfig = field(default_factory=PruneModelConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)

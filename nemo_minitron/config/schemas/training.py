@@ -147,7 +147,8 @@ class StageConfig(Config):
     overwrite: bool = False
     """Replace an output that was made from something else."""
     to: str | None = None
-    """Format of the result: nemo2, nemo1 or hf; none: *.nemo is an archive (NeMo-1 layout), else a NeMo-2 directory."""
+    """Format of the result: nemo2, nemo1, hf or gguf; none: *.nemo is an archive (NeMo-1 layout), *.gguf a GGUF file,
+    else a NeMo-2 directory."""
     monitor: str | None = None
     """Validation loss whose best step becomes the result: lm_loss, kd_loss..., or `last`. None: kd_loss where there is
     a teacher, lm_loss otherwise."""
