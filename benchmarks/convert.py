@@ -1,6 +1,7 @@
 """Converts synthetic checkpoints every way and measures throughput and peak memory beside `cp -r` of the same bytes.
 
     python benchmarks/convert.py [--sizes 1 2 4] [--folder DIR] [--json FILE] [--quick]
+                                 [--ways "hf -> gguf" "gguf -> hf"]
 
 Each conversion runs in a process of its own, so its peak resident memory is that of interpreter and conversion.
 Throughput is the source's bytes over the seconds of the conversion (without the interpreter's start, which the JSON
@@ -175,6 +176,9 @@ def main() -> None:
     parser.add_argument("--folder", help="where to work; needs five times the largest size")
     parser.add_argument("--json", default="convert.json", help="file to write")
     parser.add_argument("--quick", action="store_true", help="0.25 GB and three ways only")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="which; sources are made by earlier ones"
+    )
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--convert", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -187,7 +191,7 @@ def main() -> None:
         rows = []
         for size in [0.25] if options.quick else options.sizes:
             with tempfile.TemporaryDirectory(prefix="minitron-", dir=options.folder) as folder:
-                rows += run(Path(folder), size, list(QUICK) if options.quick else list(WAYS))
+                rows += run(Path(folder), size, list(QUICK) if options.quick else options.ways)
         machine = {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
         Path(options.json).write_text(json.dumps({"rows": rows, "machine": machine}, indent=2) + "\n")
 
