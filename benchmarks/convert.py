@@ -1,6 +1,7 @@
 """Converts synthetic checkpoints every way and measures throughput and peak memory beside `cp -r` of the same bytes.
 
     python benchmarks/convert.py [--sizes 1 2 4] [--folder DIR] [--json FILE] [--quick]
+                                 [--ways "hf -> gguf" "gguf -> hf"]
 
 Each conversion runs in a process of its own, so its peak resident memory is that of interpreter and conversion.
 Throughput is the source's bytes over the seconds of the conversion (without the interpreter's start, which the JSON
@@ -33,6 +34,8 @@ WAYS = {
     "nemo1 (zarr) -> nemo2": ("zarr.nemo", "from-zarr", {"to": "nemo2"}),
     "nemo2 -> bridge": ("nemo2", "bridge", {"to": "bridge"}),
     "bridge -> nemo2": ("bridge", "from-bridge", {"to": "nemo2"}),
+    "hf -> gguf": ("hf", "model.gguf", {}),
+    "gguf -> hf": ("model.gguf", "hf-from-gguf", {"to": "hf"}),
     "hf -> nemo2, verify=tensors": ("hf", "verified", {"to": "nemo2", "verify": "tensors"}),
 }
 QUICK = ("hf -> nemo2", "nemo2 -> nemo1", "nemo1 -> hf")
@@ -49,6 +52,18 @@ def architecture(gigabytes: float) -> Any:
     one = Architecture(num_layers=1, **fields)
     left = gigabytes * 1e9 / 2 - (one.parameters() - one.layer_parameters())
     return Architecture(num_layers=max(1, round(left / one.layer_parameters())), **fields)
+
+
+def letters() -> Any:
+    """A tokenizer of a few letters, which a GGUF cannot do without."""
+    from nemo_minitron.checkpoints.file_bytes import InMemory
+    from nemo_minitron.checkpoints.tokenizer import Tokenizer
+
+    words = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+             "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}  # fmt: skip
+    files = {"tokenizer.json": words, "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}}
+    data = {name: json.dumps(value).encode() for name, value in files.items()}
+    return Tokenizer(files={name: InMemory(Path(name), 0, len(text), text) for name, text in data.items()})
 
 
 def make(folder: Path, gigabytes: float) -> None:
@@ -70,7 +85,7 @@ def make(folder: Path, gigabytes: float) -> None:
         name: Computed(size, "bfloat16", lambda size=size: random(size))
         for name, size in canonical_shapes(shape).items()
     }
-    write_checkpoint(folder, "hf", shape, tensors, None, {}, WriteOptions(shard_bytes=1_000_000_000))
+    write_checkpoint(folder, "hf", shape, tensors, letters(), {}, WriteOptions(shard_bytes=1_000_000_000))
 
 
 def convert(source: str, output: str, settings: str) -> None:
@@ -163,6 +178,9 @@ def main() -> None:
     parser.add_argument("--folder", help="where to work; needs five times the largest size")
     parser.add_argument("--json", default="convert.json", help="file to write")
     parser.add_argument("--quick", action="store_true", help="0.25 GB and three ways only")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="which; sources are made by earlier ones"
+    )
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--convert", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -175,7 +193,7 @@ def main() -> None:
         rows = []
         for size in [0.25] if options.quick else options.sizes:
             with tempfile.TemporaryDirectory(prefix="minitron-", dir=options.folder) as folder:
-                rows += run(Path(folder), size, list(QUICK) if options.quick else list(WAYS))
+                rows += run(Path(folder), size, list(QUICK) if options.quick else options.ways)
         machine = {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
         Path(options.json).write_text(json.dumps({"rows": rows, "machine": machine}, indent=2) + "\n")
 

@@ -83,7 +83,7 @@ def same_bits(one: Lazy, other: Lazy) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     buffers = memoryview(bytearray(BLOCK)), memoryview(bytearray(BLOCK))
-    first, second = pieces(one, buffers[0]), pieces(other, buffers[1])
+    first, second = _rebuffer(one, buffers[0]), _rebuffer(other, buffers[1])
     return all(a == b for a, b in zip(first, second, strict=True))
 
 
@@ -94,7 +94,7 @@ def same_numbers(one: Lazy, other: Lazy) -> bool:
     return same_bits(*(tensor if tensor.dtype == "float32" else Cast(tensor, "float32") for tensor in (one, other)))
 
 
-def pieces(tensor: Lazy, buffer: memoryview, size: int = 1 << 20) -> Iterator[bytes]:
+def _rebuffer(tensor: Lazy, buffer: memoryview, size: int = 1 << 20) -> Iterator[bytes]:
     """The tensor's bytes in pieces of equal size, whatever blocks they come in."""
     rest = bytearray()
     for block in tensor.blocks(buffer):

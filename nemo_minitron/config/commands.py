@@ -119,9 +119,9 @@ COMMANDS = {
     "convert": Command(
         schema=c.ConvertConfig,
         function="nemo_minitron.conversion.convert:convert",
-        summary="a checkpoint from one format to another: .nemo, NeMo-2, Hugging Face",
+        summary="a checkpoint from one format to another: .nemo, NeMo-2, Hugging Face, Megatron-Bridge, GGUF",
         positionals=(("source", "SRC"), ("output", "DST")),
-        options=(Option("--to", "to", "nemo2, nemo1, hf, bridge or gguf, where the name DST does not say it", "FORMAT"),),
+        options=(Option("--to", "to", "nemo2, nemo1, hf, bridge, gguf, where the name DST does not say it", "FORMAT"),),
     ),
     "inspect": Command(
         schema=c.InspectConfig,

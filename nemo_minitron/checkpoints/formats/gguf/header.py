@@ -140,7 +140,28 @@ class _Cursor:
         if kind not in (STRING, ARRAY):
             raise self.damaged(f"an array has elements of the unknown kind {kind}")
         number = self.count(8 if kind == STRING else 12, "elements of an array")
-        return [self.value(kind, depth) for _ in range(number)]
+        return self.texts(number) if kind == STRING else [self.value(kind, depth) for _ in range(number)]
+
+    def texts(self, number: int) -> list[str]:
+        """So many strings, which a vocabulary has in hundreds of thousands: those that are in memory already are taken
+        without asking for each."""
+        found: list[str] = []
+        while len(found) < number:
+            read, place = bytes(self.read), self.place
+            while len(found) < number:
+                start = place + 8
+                end = start + int.from_bytes(read[place:start], "little")
+                if end > len(read) or start > len(read):
+                    break
+                try:
+                    found.append(read[start:end].decode("utf-8"))
+                except UnicodeDecodeError:
+                    raise self.damaged("a string of it is not UTF-8") from None
+                place = end
+            self.place = place
+            if len(found) < number:
+                found.append(self.text())
+        return found
 
     def damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.file.path} is damaged, or no GGUF file: {what}; copy it again")

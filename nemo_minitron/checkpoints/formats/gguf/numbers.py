@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.file_bytes import Bytes
 from nemo_minitron.checkpoints.precision import cast, numbers
-from nemo_minitron.checkpoints.tensors import Cast, Lazy, pieces
+from nemo_minitron.checkpoints.tensors import Cast, Lazy
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.packages import extras
 
@@ -163,7 +163,9 @@ class Stored(Lazy):
         step = unit * max(1, PIECE // (unit * max(self.row_bytes, 1)))
         for first in range(0, self.shape[0], step):
             piece = self.rows(first, min(first + step, self.shape[0]))
-            rows = np.frombuffer(piece.data.read(), np.uint8).reshape(piece.shape[0], -1)
+            rows = np.empty((piece.shape[0], piece.stored_row), np.uint8)
+            for _ in piece.data.blocks(view(rows)):  # one: all of it at once
+                pass
             yield self._made(in_halves(rows, self.head) if self.head else rows)
 
     def _made(self, rows: "np.ndarray") -> memoryview:
@@ -185,6 +187,20 @@ def fits(values: "np.ndarray", dtype: str) -> bool:
     return view(again) == view(values)
 
 
+def in_units(tensor: Lazy, buffer: memoryview, unit: int) -> Iterator[memoryview]:
+    """The tensor's bytes in blocks of whole units."""
+    rest = bytearray()
+    for block in tensor.blocks(buffer):
+        if not rest and not len(block) % unit:
+            yield block
+            continue
+        rest += block
+        whole = len(rest) // unit * unit
+        if whole:
+            yield memoryview(bytes(rest[:whole]))
+            del rest[:whole]
+
+
 @dataclasses.dataclass(frozen=True)
 class InTurns(Lazy):
     """A tensor of heads in llama.cpp's order of rows for Llama."""
@@ -204,7 +220,7 @@ class InTurns(Lazy):
         import numpy as np
 
         unit = self.head * self.row_bytes
-        for piece in pieces(self.inner, buffer, unit * max(1, PIECE // unit)):
+        for piece in in_units(self.inner, buffer, unit):
             rows = np.frombuffer(piece, np.uint8).reshape(-1, self.row_bytes)
             yield view(in_turns(rows, self.head))
 
@@ -249,8 +265,8 @@ class InBlocks(Lazy):
         import numpy as np
 
         columns, size = self.inner.shape[1], self.inner.row_bytes
-        for piece in pieces(self.inner, buffer, size * max(1, PIECE // size)):
-            values = numbers(memoryview(piece), self.inner.dtype).astype(np.float32).reshape(-1, columns)
+        for piece in in_units(self.inner, buffer[:PIECE], size):
+            values = numbers(piece, self.inner.dtype).astype(np.float32).reshape(-1, columns)
             yield view(quantised(values))
 
 
