@@ -52,6 +52,7 @@ from nemo_minitron.config.schemas.training import (
     OptimConfig,
     SchedConfig,
     StageConfig,
+    TrainingConfig,
     layout_problems,
     missing_data,
 )
@@ -106,6 +107,7 @@ __all__ = [
     "SchedConfig",
     "SlurmConfig",
     "StageConfig",
+    "TrainingConfig",
     "TRAINING",
     "TrainerConfig",
     "WHEEL_SOURCE",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nemo_minitron.config import InstructConfig
 from nemo_minitron.data.instructions import TEXT, Instructions, Turn
+from nemo_minitron.data.sample_sets import Piece, Rows
 from nemo_minitron.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,17 +30,6 @@ class Segment(NamedTuple):
     learnt: bool
 
 
-class Sample(NamedTuple):
-    """Token ids, and for each whether it is learnt. Until a row is fitted, `learnt` marks its answers."""
-
-    ids: list[int]
-    learnt: list[bool]
-
-    def part(self, start: int, stop: int) -> "Sample":
-        """Tokens start..stop, the last one not included."""
-        return Sample(self.ids[start:stop], self.learnt[start:stop])
-
-
 @dataclasses.dataclass(kw_only=True)
 class Samples:
     """Samples of a run.
@@ -51,12 +41,19 @@ class Samples:
         notes: what a user should know of files that were not.
     """
 
-    train: list[Sample]
-    validation: list[Sample]
+    train: list[Piece]
+    validation: list[Piece]
     template: str
     counts: dict[str, dict[str, int]]
     files: dict[str, str]
     notes: list[str]
+
+    def sets(self, length: int) -> dict[str, Rows]:
+        """Split -> its samples, padded to `length` labels."""
+        return {
+            "train": Rows(self.train, length, "training"),
+            "validation": Rows(self.validation, length, "validation"),
+        }
 
     def longest(self) -> int:
         """Labels of the longest sample."""
@@ -76,14 +73,14 @@ def make_samples(
         DataError: nothing is left of a split, or the tokenizer has no template that was asked for.
     """
     template = chosen_template(config.template, tokenizer, data.alpaca)
-    samples: dict[str, list[Sample]] = {}
+    samples: dict[str, list[Piece]] = {}
     counts: dict[str, dict[str, int]] = {}
     for split, rows in (("train", data.train), ("validation", data.validation)):
         counts[split] = dict.fromkeys(("rows", "truncated", "split", "dropped"), 0) | {"rows": len(rows)}
         samples[split] = []
         for row, sample in zip(rows, tokenised(rows, template, tokenizer)):
             kept = _fitted(row, sample, config.too_long, seq_length, tokenizer, counts[split])
-            samples[split] += kept if config.answers_only else [Sample(one.ids, [True] * len(one.ids)) for one in kept]
+            samples[split] += kept if config.answers_only else [Piece(one.ids, [True] * len(one.ids)) for one in kept]
         if not samples[split]:
             raise DataError(
                 f"all {len(rows)} rows of the {split} split are longer than {seq_length} tokens or have nothing to "
@@ -168,7 +165,7 @@ def _chat(turns: list[Turn], tokenizer: "PreTrainedTokenizerBase") -> list[Segme
     return pieces
 
 
-def tokenised(rows: list[list[Turn]], template: str, tokenizer: "PreTrainedTokenizerBase") -> Iterable[Sample]:
+def tokenised(rows: list[list[Turn]], template: str, tokenizer: "PreTrainedTokenizerBase") -> Iterable[Piece]:
     """Each conversation's tokens in one piece, begun as the tokenizer begins a text, its answers marked."""
     begin = [] if template == "chat" else _begin(tokenizer)
     parts = [segments(row, template, tokenizer.eos_token, tokenizer) for row in rows]
@@ -180,7 +177,7 @@ def tokenised(rows: list[list[Turn]], template: str, tokenizer: "PreTrainedToken
             piece = next(encoded)
             ids += piece
             learnt += [segment.learnt] * len(piece)
-        yield Sample(ids, learnt)
+        yield Piece(ids, learnt)
 
 
 def _begin(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -192,12 +189,12 @@ def _begin(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 def _fitted(
     row: list[Turn],
-    sample: Sample,
+    sample: Piece,
     too_long: str,
     length: int,
     tokenizer: "PreTrainedTokenizerBase",
     counts: dict[str, int],
-) -> list[Sample]:
+) -> list[Piece]:
     """The sample as it is, its end, its pieces, or nothing; counts which."""
     if len(sample.ids) <= length + 1:
         kept = [sample]
@@ -215,13 +212,14 @@ def _fitted(
     return kept
 
 
-def _end_of(sample: Sample, length: int, tokenizer: "PreTrainedTokenizerBase") -> list[Sample]:
+def _end_of(sample: Piece, length: int, tokenizer: "PreTrainedTokenizerBase") -> list[Piece]:
     """The end of the sample, behind its beginning-of-sequence token; nothing where the last answer would be cut."""
     keep = 1 if sample.ids[0] == tokenizer.bos_token_id else 0
     start = len(sample.ids) - (length + 1 - keep)
     if all(sample.learnt[start:]):
         return []
-    return [Sample(sample.ids[:keep] + sample.ids[start:], sample.learnt[:keep] + sample.learnt[start:])]
+    ids, learnt = ([*part[:keep], *part[start:]] for part in sample)
+    return [Piece(ids, learnt)]
 
 
 def padded_length(samples: Samples, seq_length: int) -> int:

@@ -40,6 +40,10 @@ WITHOUT_FUSIONS = {
     "cross_entropy_loss_fusion": False,
 }
 
+#: Fields of a batch that NeMo's own data step shares out.
+NEMO_FIELDS = {
+    "tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "cu_seqlens_argmin", "max_seqlen",
+}  # fmt: skip
 LAUNCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE", "GROUP_RANK")
 
 
@@ -175,7 +179,7 @@ def model_config(architecture: Architecture, layout: Layout, *, local_spec: bool
     import torch
 
     nemo = has_nemo()
-    engine_fields: dict[str, Any] = {"forward_step_fn": forward_step} if nemo else {}
+    engine_fields: dict[str, Any] = {"forward_step_fn": forward_step, "data_step_fn": data_step} if nemo else {}
     if local_spec or not (nemo and transformer_engine_runs(layout.cuda)):
         engine_fields |= WITHOUT_FUSIONS | ({"transformer_layer_spec": torch_layers} if nemo else {})
         if architecture.gated_linear_unit and architecture.activation == "silu" and versions.ffn_takes_activation():
@@ -220,6 +224,23 @@ def uneven_stages(num_layers: int, stages: int) -> dict[str, int]:
         "num_layers_in_first_pipeline_stage": outer - outer // 2,
         "num_layers_in_last_pipeline_stage": outer // 2,
     }
+
+
+def data_step(batches: Iterator[Any]) -> dict[str, Any]:
+    """The next batch, each field on the pipeline stages that need it; fields that NeMo does not know go to the last.
+
+    These are not shared out over context-parallel ranks.
+    """
+    from megatron.core import parallel_state
+    from nemo.collections.llm.gpt.model.base import gpt_data_step
+
+    batch = next(batches)
+    batch = batch[0] if isinstance(batch, tuple) else batch
+    known = {name: value for name, value in batch.items() if name in NEMO_FIELDS}
+    fields: dict[str, Any] = gpt_data_step(iter([known]))
+    if parallel_state.is_pipeline_last_stage():
+        fields |= {name: value.cuda(non_blocking=True) for name, value in batch.items() if name not in NEMO_FIELDS}
+    return fields
 
 
 def forward_step(model: "GPTModel", batch: Mapping[str, Any]) -> "Tensor":

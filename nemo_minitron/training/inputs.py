@@ -2,21 +2,24 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.tokenizer import loadable
-from nemo_minitron.config import FinetuneConfig, StageConfig
+from nemo_minitron.config import StageConfig, TrainingConfig
 from nemo_minitron.data.instruction_samples import Samples, check_vocabulary, make_samples, padded_length
 from nemo_minitron.data.instructions import read_instructions
 from nemo_minitron.data.module import check_fits as check_data
 from nemo_minitron.data.module import data_module, paths, resolve_prefixes
+from nemo_minitron.data.sample_sets import SampleSet, Windows
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.megatron.layout import Layout, check_fits, check_length, layout_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+    from nemo_minitron.data.sample_module import Fields
 
 LOG = "logs/engine.log"
 TOKENIZER, CHECKPOINTS, TENSORBOARD = "tokenizer", "checkpoints", "tensorboard"
@@ -31,6 +34,7 @@ class Inputs:
         seq_length: tokens a sample.
         tokenizer: directory or hub name.
         samples: of instructions, in place of prefixes.
+        fixed: whether text is read in windows as it lies, in place of Megatron's samples.
     """
 
     prefixes: dict[str, list[str]]
@@ -38,6 +42,15 @@ class Inputs:
     tokenizer: str
     layout: Layout
     samples: Samples | None = None
+    fixed: bool = False
+
+    def sets(self) -> dict[str, SampleSet] | None:
+        """Samples of the training and the validation split; None: Megatron makes its own."""
+        if self.samples is not None:
+            return {**self.samples.sets(self.seq_length)}
+        if not self.fixed:
+            return None
+        return {split: Windows(paths(self.prefixes[split]), self.seq_length) for split in ("train", "validation")}
 
     def files(self) -> dict[str, str]:
         """Name -> file of the data and the tokenizer, for the manifest."""
@@ -84,7 +97,7 @@ def training_inputs(config: StageConfig, architecture: Architecture, own_tokeniz
     if tokenizer is None:
         raise ConfigError("no tokenizer: neither checkpoint nor data folder has one; give model.tokenizer=DIR")
     length = config.model.data.seq_length or config.model.encoder_seq_length or architecture.seq_length
-    if config.model.data.instructions and isinstance(config, FinetuneConfig):
+    if config.model.data.instructions and isinstance(config, TrainingConfig):
         samples = _samples(config, config.model.data.instructions, architecture, tokenizer, length)
         padded = padded_length(samples, length)
         check_length(padded, layout)
@@ -95,11 +108,12 @@ def training_inputs(config: StageConfig, architecture: Architecture, own_tokeniz
         raise ConfigError(f"model.data.data_prefix has no {' and no '.join(missing)} split")
     check_length(length, layout)
     check_data(prefixes, seq_length=length, vocab_size=architecture.vocab_size)
-    return Inputs(prefixes=prefixes, seq_length=length, tokenizer=tokenizer, layout=layout)
+    fixed = config.model.data.windows == "fixed"
+    return Inputs(prefixes=prefixes, seq_length=length, tokenizer=tokenizer, layout=layout, fixed=fixed)
 
 
 def _samples(
-    config: FinetuneConfig, instructions: str, architecture: Architecture, tokenizer: str, length: int
+    config: TrainingConfig, instructions: str, architecture: Architecture, tokenizer: str, length: int
 ) -> Samples:
     """Reads and tokenises the instructions; a sample is as long as the longest of them, `length` at most."""
     from nemo_minitron.data.tokenizer import load_tokenizer
@@ -118,30 +132,33 @@ def nemo_tokenizer(name: str) -> "AutoTokenizer":
 
 
 def build_data(
-    config: StageConfig, inputs: Inputs, tokenizer: "AutoTokenizer", partial: Path
+    config: StageConfig, inputs: Inputs, tokenizer: "AutoTokenizer", partial: Path, fields: "Fields | None" = None
 ) -> "pl.LightningDataModule":
-    """NeMo's data module for a training stage."""
-    if inputs.samples is not None:
-        from nemo_minitron.data.instruction_module import InstructionDataModule
+    """NeMo's data module for a training stage.
 
-        return InstructionDataModule(
-            inputs.samples,
+    Args:
+        fields: gives further fields of each sample's batch; the inputs must have sets of samples.
+    """
+    sets = inputs.sets()
+    settings: dict[str, Any] = {
+        "seq_length": inputs.seq_length,
+        "micro_batch_size": config.model.micro_batch_size,
+        "global_batch_size": config.model.global_batch_size,
+        "num_workers": config.model.data.num_workers,
+        "seed": config.seed,
+    }
+    if sets is not None:
+        from nemo_minitron.data.sample_module import SampleDataModule
+
+        return SampleDataModule(
+            sets["train"],
+            sets["validation"],
+            files=[*inputs.files().values()],
             padding=tokenizer.eos_id,
+            fields=fields,
             tokenizer=tokenizer,
-            seq_length=inputs.seq_length,
-            micro_batch_size=config.model.micro_batch_size,
-            global_batch_size=config.model.global_batch_size,
-            num_workers=config.model.data.num_workers,
             persistent_workers=config.model.data.num_workers > 0,
-            seed=config.seed,
+            **settings,
         )
-    return data_module(
-        inputs.prefixes,
-        tokenizer,
-        seq_length=inputs.seq_length,
-        micro_batch_size=config.model.micro_batch_size,
-        global_batch_size=config.model.global_batch_size,
-        num_workers=config.model.data.num_workers,
-        seed=config.seed,
-        index_dir=config.model.data.index_mapping_dir or str(partial / CHECKPOINTS / "index"),
-    )
+    index_dir = config.model.data.index_mapping_dir or str(partial / CHECKPOINTS / "index")
+    return data_module(inputs.prefixes, tokenizer, index_dir=index_dir, **settings)

@@ -339,6 +339,27 @@ def test_blends_take_nemos_form(made):
         resolve_prefixes({"train": prefix, "tset": prefix})
 
 
+def test_fixed_windows_are_the_text_as_it_lies_each_token_a_label_once(made):
+    from nemo_minitron.data.sample_sets import Windows
+
+    prefixes = [str(made[0] / "test"), str(made[0] / "validation")]
+    windows = Windows(prefixes, 48)
+    read = [windows[number][0] for number in range(len(windows))]
+    labels = [piece.ids[1:].tolist() for piece in read]
+    expected = []
+    for prefix in prefixes:
+        stream = token_stream(prefix)
+        expected += [stream[start + 1 : start + 49].tolist() for start in range(0, len(stream) - 48, 48)]
+    assert labels == expected and all(piece.learnt.all() and len(piece.ids) == 49 for piece in read)
+    last = len(windows) - 1
+    assert (
+        windows.place(last).startswith(f"{prefixes[1]}, tokens ")
+        and windows.place(0) == f"{prefixes[0]}, tokens 0 to 48"
+    )
+    with pytest.raises(DataError, match="fewer tokens"):
+        Windows(prefixes, 10**7)
+
+
 def test_consecutive_windows_predict_each_token_once(made):
     folder, _ = made
     windows = consecutive_sequences([str(folder / "test")], 32)

@@ -261,11 +261,13 @@ def test_tokens_beyond_the_embedding_are_refused(tmp_path, tokenizer):
 
 
 def test_a_pass_gives_every_sample_once_and_padding_weighs_nothing(tmp_path, tokenizer):
-    from nemo_minitron.data.instruction_module import Padded
+    from nemo_minitron.data.sample_module import SampleDataset
+    from nemo_minitron.data.sample_sets import Once, Passes, Rows
 
     path = put(tmp_path / "d", training__jsonl=FILES["nemo"][1], validation__jsonl=FILES["nemo"][1])
     found = samples(path, tokenizer).train
-    data = Padded(found, 32, 3 * len(found), repeat=True, seed=5, padding=0)
+    rows = Rows(found, 32, "training")
+    data = SampleDataset(rows, Passes(len(found), seed=5), 3 * len(found), padding=0)
     read = [data[number] for number in range(len(data))]
     seen = [tuple(item["tokens"].tolist()) for item in read]
     passes = [seen[start : start + len(found)] for start in range(0, len(seen), len(found))]
@@ -277,7 +279,7 @@ def test_a_pass_gives_every_sample_once_and_padding_weighs_nothing(tmp_path, tok
         assert torch.equal(item["tokens"][1:], item["labels"][:-1])
         answer = item["labels"][item["loss_mask"].bool()]
         assert tokenizer.decode(answer).startswith("It is ") and answer[-1] == tokenizer.eos_token_id
-    once = Padded(found, 32, 16, repeat=False, seed=5, padding=0)
+    once = SampleDataset(rows, Once(len(found)), 16, padding=0)
     assert [float(once[number]["loss_mask"].sum()) > 0 for number in range(16)] == [True] * 12 + [False] * 4
 
 

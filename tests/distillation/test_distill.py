@@ -89,6 +89,24 @@ def test_all_of_the_vocabulary_as_top_k_is_the_plain_loss(tiny, student, tmp_pat
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and abs(losses[2] - losses[0]) > 1e-3
 
 
+def test_fixed_windows_are_what_is_trained_on(tiny, student, tmp_path):
+    """Two passes over a corpus of few windows: the loss a step is that of the windows in the order of the seed."""
+    settings = config(tiny, student, tmp_path / "kd", steps=1)
+    settings.model.data.windows = "fixed"
+    manifest = distill(settings)
+    from nemo_minitron.data.sample_sets import Passes, Windows
+
+    windows = Windows([f"{settings.model.data.data_prefix}/train"], settings.model.data.seq_length)
+    order = Passes(len(windows), settings.seed)
+    ids = torch.stack(
+        [torch.as_tensor(windows[order[number]][0].ids) for number in range(settings.model.global_batch_size)]
+    )
+    with torch.no_grad():
+        logits = llama(student, open_checkpoint(student).architecture).double()(ids[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert manifest.metrics["train"][0]["lm_loss"] == pytest.approx(float(loss), abs=1e-5)
+
+
 def test_distilling_brings_the_student_closer(tiny, student, tmp_path):
     validation = distill(config(tiny, student, tmp_path / "kd", steps=20)).metrics["validation"]
     first = distill(config(tiny, student, tmp_path / "start", steps=1)).metrics["train"][0]

@@ -5,7 +5,7 @@ from dataclasses import field
 from typing import Any
 
 from nemo_minitron.config.schemas.base import Config, at_least, one_of
-from nemo_minitron.config.schemas.training import StageConfig
+from nemo_minitron.config.schemas.training import TrainingConfig
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "soft_cross_entropy")
 
@@ -80,7 +80,7 @@ class KDConfig(Config):
 
 
 @dataclasses.dataclass(kw_only=True)
-class DistillConfig(StageConfig):
+class DistillConfig(TrainingConfig):
     """Knowledge distillation of a pruned student."""
 
     kd: KDConfig = field(default_factory=KDConfig)

@@ -58,7 +58,10 @@ class ModelDataConfig(Config):
     data_prefix: Any = None
     """Folder made by `minitron data`, or NeMo 24.07's form, {train:[1.0,prefix],validation:[prefix],test:[prefix]}."""
     instructions: str | None = None
-    """finetune: file or folder of instructions and answers, in place of data_prefix (see instruct.format)."""
+    """finetune, distill: file or folder of instructions and answers, in place of data_prefix (see instruct.format)."""
+    windows: str = "auto"
+    """Of text: `shuffled`, Megatron's, documents shuffled and cut into samples anew in each pass; `fixed`, windows of
+    the text as it lies, the same in each pass, in an order that the seed gives. auto: shuffled."""
     seq_length: int | None = None
     """Tokens a sample; none: model.encoder_seq_length, or else the model's own length."""
     num_workers: int = 2
@@ -67,13 +70,14 @@ class ModelDataConfig(Config):
     """Where Megatron keeps the sample order; none: inside the output folder."""
 
     def problems(self) -> list[str]:
-        return at_least(0, num_workers=self.num_workers) + at_least(2, seq_length=self.seq_length)
+        problems = at_least(0, num_workers=self.num_workers) + at_least(2, seq_length=self.seq_length)
+        return problems + one_of("windows", self.windows, ("auto", "shuffled", "fixed"))
 
 
 def missing_data(data: ModelDataConfig) -> list[str]:
     """A problem unless tokenised data is named, and no other."""
     if data.instructions:
-        return ["model.data.instructions is for finetune; name tokenised data, model.data.data_prefix"]
+        return ["model.data.instructions is for finetune and distill; name tokenised data, model.data.data_prefix"]
     return [] if data.data_prefix else ["model.data.data_prefix is missing: name the folder that `minitron data` made"]
 
 
@@ -140,7 +144,7 @@ class ExpManagerConfig(Config):
 
 @dataclasses.dataclass(kw_only=True)
 class StageConfig(Config):
-    """What finetune and distill share."""
+    """What all that trains or measures a model shares."""
 
     seed: int = 1234
     """Seed of weights, data order and calibration."""
@@ -204,10 +208,22 @@ def layout_problems(trainer: TrainerConfig, model: ModelConfig) -> list[str]:
 
 
 @dataclasses.dataclass(kw_only=True)
-class FinetuneConfig(StageConfig):
-    """Teacher correction, training from random weights, or instruction tuning; of all weights or of adapters."""
+class TrainingConfig(StageConfig):
+    """What finetune and distill share: text or instructions to train on."""
 
     instruct: InstructConfig = field(default_factory=InstructConfig)
+
+    def data_problems(self) -> list[str]:
+        data = self.model.data
+        if not data.instructions:
+            return missing_data(data)
+        return ["model.data.data_prefix and model.data.instructions: give one"] if data.data_prefix else []
+
+
+@dataclasses.dataclass(kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """Teacher correction, training from random weights, or instruction tuning; of all weights or of adapters."""
+
     peft: PeftConfig = field(default_factory=PeftConfig)
 
     def problems(self) -> list[str]:
@@ -222,12 +238,6 @@ class FinetuneConfig(StageConfig):
         ):
             problems.append("peft.keep_adapter needs tensor_model_parallel_size = pipeline_model_parallel_size = 1")
         return problems
-
-    def data_problems(self) -> list[str]:
-        data = self.model.data
-        if not data.instructions:
-            return missing_data(data)
-        return ["model.data.data_prefix and model.data.instructions: give one"] if data.data_prefix else []
 
 
 @dataclasses.dataclass(kw_only=True)
