@@ -119,7 +119,7 @@ def train_student(
         distillation = the_distillation(config, teacher, pairs, together)
         module = student_module(config, student, distillation, inputs, tokenizer)
         targets = None if distillation is None else distillation.kept
-        data = build_data(config, inputs, tokenizer, partial, fields=targets and targets.fields)
+        data = build_data(config, inputs, tokenizer, partial, fields=targets.fields if targets else None)
         callbacks = [teacher_in_validation()] if isinstance(distillation, Distillation) else []
         trained = train_and_validate(module, data, config, inputs.layout, partial, callbacks)
         save_checkpoint(

@@ -168,7 +168,7 @@ class KeptDistillation:
             "group": vocabulary_group(),
             "overwrite_student": bool(dense) + len(sparse) == 1,
         }
-        total = sum(one.share for one in (*dense, *sparse))
+        total = sum(one.share for one in dense) + sum(one.share for one in sparse)
         values = []
         if dense:
             teachers = [(one.hidden @ one.weight.t()).view(*shape, -1) for one in dense]
@@ -177,9 +177,11 @@ class KeptDistillation:
             value = api.divergence(logits, target, kd.loss, beta=kd.beta, times_t_squared=kd.times_t_squared, **options)
             values.append(value * (sum(shares) / total))
         for one in sparse:
-            parts = {name: getattr(one, name) for name in ("entries", "probabilities", "rest", "entropy")}
             shaped = one._replace(
-                **{name: None if part is None else part.view(*shape, *part.shape[1:]) for name, part in parts.items()}
+                entries=one.entries.view(*shape, -1),
+                probabilities=one.probabilities.view(*shape, -1),
+                rest=None if one.rest is None else one.rest.view(shape),
+                entropy=one.entropy.view(shape),
             )
             values.append(api.sparse_divergence(logits, shaped, kd.loss, **options) * (one.share / total))
         value, *others = values

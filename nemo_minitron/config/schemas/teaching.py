@@ -45,6 +45,7 @@ class TeachConfig(TrainingConfig):
     """One pass of a teacher, model.restore_from_path, over the samples that distill reads.
 
     The training split and as much of validation as trainer.limit_val_batches x model.global_batch_size takes.
+    model.sequence_parallel changes nothing here: it saves memory of training.
     """
 
     teach: AnswersConfig = field(default_factory=AnswersConfig)
@@ -60,15 +61,11 @@ class TeachConfig(TrainingConfig):
                 "model.data.windows = shuffled: answers can be kept only of windows that are the same in each pass; "
                 "give fixed or auto"
             )
-        for name, asked in (
-            ("context_parallel_size", self.model.context_parallel_size > 1),
-            ("sequence_parallel", self.model.sequence_parallel),
-        ):
-            if asked:
-                problems.append(
-                    f"model.{name}: teach takes none, since each rank must have whole sequences; spread the teacher "
-                    "by model.tensor_model_parallel_size and model.pipeline_model_parallel_size"
-                )
+        if self.model.context_parallel_size > 1:
+            problems.append(
+                "model.context_parallel_size: teach takes none, since a rank must have whole sequences; spread the "
+                "teacher by model.tensor_model_parallel_size and model.pipeline_model_parallel_size"
+            )
         if self.model.init == "random":
             problems.append("model.init = random: teach runs a checkpoint, model.restore_from_path")
         if self.to is not None or makes_file(self.target_format):

@@ -1,5 +1,6 @@
 """`minitron teach`: one pass of a teacher over a dataset."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,9 @@ def answer(
     from nemo_minitron.megatron.session import engine
 
     header = header_of(asked, teacher, inputs, listing, config.model.micro_batch_size)
-    with engine(config.seed, folder / LOG, cuda=inputs.layout.cuda), parallel_ranks(inputs.layout, config.seed):
-        model = load_model(teacher.architecture, inputs.layout, teacher)
+    layout = dataclasses.replace(inputs.layout, sequence_parallel=False)
+    with engine(config.seed, folder / LOG, cuda=layout.cuda), parallel_ranks(layout, config.seed):
+        model = load_model(teacher.architecture, layout, teacher)
         begun = time.perf_counter()
         tokens = write_answers(
             folder,

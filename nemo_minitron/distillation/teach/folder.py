@@ -106,7 +106,9 @@ class Kept:
         """The table of all samples, in the order of their keys."""
         import numpy
 
-        keys, shard, tokens, entries = [], [], [], []
+        keys, shard = [], []
+        tokens: list[np.ndarray] = []
+        entries: list[np.ndarray] = []
         for number, tensors in enumerate(self._shards):
             for ends, total, spans in (
                 (tensors[ENDS].read().numpy(), self.header.tokens[number], tokens),

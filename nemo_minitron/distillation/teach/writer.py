@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.checkpoints.storage import safetensors
 from nemo_minitron.checkpoints.tensors import in_memory
 from nemo_minitron.data.sample_module import filled
-from nemo_minitron.distillation.losses.targets import drawn, largest
-from nemo_minitron.distillation.teach.forms import ENDS, ENTRY_ENDS, ERROR, KEYS, LOSS, Form, Hidden, form_of
+from nemo_minitron.distillation.losses.targets import Sparse, drawn, largest
+from nemo_minitron.distillation.teach.forms import ENDS, ENTRY_ENDS, ERROR, KEYS, LOSS, Entries, Hidden, form_of
 from nemo_minitron.distillation.teach.header import OUTPUT, SHARDS, Header, shard_path
 from nemo_minitron.distillation.teach.listing import Listing
 from nemo_minitron.errors import MinitronError
@@ -29,8 +29,6 @@ from nemo_minitron.megatron.forward import run_forward
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
     from torch import Tensor
-
-    from nemo_minitron.distillation.losses.targets import Sparse
 
 
 def write_answers(
@@ -109,7 +107,7 @@ class _Answers:
 
     def __init__(
         self,
-        form: Form,
+        form: "Hidden | Entries",
         listing: Listing,
         pieces: range,
         model: "GPTModel",
@@ -170,13 +168,13 @@ class _Answers:
             else:
                 chunks.append(largest(logits, min(header.top_k, header.vocab_size)))
         most = max(chunk.entries.shape[1] for chunk in chunks)
-        grown = [chunk._replace(**_grown(chunk, most)) for chunk in chunks]
-        columns = {
-            name: torch.cat([getattr(chunk, name) for chunk in grown])
-            for name in ("entries", "probabilities", "entropy")
-        }
-        rest = None if header.keep == "sampled" else torch.cat([one.rest for one in grown if one.rest is not None])
-        return chunks[0]._replace(**columns, rest=rest)
+        rests = [chunk.rest for chunk in chunks if chunk.rest is not None]
+        return Sparse(
+            torch.cat([_widened(chunk.entries, most) for chunk in chunks]),
+            torch.cat([_widened(chunk.probabilities, most) for chunk in chunks]),
+            torch.cat(rests) if rests else None,
+            torch.cat([chunk.entropy for chunk in chunks]),
+        )
 
     def tensors(self) -> "dict[str, Tensor]":
         """The shard."""
@@ -191,12 +189,11 @@ class _Answers:
         return {KEYS: keys, ENDS: ends, ENTRY_ENDS: entries, **tensors}
 
 
-def _grown(answer: "Sparse", width: int) -> "dict[str, Tensor]":
-    """Entries and probabilities [c, width], places that are not used behind."""
+def _widened(columns: "Tensor", width: int) -> "Tensor":
+    """[c, k] as [c, width], zeros behind."""
     import torch
 
-    more = (0, width - answer.entries.shape[1])
-    return {name: torch.nn.functional.pad(getattr(answer, name), more) for name in ("entries", "probabilities")}
+    return torch.nn.functional.pad(columns, (0, width - columns.shape[1]))
 
 
 def _write_output(folder: Path, header: Header, model: "GPTModel") -> None:
