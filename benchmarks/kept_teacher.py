@@ -87,19 +87,9 @@ def as_fp8(hidden: Any) -> Any:
 
 def sparse(given: Outputs, kept: Callable[[Any], Any]) -> Any:
     """The Sparse that `kept` makes of the teacher's logits, 256 tokens at a time."""
-    import torch
+    from nemo_minitron.distillation.losses.targets import joined
 
-    parts = [kept(part @ given.weight.t()) for part in given.teacher.split(256)]
-    width = max(part.entries.shape[1] for part in parts)
-
-    def joined(tensors: tuple[Any, ...]) -> Any:
-        if tensors[0] is None:
-            return None
-        if tensors[0].dim() == 2:
-            tensors = tuple(torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors)
-        return torch.cat(tensors)
-
-    return type(parts[0])(*(joined(tensors) for tensors in zip(*(part[:4] for part in parts))))
+    return joined([kept(part @ given.weight.t()) for part in given.teacher.split(256)])
 
 
 def cases(given: Outputs, seeds: int) -> Iterator[tuple[str, float, Iterator[Measured]]]:

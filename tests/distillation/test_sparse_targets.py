@@ -21,7 +21,7 @@ from test_losses import (
 
 from nemo_minitron.distillation.losses import api as losses
 from nemo_minitron.distillation.losses import divergences, fused, targets
-from nemo_minitron.distillation.losses.targets import Dense, Sparse, drawn, largest
+from nemo_minitron.distillation.losses.targets import Dense, Sparse, drawn, joined, largest
 from nemo_minitron.errors import ConfigError
 
 
@@ -188,6 +188,23 @@ def test_places_that_are_not_used_count_for_nothing():
             value_and_gradient(losses.sparse_divergence(student, one), upstream(T), student) for one in (kept, padded)
         ]
         torch.testing.assert_close(*pairs)
+
+
+@pytest.mark.parametrize("name", ["drawn", "largest"])
+def test_joined_samples_are_as_each_is(name):
+    z = teacher_logits()
+    parts = (
+        [drawn(z[:4], 3, seeded()), drawn(z[4:], 40, seeded())]
+        if name == "drawn"
+        else [largest(z[:4], 2), largest(z[4:], 6)]
+    )
+    whole = joined(parts)
+    assert torch.equal(dense_p(whole), torch.cat([dense_p(part) for part in parts])) and whole.share == 1
+    student, _ = logits(T, V)
+    each = torch.cat([losses.sparse_divergence(s, part) for s, part in zip(student.split([4, T - 4]), parts)])
+    torch.testing.assert_close(losses.sparse_divergence(student, whole), each)
+    with pytest.raises(ValueError, match="cannot be joined"):
+        joined([drawn(z, 3, seeded()), largest(z, 3)])
 
 
 def test_an_entry_outside_the_vocabulary_costs_infinitely_much():

@@ -138,8 +138,10 @@ def measure_kept(
 
 
 def _relative(student: Tensor, kept: Kept, scale: float, work: Workspace) -> tuple[Tensor, Tensor, Tensor]:
-    """Of this rank's scaled logits: maxima of the others and of those kept [2, t], those kept [t, k] (-inf where they
-    are not there), and the sum of 2^x over the others, relative to their maximum [t]."""
+    """Maxima of this rank's others and entries kept [2, t], the latter [t, k], and the others' sum of 2^x [t].
+
+    Logits are scaled, those of entries that are not there -inf; the sum is relative to the others' maximum.
+    """
     tops = torch.empty(2, len(student), dtype=work.dtype, device=student.device)
     total = torch.empty_like(tops[0])
     for rows, (x, *_) in work.blocks(len(student)):

@@ -100,6 +100,27 @@ def largest(logits: "Tensor", k: int) -> Sparse:
     return Sparse(entries, torch.cat(kept).float(), torch.cat(rest).float(), torch.cat(entropy).float())
 
 
+def joined(parts: Sequence[Sparse]) -> Sparse:
+    """The tokens of all parts in a row, each part with a k of its own; the share is the first's.
+
+    Raises:
+        ValueError: some are drawn and some the largest.
+    """
+    import torch
+
+    k = max(part.entries.shape[-1] for part in parts)
+    padded = [
+        [torch.nn.functional.pad(each, (0, k - each.shape[-1])) for each in (part.entries, part.probabilities)]
+        for part in parts
+    ]
+    entries, probabilities = (torch.cat(each) for each in zip(*padded))
+    rests = [part.rest for part in parts if part.rest is not None]
+    if rests and len(rests) < len(parts):
+        raise ValueError("drawn entries and largest ones cannot be joined")
+    entropy = torch.cat([part.entropy for part in parts])
+    return Sparse(entries, probabilities, torch.cat(rests) if rests else None, entropy, parts[0].share)
+
+
 def relative(shares: Sequence[float]) -> list[float]:
     """Shares over their sum.
 
