@@ -9,8 +9,8 @@ states and output matrix, all in fp32: only what is kept is rounded. Kept are
 
     hidden, bf16     the last hidden states: 2 h bytes a token
     hidden, fp8      the same in e4m3 with a float32 scale a token: h + 4 bytes
-    drawn, n         n independent draws: of each distinct entry 2 bytes (3 above 65,536 entries) and its count less 1 in
-                     1 byte (2 above 256 draws), and the entropy in float32. Counts add up to n: no length is needed.
+    drawn, n         n independent draws: of each distinct entry 2 bytes (3 above 65,536 entries) and its count less 1
+                     in 1 byte (2 above 256 draws), and the entropy in float32. Counts add up to n: no length is needed.
     stratified, n    n draws, one in each n-th of the distribution; else as drawn
     largest, k       k entries of 2 (3) bytes with a float16 probability each, and the rest and the entropy in float32
 
