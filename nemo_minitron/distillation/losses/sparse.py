@@ -108,13 +108,7 @@ def measure_kept(
     Args:
         scale: of logits, to base 2.
     """
-    tops = torch.empty(2, len(student), dtype=work.dtype, device=student.device)
-    others = torch.empty_like(tops[0])
-    for rows, (x, *_) in work.blocks(len(student)):
-        tops[0, rows] = centred(_others(student[rows], kept[rows], out=x), scale, out=x)
-        others[rows] = x.exp2_().sum(dim=-1)
-    logits = torch.where(kept.own, student.gather(1, kept.rows).to(work.dtype) * scale, -torch.inf)  # [t, k]
-    tops[1] = logits.amax(dim=-1).clamp_(min=FLOOR)
+    tops, logits, others = _relative(student, kept, scale, work)
     if group is not None:
         local = tops[0].clone()
         torch.distributed.all_reduce(tops, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -126,20 +120,36 @@ def measure_kept(
     if group is not None:
         torch.distributed.all_reduce(sums, group=group)
     others, of_kept, cross = sums
-    beside = tops[0] - top
-    log_sum = (others * beside.exp2() + of_kept).log2()
-    log_rest = beside + others.log2() - log_sum
-    mass = kept.p.sum(dim=-1) + kept.rest
-    cross = cross - (mass - kept.rest) * log_sum + torch.where(kept.rest > 0, kept.rest * log_rest, 0.0)
+    below = tops[0] - top
+    log_sum = (others * below.exp2() + of_kept).log2()
+    log_rest = below + others.log2() - log_sum
+    of_rest = torch.where(kept.rest > 0, kept.rest * log_rest, 0.0)
+    p_sum = kept.p.sum(dim=-1)
+    mass = p_sum + kept.rest
     q = (logits - log_sum.unsqueeze(-1)).exp2()
     return SparseMeasured(
-        value=kept.constant - cross * LN2,
+        value=kept.constant - (cross - p_sum * log_sum + of_rest) * LN2,
         student=Normaliser(top, log_sum),
-        # A token without others has the sum 0, and nowhere a logit that is divided by it.
+        # Where there are no others the sum is 0, and no logit is left to normalise.
         others=Normaliser(tops[0], others.clamp(min=1.0).log2()),
         at_kept=torch.where(kept.own, mass.unsqueeze(-1) * q - kept.p, 0.0),
         at_others=mass * log_rest.exp2() - kept.rest,
     )
+
+
+def _relative(student: Tensor, kept: Kept, scale: float, work: Workspace) -> tuple[Tensor, Tensor, Tensor]:
+    """Maxima of this rank's others and entries kept [2, t], the latter [t, k], and the others' sum of 2^x [t].
+
+    Logits are scaled, those of entries that are not there -inf; the sum is relative to the others' maximum.
+    """
+    tops = torch.empty(2, len(student), dtype=work.dtype, device=student.device)
+    total = torch.empty_like(tops[0])
+    for rows, (x, *_) in work.blocks(len(student)):
+        tops[0, rows] = centred(_others(student[rows], kept[rows], out=x), scale, out=x)
+        total[rows] = x.exp2_().sum(dim=-1)
+    logits = torch.where(kept.own, student.gather(1, kept.rows).to(work.dtype) * scale, -torch.inf)
+    tops[1] = logits.amax(dim=-1).clamp_(min=FLOOR)
+    return tops, logits, total
 
 
 def kept_gradient(

@@ -53,25 +53,31 @@ class Sparse(NamedTuple):
     share: float = 1.0
 
 
-def drawn(logits: "Tensor", draws: int, generator: "torch.Generator") -> Sparse:
-    """n independent draws from p = softmax(logits) of each token, with their counts.
+def drawn(logits: "Tensor", draws: int, generator: "torch.Generator", *, stratified: bool = True) -> Sparse:
+    """n draws from p = softmax(logits) of each token, with their counts.
 
     counts / n is p in expectation, and so is what is linear in it: the gradient of the forward KL, and with p's entropy
     beside, its value. The draws are the inverses of p's distribution function at uniform numbers; these come from the
     CPU whatever the device is, token by token, so that blocks and batches do not change them.
 
-    Source: arXiv 2503.16870 (Sparse Logit Sampling, ACL 2025), Random Sampling Knowledge Distillation.
+    Source: arXiv 2503.16870 (Sparse Logit Sampling, ACL 2025), Random Sampling Knowledge Distillation, whose draws are
+    independent.
 
     Args:
         logits: of the whole vocabulary [t, v].
         draws: n.
         generator: of a CPU, such as torch.Generator().manual_seed(seed of the sample) for the tokens of one sample.
+        stratified: one uniform number in each of n equal parts of [0, 1) (stratified sampling): as unbiased, and no
+            count is 2 or more from n p_i. False: independent ones.
     """
     import torch
 
     if draws < 1:
         raise ConfigError(f"draws = {draws} must be at least 1", "teacher's answers")
-    uniforms = torch.rand(len(logits), draws, generator=generator, dtype=torch.float64).to(logits.device)
+    uniforms = torch.rand(len(logits), draws, generator=generator, dtype=torch.float64)
+    if stratified:
+        uniforms = (uniforms + torch.arange(draws)) / draws
+    uniforms = uniforms.to(logits.device)
     entries, entropy = [], []
     for rows, p in _probabilities(logits):
         cumulative = p.cumsum(dim=-1)
@@ -98,6 +104,27 @@ def largest(logits: "Tensor", k: int) -> Sparse:
         entropy.append(torch.special.entr(p).sum(dim=-1))
         rest.append(p.scatter_(1, entries[rows], 0.0).sum(dim=-1))
     return Sparse(entries, torch.cat(kept).float(), torch.cat(rest).float(), torch.cat(entropy).float())
+
+
+def joined(parts: Sequence[Sparse]) -> Sparse:
+    """The tokens of all parts in a row, each part with a k of its own; the share is the first's.
+
+    Raises:
+        ValueError: some are drawn and some the largest.
+    """
+    import torch
+
+    k = max(part.entries.shape[-1] for part in parts)
+    padded = [
+        [torch.nn.functional.pad(each, (0, k - each.shape[-1])) for each in (part.entries, part.probabilities)]
+        for part in parts
+    ]
+    entries, probabilities = (torch.cat(each) for each in zip(*padded))
+    rests = [part.rest for part in parts if part.rest is not None]
+    if rests and len(rests) < len(parts):
+        raise ValueError("drawn entries and largest ones cannot be joined")
+    entropy = torch.cat([part.entropy for part in parts])
+    return Sparse(entries, probabilities, torch.cat(rests) if rests else None, entropy, parts[0].share)
 
 
 def relative(shares: Sequence[float]) -> list[float]:
