@@ -78,7 +78,9 @@ class KDConfig(Config):
         """Folder, or LIVE, of each teacher -> its share; none for the control."""
         if not self.kd_weight:
             return {}
-        return {self.teacher: 1.0} if self.teacher else dict(self.teachers or {LIVE: 1.0})
+        if self.teacher:
+            return {self.teacher: 1.0}
+        return dict(self.teachers) if isinstance(self.teachers, dict) else {LIVE: 1.0}
 
     @property
     def folders(self) -> list[str]:

@@ -109,7 +109,10 @@ class Hidden(Form):
 
 
 class Entries(Form):
-    """Entries of each token's distribution: drawn ones with their counts, or the largest with what is left."""
+    """Entries of each token's distribution: drawn ones with their counts less 1, or the largest with what is left.
+
+    The counts of a token add up to the draws, so nothing says how many entries it has.
+    """
 
     def __init__(self, header: Header):
         super().__init__(header)
@@ -117,8 +120,7 @@ class Entries(Form):
         self.most = min(header.draws if self.drawn else header.top_k, header.vocab_size)
         self.columns = {"entries": Column("uint8", _width(header.vocab_size - 1), by_entry=True)}
         if self.drawn:
-            self.columns["counts"] = Column("uint8", _width(header.draws), by_entry=True)
-            self.columns["numbers"] = Column("uint8", _width(self.most))
+            self.columns["more"] = Column("uint8", _width(header.draws - 1), by_entry=True)
         else:
             self.columns["log_probabilities"] = Column("float16", by_entry=True)
             self.columns["log_rest"] = Column("float16")
@@ -139,8 +141,7 @@ class Entries(Form):
         tensors = {"entries": _to_bytes(answer.entries[used], self._bytes("entries"))}
         if answer.rest is None:
             counts = (answer.probabilities[used].double() * self.header.draws).round().long()
-            tensors["counts"] = _to_bytes(counts, self._bytes("counts"))
-            tensors["numbers"] = _to_bytes(used.sum(dim=-1), self._bytes("numbers"))
+            tensors["more"] = _to_bytes(counts - 1, self._bytes("more"))
         else:
             tensors["log_probabilities"] = answer.probabilities[used].log().half()
             tensors["log_rest"] = answer.rest.log().half()
@@ -152,19 +153,27 @@ class Entries(Form):
     def decode(self, tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
         import torch
 
-        fields = self.empty(len(tensors["entropy"]))
-        every = torch.full((len(tensors["entropy"]),), self.most)
-        numbers = _from_bytes(tensors["numbers"]) if self.drawn else every
-        used = torch.arange(self.most) < numbers.unsqueeze(-1)
+        tokens, fields = len(tensors["entropy"]), self.empty(len(tensors["entropy"]))
+        counts = _from_bytes(tensors["more"]) + 1 if self.drawn else None
+        used = torch.arange(self.most) < self._numbers(tokens, counts).unsqueeze(-1)
         if int(used.sum()) != len(tensors["entries"]):
-            raise DataError("a sample's answers are damaged: it has other entries than its tokens count")
+            raise DataError("a sample's answers are damaged: its tokens have other entries than their counts say")
         fields["entries"][used] = _from_bytes(tensors["entries"]).to(torch.int32)
-        if self.drawn:
-            fields["probabilities"][used] = _from_bytes(tensors["counts"]).float() / self.header.draws
+        if counts is not None:
+            fields["probabilities"][used] = counts.float() / self.header.draws
         else:
             fields["probabilities"][used] = tensors["log_probabilities"].float().exp()
             fields["rest"] = tensors["log_rest"].float().exp()
         return fields | {"entropy": tensors["entropy"].float()}
+
+    def _numbers(self, tokens: int, counts: "Tensor | None") -> "Tensor":
+        """Entries of each token [n]: of drawn ones as many as have its draws between them."""
+        import torch
+
+        if counts is None:
+            return torch.full((tokens,), self.most)
+        owners = torch.div(counts.cumsum(0) - 1, self.header.draws, rounding_mode="floor")
+        return torch.bincount(owners.clamp(max=tokens), minlength=tokens)[:tokens]
 
     def empty(self, length: int) -> "dict[str, Tensor]":
         import torch

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.checkpoints.storage import safetensors
 from nemo_minitron.checkpoints.tensors import in_memory
 from nemo_minitron.data.sample_module import filled
-from nemo_minitron.distillation.losses.targets import Sparse, drawn, largest
+from nemo_minitron.distillation.losses.targets import Sparse, drawn, joined, largest
 from nemo_minitron.distillation.teach.forms import ENDS, ENTRY_ENDS, ERROR, KEYS, LOSS, Entries, Hidden, form_of
 from nemo_minitron.distillation.teach.header import OUTPUT, SHARDS, Header, shard_path
 from nemo_minitron.distillation.teach.listing import Listing
@@ -167,14 +167,7 @@ class _Answers:
                 chunks.append(drawn(logits, header.draws, generator))
             else:
                 chunks.append(largest(logits, min(header.top_k, header.vocab_size)))
-        most = max(chunk.entries.shape[1] for chunk in chunks)
-        rests = [chunk.rest for chunk in chunks if chunk.rest is not None]
-        return Sparse(
-            torch.cat([_widened(chunk.entries, most) for chunk in chunks]),
-            torch.cat([_widened(chunk.probabilities, most) for chunk in chunks]),
-            torch.cat(rests) if rests else None,
-            torch.cat([chunk.entropy for chunk in chunks]),
-        )
+        return joined(chunks)
 
     def tensors(self) -> "dict[str, Tensor]":
         """The shard."""
@@ -187,13 +180,6 @@ class _Answers:
         if isinstance(self.form, Hidden):
             tensors[ERROR] = torch.tensor(self.error, dtype=torch.float64)
         return {KEYS: keys, ENDS: ends, ENTRY_ENDS: entries, **tensors}
-
-
-def _widened(columns: "Tensor", width: int) -> "Tensor":
-    """[c, k] as [c, width], zeros behind."""
-    import torch
-
-    return torch.nn.functional.pad(columns, (0, width - columns.shape[1]))
 
 
 def _write_output(folder: Path, header: Header, model: "GPTModel") -> None:
