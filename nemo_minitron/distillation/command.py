@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,6 @@ from nemo_minitron.distillation.teach.folder import Kept, Together
 from nemo_minitron.distillation.teach.listing import Listing
 from nemo_minitron.distillation.teachers import check_pair, missing_answers, open_answers
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.launch.ranks import rank
 from nemo_minitron.megatron.layout import check_fits
 from nemo_minitron.packages.versions import check_training
 from nemo_minitron.training.inputs import (
@@ -163,11 +161,10 @@ def fill(
     it."""
     header = answers[config.kd.folders[0]].header
     asked = AnswersConfig(keep=header.keep, precision=header.precision, draws=header.draws, top_k=header.top_k)
-    if rank() == 0:
-        print(f"distill: the teacher answers {len(missing)} samples that {config.kd.folders[0]} lacks", file=sys.stderr)
     folder = partial / FILLED
     folder.mkdir(exist_ok=True)
-    answer(folder, config, asked, teacher, inputs, missing)
+    what = f"{Path(config.output).name}, the teacher answers what {config.kd.folders[0]} lacks"
+    answer(folder, config, asked, teacher, inputs, missing, what)
     return Kept(folder)
 
 

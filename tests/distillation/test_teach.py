@@ -241,7 +241,7 @@ def test_what_is_missing_is_named_or_filled(tiny, student, live, tmp_path, capfd
     filled = distilling(tiny, student, tmp_path / "kd", live=True, kd=kd | {"fill": True})
     filled.trainer.devices, filled.model.micro_batch_size = 2, 2
     assert losses(distill(filled)) == pytest.approx(losses(live[1]), abs=2e-4)
-    assert "the teacher answers 14 samples" in capfd.readouterr().err
+    assert f"the teacher answers what {tmp_path / 'few'} lacks: sample 4 of 8" in capfd.readouterr().err
     assert not (tmp_path / "kd" / "filled").exists()
 
 

@@ -44,7 +44,7 @@ def keep_answers(partial: Path, config: TeachConfig, teacher: Checkpoint, inputs
 
     started = time.perf_counter()
     listing = to_answer(config, inputs)
-    header, speed = answer(partial, config, config.teach, teacher, inputs, listing)
+    header, speed = answer(partial, config, config.teach, teacher, inputs, listing, f"teach {Path(config.output).name}")
     return {
         "metrics": measured(partial, header, listing) if rank() == 0 else {},
         "timings": {"teaching_seconds": time.perf_counter() - started, "tokens_per_second": speed},
@@ -59,8 +59,12 @@ def answer(
     teacher: Checkpoint,
     inputs: Inputs,
     listing: Listing,
+    what: str,
 ) -> tuple[Header, float]:
     """Has the teacher answer a listing into `folder`, as far as it is not there yet; every rank calls it.
+
+    Args:
+        what: the work, as progress shows it.
 
     Returns:
         the folder's header, and tokens a second.
@@ -82,7 +86,7 @@ def answer(
             batch=config.model.micro_batch_size,
             padding=nemo_tokenizer(inputs.tokenizer).eos_id,
             seed=config.seed,
-            what=f"teach {Path(config.output).name}",
+            what=what,
             every=config.trainer.log_every_n_steps,
         )
         seconds = time.perf_counter() - begun
