@@ -12,8 +12,7 @@ from nemo_minitron.distillation.teach.forms import form_of
 from nemo_minitron.distillation.teach.header import Header, tokenizer_fingerprint
 from nemo_minitron.distillation.teach.listing import Listing, first_pass, list_pieces, read_by_validation
 from nemo_minitron.launch.ranks import rank
-from nemo_minitron.packages.versions import check_training
-from nemo_minitron.training.inputs import LOG, Inputs, nemo_tokenizer, stated_path, training_inputs
+from nemo_minitron.training.inputs import LOG, Inputs, stated_path, training_inputs
 from nemo_minitron.training.stage import run_training_stage
 
 
@@ -25,7 +24,6 @@ def teach(config: TeachConfig) -> Manifest:
         OutputExistsError: the output was made from something else.
         MinitronError: the disk is full; what is whole stays, and the same command goes on.
     """
-    check_training("minitron teach")
     path = stated_path(config.model.restore_from_path, "model.restore_from_path")
     teacher = open_checkpoint(path, "teacher")
     inputs = training_inputs(config, teacher.architecture, teacher.tokenizer)
@@ -69,6 +67,7 @@ def answer(
     Returns:
         the folder's header, and tokens a second.
     """
+    from nemo_minitron.data.tokenizer import load_tokenizer
     from nemo_minitron.distillation.teach.writer import write_answers
     from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
@@ -84,7 +83,7 @@ def answer(
             listing,
             model,
             batch=config.model.micro_batch_size,
-            padding=nemo_tokenizer(inputs.tokenizer).eos_id,
+            padding=load_tokenizer(inputs.tokenizer).eos_token_id,
             seed=config.seed,
             what=what,
             every=config.trainer.log_every_n_steps,
