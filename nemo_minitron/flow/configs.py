@@ -1,10 +1,12 @@
 """From a flow's configuration to those of its steps."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron import config as c
 from nemo_minitron.artifacts.stages import MODELS
+from nemo_minitron.flow.answers import answered_tokens, keeps_answers
 from nemo_minitron.flow.models import (
     checkpoint_place,
     chosen,
@@ -111,6 +113,13 @@ def score_config(config: c.FlowConfig) -> c.PruneConfig:
     return cut_config(config, next(iter(config.prune.students)))
 
 
+def teach_config(config: c.FlowConfig) -> c.TeachConfig:
+    """The corrected teacher's answers to what a student reads."""
+    fields = training_fields(config, config.distill, place(config, "data"), place(config, "teach"))
+    fields["model"].restore_from_path = str(place(config, "correct"))
+    return c.TeachConfig(**fields, teach=c.AnswersConfig(tokens=answered_tokens(config)))
+
+
 def distill_config(config: c.FlowConfig, name: str) -> c.DistillConfig:
     """The distillation of the pruned student `name`."""
     return _student_training(config, name, "distill", config.distill.kd)
@@ -124,7 +133,12 @@ def retrain_config(config: c.FlowConfig, name: str) -> c.DistillConfig:
 def _student_training(config: c.FlowConfig, name: str, kind: str, kd: c.KDConfig) -> c.DistillConfig:
     fields = training_fields(config, config.distill, place(config, "data"), place(config, kind, name))
     fields["model"].restore_from_path = str(place(config, "prune", name))
-    if kd.kd_weight:
+    kept = keeps_answers(config)
+    if kept:
+        fields["model"].data.windows = "fixed"
+    if kd.kd_weight and kept:
+        kd = dataclasses.replace(kd, teacher=str(place(config, "teach")))
+    elif kd.kd_weight:
         fields["model"].kd_teacher_restore_from_path = str(place(config, "correct"))
     return c.DistillConfig(**fields, kd=kd)
 

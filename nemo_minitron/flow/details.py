@@ -35,6 +35,13 @@ def training(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.FinetuneCo
     )
 
 
+def teaching(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.TeachConfig]") -> str:
+    """How many tokens, and why once."""
+    from nemo_minitron.flow.answers import decided
+
+    return f"to {human(chosen(step.config.teach.tokens))} tokens, once for all students ({decided(flow).why})"
+
+
 def tuning(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.FinetuneConfig]") -> str:
     """A training, and what it trains."""
     scheme = step.config.peft.scheme

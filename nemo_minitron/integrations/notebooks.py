@@ -89,7 +89,7 @@ class Tutorial:
         """Lesson 4: the student distilled, a control retrained without the teacher, and both evaluated."""
         letter = {"depth": "03_a_depth_pruning", "width": "03_b_width_pruning"}.get(student, "03")
         self.needs("prune", letter, student)
-        return self.run("distill", "retrain", "evaluate distilled", "evaluate control", student=student)
+        return self.run("teach", "distill", "retrain", "evaluate distilled", "evaluate control", student=student)
 
     def report(self) -> None:
         """Lesson 5: the table of all models and what each stage cost; written to report.json and report.html too."""

@@ -3,6 +3,7 @@
 import dataclasses
 import pkgutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,7 +75,7 @@ def paths(value) -> list[Path]:
 
 
 def test_the_control_differs_from_the_distillation_by_its_losses_alone():
-    by_kind = {step.kind: step.config for step in planned() if step.student == "width"}
+    by_kind = {step.kind: step.config for step in planned("distill.teach=never") if step.student == "width"}
     distilled, control = by_kind["distill"], by_kind["retrain"]
     assert control.kd.kd_weight == 0.0 and control.model.kd_teacher_restore_from_path is None
     assert distilled.model.kd_teacher_restore_from_path == "run/teacher"
@@ -85,3 +86,26 @@ def test_the_control_differs_from_the_distillation_by_its_losses_alone():
         kd_teacher_restore_from_path=distilled.model.kd_teacher_restore_from_path,
     )
     assert same == distilled
+
+
+def test_the_teacher_answers_once_where_that_pays(monkeypatch):
+    """For two students and more, or several epochs, if the disk has room; distill.teach says otherwise."""
+    one = ["~prune.students.depth", "~prune.students.third", "data.words=2000000", "distill.max_steps=10"]
+    for settings, keeps in (
+        ([], True),
+        (["distill.teach=never"], False),
+        (one, False),
+        ([*one, "distill.teach=always"], True),
+        ([*one, "distill.max_steps=100000"], True),
+        (["distill.kd.hidden.weight=1"], False),
+        (["distill.kd.teacher=elsewhere"], False),
+    ):
+        made = planned(*settings)
+        assert ("teach" in [step.kind for step in made]) is keeps, settings
+        (distilled,) = (step.config for step in made if step.kind == "distill" and step.student == "width")
+        assert (distilled.kd.teacher == "run/answers") is keeps
+        assert (distilled.model.kd_teacher_restore_from_path is None) is keeps
+        control = next(step.config for step in made if step.kind == "retrain")
+        assert control.model.data.windows == distilled.model.data.windows == ("fixed" if keeps else "auto")
+    monkeypatch.setattr("nemo_minitron.flow.answers.shutil.disk_usage", lambda place: SimpleNamespace(free=10**7))
+    assert "teach" not in [step.kind for step in planned()]

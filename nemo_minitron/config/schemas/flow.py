@@ -107,8 +107,18 @@ class DistillRecipeConfig(RecipeConfig):
     """Distillation of each student."""
 
     kd: KDConfig = field(default_factory=KDConfig)
+    teach: str = "auto"
+    """`always`: the teacher answers once (minitron teach), and every student reads its answers; `never`: it runs beside
+    each student. auto: always for two students or more, or where the text is read more than once, and a quarter of the
+    free disk holds the answers."""
     control: bool = True
     """Also retrain each student with the LM loss alone for the same steps, to compare with."""
+
+    def problems(self) -> list[str]:
+        problems = super().problems() + one_of("teach", self.teach, ("auto", "always", "never"))
+        if self.teach == "always" and (self.kd.hidden.weight or self.kd.top_k is not None or self.kd.folders):
+            problems.append("teach = always goes with no kd.hidden.weight, kd.top_k or kd.teacher: give teach=never")
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)
