@@ -65,12 +65,14 @@ def engine(seed: int, log: Path | None = None, *, cuda: bool | None = None) -> I
     ):
         reset_parallel_state()
         gc.collect()  # what a stage before this one still holds in cycles
+        gc.freeze()  # the engines' own million objects are not looked through again for what the body leaves
         _seed_everything(seed)
         try:
             yield
         finally:
             reset_parallel_state()
             gc.collect()
+            gc.unfreeze()
 
 
 def _seed_everything(seed: int) -> None:
