@@ -56,10 +56,12 @@ def opened(file: Path, **settings):
     ("family", "sizes"),
     [("llama2", {}), ("llama31", {}), ("llama32-tied", {}), ("llama-biases", {}), ("mistral-nemo", {}), ("qwen2", {}),
      ("qwen25-tied", {"head_dim": 16}), ("nemotron", {}), ("minitron-width", {"hidden_size": 128}),
-     ("modelopt-105", {}), ("nemo-14487", {})],
+     ("modelopt-105", {}), ("nemo-14487", {}), ("qwen3", {}), ("qwen3-tied", {}),
+     ("qwen3", {"hidden_size": 40, "intermediate_size": 88, "num_attention_heads": 3, "num_key_value_heads": 1})],
 )  # fmt: skip
 def test_it_computes_what_transformers_does(family, sizes, kind, tmp_path):
-    """Widths that are no multiple of the heads, biases, rotary scaling and partial rotation among them."""
+    """Widths that are no multiple of the heads, biases, norms of query and key, rotary scaling and partial rotation
+    among them; Qwen3 untied, tied, and pruned in width with its head size kept."""
     from transformers import AutoTokenizer
 
     file = written(family, tmp_path, kind, **sizes)
