@@ -91,7 +91,7 @@ def _tokens(metadata: Mapping[str, Any], path: Path) -> tuple[list[str], list[in
 
 def _all_are(values: Any, kind: type) -> bool:
     """Whether it is a list of at least one value, all of that kind."""
-    return isinstance(values, list) and bool(values) and all(type(value) is kind for value in values)
+    return isinstance(values, list) and {*map(type, values)} == {kind}
 
 
 def special_ids(metadata: Mapping[str, Any], tokens: int, path: Path) -> dict[str, int]:
