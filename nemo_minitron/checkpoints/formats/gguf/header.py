@@ -282,14 +282,24 @@ def write(
         file.write(bytes(-kind.bytes_of(shape) % ALIGNMENT))
 
 
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{shown(text)} has half a character in it, which no GGUF can hold") from None
+
+
 def _text(text: str) -> bytes:
-    data = text.encode("utf-8")
+    data = _encoded(text)
     return len(data).to_bytes(8, "little") + data
 
 
 def _texts(texts: list[str]) -> bytes:
     """Strings, which a vocabulary has in hundreds of thousands."""
-    data = [text.encode("utf-8") for text in texts]
+    try:
+        data = [text.encode() for text in texts]
+    except UnicodeEncodeError:
+        data = [_encoded(text) for text in texts]  # which says of which
     lengths = {length: length.to_bytes(8, "little") for length in {*map(len, data)}}
     return b"".join([part for text in data for part in (lengths[len(text)], text)])
 
