@@ -761,7 +761,10 @@ def rewritten(path: Path, change, leave_out: str = "") -> Path:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"general.architecture": "qwen3moe"}, "holds a model of the family 'qwen3moe'; read from GGUF are llama"),
+        ({"general.architecture": "qwen3moe"}, "Qwen3-MoE: not yet; of the family qwen3moe nothing is read"),
+        ({"llama.rope.freq_base": 0.0}, "rotary_base = 0.0 is not a number that a model can have"),
+        ({"llama.rope.freq_base": float("inf")}, "rotary_base = inf is not a number that a model can have"),
+        ({"llama.attention.layer_norm_rms_epsilon": -1.0}, "layernorm_epsilon = -1.0 is not a number that a model can"),
         ({"general.architecture": 3}, "holds a model of the family 3"),
         ({"general.architecture": "../../x"}, "holds a model of the family"),
         ({"llama.block_count": 3}, "contradicts itself: llama.block_count: 3 by its description, 2 found"),
