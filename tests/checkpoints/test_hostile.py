@@ -334,9 +334,19 @@ def config_of(loaded: dict) -> dict:
         ("Qwen3Config235B_A22B", {}, "Qwen3-MoE: not yet"),
         ("Qwen3Config", {"num_moe_experts": 8}, "Qwen3-MoE: not yet"),
         ("LlamaConfig", {"num_moe_experts": 8}, "mixture of experts: not yet"),
+        ("Llama33NemotronSuper49BConfig", {}, "layers of several shapes .*Super and Ultra.*: not yet; .*AutoBridge"),
+        ("Llama31NemotronUltra253BConfig", {}, "layers of several shapes"),
+        ("LlamaConfig", {"heterogeneous_layers_config_encoded_json": "{}"}, "layers of several shapes"),
+        ("Llama32EmbeddingConfig1B", {}, "tokens attend both ways"),
+        ("Llama32Reranker500MConfig", {}, "tokens attend both ways"),
+        ("LlamaBidirectionalConfig", {}, "tokens attend both ways"),
+        ("Llama4ScoutExperts16Config", {}, "Llama 4: not yet"),
+        ("NemotronHConfig8B", {}, "Nemotron-H, .*: not yet"),
+        ("Qwen25VLConfig7B", {}, "Qwen-VL, .*: not yet"),
+        ("Phi3ConfigMini", {}, "Phi-3, Phi-4 and Phi-4-mini: not yet; Megatron Core has no LongRoPE"),
     ],
 )
-def test_a_mixture_of_experts_is_refused_by_name(name, fields, message, tmp_path):
+def test_a_model_that_is_no_dense_decoder_of_a_family_is_refused_by_name(name, fields, message, tmp_path):
     folder = make(tmp_path / "c", "nemo2")
 
     def change(loaded):
