@@ -108,8 +108,7 @@ def training_inputs(config: StageConfig, architecture: Architecture, own_tokeniz
         raise ConfigError(f"model.data.data_prefix has no {' and no '.join(missing)} split")
     check_length(length, layout)
     check_data(prefixes, seq_length=length, vocab_size=architecture.vocab_size)
-    fixed = config.model.data.windows == "fixed"
-    return Inputs(prefixes=prefixes, seq_length=length, tokenizer=tokenizer, layout=layout, fixed=fixed)
+    return Inputs(prefixes=prefixes, seq_length=length, tokenizer=tokenizer, layout=layout, fixed=config.fixed_windows)
 
 
 def _samples(

@@ -61,7 +61,8 @@ class ModelDataConfig(Config):
     """finetune, distill: file or folder of instructions and answers, in place of data_prefix (see instruct.format)."""
     windows: str = "auto"
     """Of text: `shuffled`, Megatron's, documents shuffled and cut into samples anew in each pass; `fixed`, windows of
-    the text as it lies, the same in each pass, in an order that the seed gives. auto: shuffled."""
+    the text as it lies, the same in each pass, in an order that the seed gives. auto: shuffled, but fixed where a
+    teacher's answers are kept (teach, kd.teacher)."""
     seq_length: int | None = None
     """Tokens a sample; none: model.encoder_seq_length, or else the model's own length."""
     num_workers: int = 2
@@ -174,6 +175,11 @@ class StageConfig(Config):
     def target_format(self) -> str:
         """The format of the result."""
         return output_format(self.output, self.to)
+
+    @property
+    def fixed_windows(self) -> bool:
+        """Whether text is read in windows that are the same in each pass."""
+        return self.model.data.windows == "fixed"
 
     def problems(self) -> list[str]:
         problems = layout_problems(self.trainer, self.model) + self.data_problems()
