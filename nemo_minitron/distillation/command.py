@@ -133,7 +133,7 @@ def train_student(
         )
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
         shutil.rmtree(partial / FILLED, ignore_errors=True)
-    return trained.result(config, student.architecture)
+    return trained.result(config, student.architecture, inputs)
 
 
 def the_distillation(
@@ -180,12 +180,11 @@ def student_module(
 ) -> "GPTModel":
     """NeMo's module that trains the student: with a teacher, or on the language-model loss alone."""
     from nemo_minitron.distillation.module import distillation_module, kept_module
-    from nemo_minitron.megatron.session import model_config
     from nemo_minitron.training.loop import optimizer
-    from nemo_minitron.training.model import gpt_module
+    from nemo_minitron.training.model import gpt_module, training_config
 
     optim = optimizer(config.model.optim, config.trainer.max_steps, config.trainer.gradient_clip_val, inputs.layout)
-    student_config = model_config(student.architecture, inputs.layout)
+    student_config = training_config(student.architecture, inputs)
     if distillation is None:
         return gpt_module(student_config, student.architecture, weights=student, optim=optim, tokenizer=tokenizer)
     if isinstance(distillation, KeptDistillation):
@@ -194,7 +193,7 @@ def student_module(
         student,
         distillation,
         student_config=student_config,
-        teacher_config=model_config(distillation.checkpoint.architecture, inputs.layout),
+        teacher_config=training_config(distillation.checkpoint.architecture, inputs),
         optim=optim,
         tokenizer=tokenizer,
     )

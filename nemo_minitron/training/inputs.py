@@ -1,13 +1,21 @@
 """What a training stage reads, checked before any long work: data, tokenizer, layout."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.tokenizer import loadable
 from nemo_minitron.config import StageConfig, TrainingConfig
-from nemo_minitron.data.instruction_samples import Samples, check_vocabulary, make_samples, padded_length
+from nemo_minitron.data.instruction_samples import (
+    Samples,
+    check_vocabulary,
+    make_samples,
+    packing_counts,
+    packing_note,
+    padded_length,
+)
 from nemo_minitron.data.instructions import read_instructions
 from nemo_minitron.data.module import check_fits as check_data
 from nemo_minitron.data.module import data_module, paths, resolve_prefixes
@@ -21,6 +29,7 @@ if TYPE_CHECKING:
 
     from nemo_minitron.data.sample_module import Fields
 
+logger = logging.getLogger(__name__)
 LOG = "logs/engine.log"
 TOKENIZER, CHECKPOINTS, TENSORBOARD = "tokenizer", "checkpoints", "tensorboard"
 
@@ -34,6 +43,7 @@ class Inputs:
         seq_length: tokens a sample.
         tokenizer: directory or hub name.
         samples: of instructions, in place of prefixes.
+        packing: what packing the samples came to; None: they are not packed.
         fixed: whether text is read in windows as it lies, in place of Megatron's samples.
     """
 
@@ -42,15 +52,26 @@ class Inputs:
     tokenizer: str
     layout: Layout
     samples: Samples | None = None
+    packing: dict[str, Any] | None = None
     fixed: bool = False
 
     def sets(self) -> dict[str, SampleSet] | None:
         """Samples of the training and the validation split; None: Megatron makes its own."""
         if self.samples is not None:
-            return {**self.samples.sets(self.seq_length)}
+            return {**(self.samples.sets if self.packing is None else self.samples.packed)(self.seq_length)}
         if not self.fixed:
             return None
         return {split: Windows(paths(self.prefixes[split]), self.seq_length) for split in ("train", "validation")}
+
+    def row_counts(self) -> dict[str, Any]:
+        """What became of the rows of instructions, for the manifest's metrics; nothing where there are none."""
+        if self.samples is None:
+            return {}
+        counts = self.samples.counts
+        total = {name: sum(split[name] for split in counts.values()) for name in counts["train"]}
+        rows = {f"rows_{name}" if name != "rows" else name: count for name, count in total.items()}
+        validation = {"validation_rows": counts["validation"]["rows"]}
+        return {"template": self.samples.template, **rows, **validation, **(self.packing or {})}
 
     def files(self) -> dict[str, str]:
         """Name -> file of the data and the tokenizer, for the manifest."""
@@ -99,9 +120,12 @@ def training_inputs(config: StageConfig, architecture: Architecture, own_tokeniz
     length = config.model.data.seq_length or config.model.encoder_seq_length or architecture.seq_length
     if config.model.data.instructions and isinstance(config, TrainingConfig):
         samples = _samples(config, config.model.data.instructions, architecture, tokenizer, length)
-        padded = padded_length(samples, length)
+        packing = _packing(samples, length) if config.model.data.packing else None
+        padded = padded_length(samples, length) if packing is None else length
         check_length(padded, layout)
-        return Inputs(prefixes={}, seq_length=padded, tokenizer=tokenizer, layout=layout, samples=samples)
+        return Inputs(
+            prefixes={}, seq_length=padded, tokenizer=tokenizer, layout=layout, samples=samples, packing=packing
+        )
     prefixes = resolve_prefixes(config.model.data.data_prefix)
     missing = [split for split in ("train", "validation") if split not in prefixes]
     if missing:
@@ -121,6 +145,15 @@ def _samples(
     samples = make_samples(rows, config.instruct, load_tokenizer(tokenizer), length)
     check_vocabulary(samples, architecture.vocab_size)
     return samples
+
+
+def _packing(samples: Samples, length: int) -> dict[str, Any]:
+    """What packing the samples into sequences of `length` comes to, which it says, here and in the samples' notes."""
+    counts = packing_counts(samples, samples.packed(length))
+    note = packing_note(len(samples.train), length, counts)
+    logger.warning("%s", note)
+    samples.notes.append(note)
+    return counts
 
 
 def nemo_tokenizer(name: str) -> "AutoTokenizer":
@@ -154,6 +187,7 @@ def build_data(
             sets["validation"],
             files=[*inputs.files().values()],
             padding=tokenizer.eos_id,
+            packed=inputs.packing is not None,
             fields=fields,
             tokenizer=tokenizer,
             persistent_workers=config.model.data.num_workers > 0,

@@ -10,7 +10,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.config import OptimConfig, StageConfig
 from nemo_minitron.megatron.layout import Layout
 from nemo_minitron.megatron.session import build_trainer
-from nemo_minitron.training.inputs import CHECKPOINTS
+from nemo_minitron.training.inputs import CHECKPOINTS, Inputs
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -45,8 +45,9 @@ class Trained:
     seconds: float
     tokens_per_second: float
 
-    def result(self, config: StageConfig, architecture: Architecture) -> dict[str, Any]:
+    def result(self, config: StageConfig, architecture: Architecture, inputs: Inputs) -> dict[str, Any]:
         """What the stage's manifest says of it: metrics, timings and details, as Job.finish takes them."""
+        notes = {} if inputs.samples is None else {"notes": inputs.samples.notes}
         return {
             "metrics": {
                 "steps": config.trainer.max_steps,
@@ -55,9 +56,10 @@ class Trained:
                 "weights": self.weights,
                 "validation": self.validation,
                 "train": self.train,
+                **inputs.row_counts(),
             },
             "timings": {"training_seconds": self.seconds, "tokens_per_second": self.tokens_per_second},
-            "details": {"architecture": architecture.to_dict()},
+            "details": {"architecture": architecture.to_dict(), **notes},
         }
 
 

@@ -63,6 +63,9 @@ class ModelDataConfig(Config):
     """Of text: `shuffled`, Megatron's, documents shuffled and cut into samples anew in each pass; `fixed`, windows of
     the text as it lies, the same in each pass, in an order that the seed gives. auto: shuffled, but fixed where a
     teacher's answers are kept (teach, kd.teacher)."""
+    packing: bool = False
+    """Of instructions: as many whole rows a sample as it has room for, each of which sees itself alone, in place of one
+    row and padding; needs model.micro_batch_size=1."""
     seq_length: int | None = None
     """Tokens a sample; none: model.encoder_seq_length, or else the model's own length."""
     num_workers: int = 2
@@ -79,6 +82,8 @@ def missing_data(data: ModelDataConfig) -> list[str]:
     """A problem unless tokenised data is named, and no other."""
     if data.instructions:
         return ["model.data.instructions is for finetune and distill; name tokenised data, model.data.data_prefix"]
+    if data.packing:
+        return ["model.data.packing packs rows of instructions, and text fills its samples already: leave it out"]
     return [] if data.data_prefix else ["model.data.data_prefix is missing: name the folder that `minitron data` made"]
 
 
@@ -213,6 +218,21 @@ def layout_problems(trainer: TrainerConfig, model: ModelConfig) -> list[str]:
     return problems
 
 
+def packing_problems(model: ModelConfig) -> list[str]:
+    """What keeps samples from being packed."""
+    problems = []
+    if model.micro_batch_size > 1:
+        problems.append(
+            f"model.data.packing needs model.micro_batch_size=1, not {model.micro_batch_size}: a sample holds several "
+            "rows already; raise model.data.seq_length for more"
+        )
+    if model.context_parallel_size > 1:
+        problems.append(
+            "model.data.packing takes no model.context_parallel_size: ranks that share a sequence would cut its rows"
+        )
+    return problems
+
+
 @dataclasses.dataclass(kw_only=True)
 class TrainingConfig(StageConfig):
     """What finetune and distill share: text or instructions to train on."""
@@ -223,7 +243,8 @@ class TrainingConfig(StageConfig):
         data = self.model.data
         if not data.instructions:
             return missing_data(data)
-        return ["model.data.data_prefix and model.data.instructions: give one"] if data.data_prefix else []
+        problems = ["model.data.data_prefix and model.data.instructions: give one"] if data.data_prefix else []
+        return problems + (packing_problems(self.model) if data.packing else [])
 
 
 @dataclasses.dataclass(kw_only=True)
