@@ -7,6 +7,7 @@ import torch
 from nemo.collections.llm import PreTrainingDataModule
 from torch import Tensor
 
+from nemo_minitron.data.blend import Blend, Mixture
 from nemo_minitron.data.sample_sets import Once, Order, Passes, Piece, SampleSet
 
 #: Further fields of a sample's batch, from its pieces and the labels that it has room for.
@@ -35,7 +36,17 @@ class SampleDataset(torch.utils.data.Dataset):
         which = self.order[number]
         pieces = () if which is None else self.samples[which]
         item = filled(pieces, self.samples.length, self.padding)
+        if isinstance(self.samples, Blend):
+            item["source"] = one_hot(self.samples, which)
         return item if self.fields is None else item | self.fields(pieces, self.samples.length)
+
+
+def one_hot(blend: Blend, number: int | None) -> Tensor:
+    """1 at the source that a sample is of, 0 at the others [k]; all 0 where there is no sample."""
+    sources = torch.zeros(len(blend.names))
+    if number is not None:
+        sources[blend.source(number)] = 1.0
+    return sources
 
 
 def filled(pieces: Sequence[Piece], length: int, padding: int) -> dict[str, Tensor]:
@@ -62,6 +73,7 @@ class SampleDataModule(PreTrainingDataModule):
         files: what they were read from.
         padding: the token that fills samples up.
         fields: gives further fields of a sample's batch.
+        mixture: the orders in which blends are read.
         settings: further arguments of PreTrainingDataModule.
     """
 
@@ -73,10 +85,12 @@ class SampleDataModule(PreTrainingDataModule):
         files: Sequence[str],
         padding: int,
         fields: Fields | None = None,
+        mixture: Mixture | None = None,
         **settings: Any,
     ):
         super().__init__(paths=list(files)[:1], **settings)
         self.train, self.validation, self.padding, self.fields = train, validation, padding, fields
+        self.mixture = mixture
 
     def build(
         self,
@@ -89,7 +103,8 @@ class SampleDataModule(PreTrainingDataModule):
         batch = self.data_sampler.global_batch_size
         batches = min(-(-len(self.validation) // batch), int(trainer_limit_val_batches))
         common: dict[str, Any] = {"padding": self.padding, "fields": self.fields}
-        passes, once = Passes(len(self.train), self.seed), Once(len(self.validation))
-        self._train_ds = SampleDataset(self.train, passes, trainer_max_steps * batch, **common)
+        training: Order = Passes(len(self.train), self.seed) if self.mixture is None else self.mixture.train
+        once: Order = Once(len(self.validation)) if self.mixture is None else self.mixture.validation
+        self._train_ds = SampleDataset(self.train, training, trainer_max_steps * batch, **common)
         self._validation_ds = SampleDataset(self.validation, once, batches * batch, **common)
         self._test_ds = self._validation_ds

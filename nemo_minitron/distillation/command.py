@@ -95,12 +95,23 @@ def train_student(
     from nemo_minitron.megatron.session import engine
     from nemo_minitron.megatron.weights import bare, save_checkpoint
     from nemo_minitron.training.loop import train_and_validate
+    from nemo_minitron.training.reference import teacher_reference
 
     with engine(config.seed, partial / LOG, cuda=inputs.layout.cuda):
         tokenizer = nemo_tokenizer(inputs.tokenizer)
         distillation = None if teacher is None else Distillation(teacher, config.kd, pairs)
         module = student_module(config, student, distillation, inputs, tokenizer)
         data = build_data(config, inputs, tokenizer, partial)
+        if config.model.data.dynamic and config.model.data.reference is None and teacher is not None:
+            data.mixture.reference = teacher_reference(
+                teacher,
+                inputs.layout,
+                data.validation,
+                data.mixture,
+                batch=config.model.micro_batch_size,
+                seed=config.seed,
+                partial=partial,
+            )
         callbacks = [] if distillation is None else [teacher_in_validation()]
         trained = train_and_validate(module, data, config, inputs.layout, partial, callbacks)
         save_checkpoint(
@@ -127,6 +138,7 @@ def student_module(
 
     optim = optimizer(config.model.optim, config.trainer.max_steps, config.trainer.gradient_clip_val, inputs.layout)
     student_config = model_config(student.architecture, inputs.layout)
+    student_config.calculate_per_token_loss = inputs.has_rows
     if distillation is None:
         return gpt_module(student_config, student.architecture, weights=student, optim=optim, tokenizer=tokenizer)
     return distillation_module(

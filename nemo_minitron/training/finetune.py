@@ -87,7 +87,7 @@ def train_model(
         tokenizer = nemo_tokenizer(inputs.tokenizer)
         settings = model_config(architecture, inputs.layout)
         # Answers differ in length: each of their tokens weighs the same, whatever micro batch it is in.
-        settings.calculate_per_token_loss = inputs.samples is not None
+        settings.calculate_per_token_loss = inputs.has_rows
         module = gpt_module(
             settings,
             architecture,

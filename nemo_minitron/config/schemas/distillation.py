@@ -90,6 +90,11 @@ class DistillConfig(TrainingConfig):
         """The validation loss by which the best step is chosen."""
         return self.monitor or ("kd_loss" if self.kd.kd_weight else "lm_loss")
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher runs beside the model."""
+        return self.kd.kd_weight > 0
+
     def problems(self) -> list[str]:
         problems = super().problems()
         if self.kd.kd_weight and not self.model.kd_teacher_restore_from_path:
