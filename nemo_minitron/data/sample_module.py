@@ -7,6 +7,7 @@ import torch
 from nemo.collections.llm import PreTrainingDataModule
 from torch import Tensor
 
+from nemo_minitron.data.blend import Blend, Mixture
 from nemo_minitron.data.sample_sets import Once, Order, Passes, Piece, SampleSet, labels_of
 
 #: Further fields of a sample's batch, from its pieces and the labels that it has room for.
@@ -47,7 +48,17 @@ class SampleDataset(torch.utils.data.Dataset):
         item = filled(pieces, self.samples.length, self.padding)
         if self.packed:
             item |= boundaries(pieces, self.samples.length)
+        if isinstance(self.samples, Blend):
+            item["source"] = one_hot(self.samples, which)
         return item if self.fields is None else item | self.fields(pieces, self.samples.length)
+
+
+def one_hot(blend: Blend, number: int | None) -> Tensor:
+    """1 at the source that a sample is of, 0 at the others [k]; all 0 where there is no sample."""
+    sources = torch.zeros(len(blend.names))
+    if number is not None:
+        sources[blend.source(number)] = 1.0
+    return sources
 
 
 def filled(pieces: Sequence[Piece], length: int, padding: int) -> dict[str, Tensor]:
@@ -90,6 +101,7 @@ class SampleDataModule(PreTrainingDataModule):
         padding: the token that fills samples up.
         packed: whether the pieces of a sample see themselves alone; a micro batch then is one sample.
         fields: gives further fields of a sample's batch.
+        mixture: the orders in which blends are read.
         settings: further arguments of PreTrainingDataModule.
     """
 
@@ -102,11 +114,13 @@ class SampleDataModule(PreTrainingDataModule):
         padding: int,
         packed: bool = False,
         fields: Fields | None = None,
+        mixture: Mixture | None = None,
         **settings: Any,
     ):
         super().__init__(paths=list(files)[:1], **settings)
         self.train, self.validation = train, validation
         self.options: dict[str, Any] = {"padding": padding, "packed": packed, "fields": fields}
+        self.mixture = mixture
 
     def build(
         self,
@@ -118,7 +132,8 @@ class SampleDataModule(PreTrainingDataModule):
         """Makes the datasets: training goes on for as many passes as it takes, validation is one pass at most."""
         batch = self.data_sampler.global_batch_size
         batches = min(-(-len(self.validation) // batch), int(trainer_limit_val_batches))
-        passes, once = Passes(len(self.train), self.seed), Once(len(self.validation))
-        self._train_ds = SampleDataset(self.train, passes, trainer_max_steps * batch, **self.options)
+        training: Order = Passes(len(self.train), self.seed) if self.mixture is None else self.mixture.train
+        once: Order = Once(len(self.validation)) if self.mixture is None else self.mixture.validation
+        self._train_ds = SampleDataset(self.train, training, trainer_max_steps * batch, **self.options)
         self._validation_ds = SampleDataset(self.validation, once, batches * batch, **self.options)
         self._test_ds = self._validation_ds

@@ -199,5 +199,7 @@ class Once:
         return number if number < self.count else None
 
 
-#: From the number of a sample in a run to its number in the set; None: nothing, a sample that weighs nothing.
-Order = Passes | Once
+class Order(Protocol):
+    """From the number of a sample in a run to its number in the set; None: nothing, a sample that weighs nothing."""
+
+    def __getitem__(self, number: int) -> int | None: ...

@@ -110,6 +110,7 @@ def train_student(
     from nemo_minitron.megatron.session import engine
     from nemo_minitron.megatron.weights import bare, save_checkpoint
     from nemo_minitron.training.loop import train_and_validate
+    from nemo_minitron.training.reference import teacher_reference
 
     together = {folder: [kept] for folder, kept in answers.items()}
     if missing is not None and teacher is not None:
@@ -120,6 +121,16 @@ def train_student(
         module = student_module(config, student, distillation, inputs, tokenizer)
         targets = None if distillation is None else distillation.kept
         data = build_data(config, inputs, tokenizer, partial, fields=targets.fields if targets else None)
+        if config.model.data.dynamic and config.model.data.reference is None and teacher is not None:
+            data.mixture.reference = teacher_reference(
+                teacher,
+                inputs.layout,
+                data.validation,
+                data.mixture,
+                batch=config.model.micro_batch_size,
+                seed=config.seed,
+                partial=partial,
+            )
         callbacks = [teacher_in_validation()] if isinstance(distillation, Distillation) else []
         trained = train_and_validate(module, data, config, inputs.layout, partial, callbacks)
         save_checkpoint(

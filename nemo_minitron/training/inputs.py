@@ -2,12 +2,15 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.tokenizer import loadable
 from nemo_minitron.config import StageConfig, TrainingConfig
+from nemo_minitron.data.blend import Blend, Mixture
+from nemo_minitron.data.blend_sources import Source, blend_of, common_length, open_sources, source_places
 from nemo_minitron.data.instruction_samples import (
     Samples,
     check_vocabulary,
@@ -45,6 +48,7 @@ class Inputs:
         samples: of instructions, in place of prefixes.
         packing: what packing the samples came to; None: they are not packed.
         fixed: whether text is read in windows as it lies, in place of Megatron's samples.
+        sources: of a blend, in place of prefixes and samples.
     """
 
     prefixes: dict[str, list[str]]
@@ -54,11 +58,19 @@ class Inputs:
     samples: Samples | None = None
     packing: dict[str, Any] | None = None
     fixed: bool = False
+    sources: Sequence[Source] = ()
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there are instructions, whose answers differ in length."""
+        return self.samples is not None or any(source.rows is not None for source in self.sources)
 
     def sets(self) -> dict[str, SampleSet] | None:
         """Samples of the training and the validation split; None: Megatron makes its own."""
         if self.samples is not None:
             return {**(self.samples.sets if self.packing is None else self.samples.packed)(self.seq_length)}
+        if self.sources:
+            return {split: blend_of(self.sources, split, self.seq_length) for split in ("train", "validation")}
         if not self.fixed:
             return None
         return {split: Windows(paths(self.prefixes[split]), self.seq_length) for split in ("train", "validation")}
@@ -76,6 +88,8 @@ class Inputs:
     def files(self) -> dict[str, str]:
         """Name -> file of the data and the tokenizer, for the manifest."""
         files = data_files(self.prefixes) | (self.samples.files if self.samples else {})
+        for source in self.sources:
+            files |= source.files()
         return files | ({"tokenizer": self.tokenizer} if Path(self.tokenizer).is_dir() else {})
 
 
@@ -90,10 +104,10 @@ def data_files(prefixes: dict[str, list[str]]) -> dict[str, str]:
 
 def data_tokenizer(config: StageConfig) -> str | None:
     """The tokenizer that lies in the data folder that `minitron data` made, if it is one."""
-    prefix = config.model.data.data_prefix
-    if isinstance(prefix, str) and (Path(prefix) / TOKENIZER).is_dir():
-        return str(Path(prefix) / TOKENIZER)
-    return None
+    data = config.model.data
+    folders = [Path(data.data_prefix)] if isinstance(data.data_prefix, str) else []
+    folders += source_places(data).values() if data.blend else ()
+    return next((str(folder / TOKENIZER) for folder in folders if (folder / TOKENIZER).is_dir()), None)
 
 
 def stated_path(path: str | None, field: str) -> str:
@@ -118,6 +132,11 @@ def training_inputs(config: StageConfig, architecture: Architecture, own_tokeniz
     if tokenizer is None:
         raise ConfigError("no tokenizer: neither checkpoint nor data folder has one; give model.tokenizer=DIR")
     length = config.model.data.seq_length or config.model.encoder_seq_length or architecture.seq_length
+    if config.model.data.blend and isinstance(config, TrainingConfig):
+        sources = blend_sources(config, architecture, tokenizer, length)
+        length = common_length(sources, length)
+        check_length(length, layout)
+        return Inputs(prefixes={}, seq_length=length, tokenizer=tokenizer, layout=layout, sources=sources)
     if config.model.data.instructions and isinstance(config, TrainingConfig):
         samples = _samples(config, config.model.data.instructions, architecture, tokenizer, length)
         packing = _packing(samples, length) if config.model.data.packing else None
@@ -133,6 +152,31 @@ def training_inputs(config: StageConfig, architecture: Architecture, own_tokeniz
     check_length(length, layout)
     check_data(prefixes, seq_length=length, vocab_size=architecture.vocab_size)
     return Inputs(prefixes=prefixes, seq_length=length, tokenizer=tokenizer, layout=layout, fixed=config.fixed_windows)
+
+
+def blend_sources(config: TrainingConfig, architecture: Architecture, tokenizer: str, length: int) -> list[Source]:
+    """The sources of model.data.blend, checked to fit the model and the run.
+
+    Raises:
+        ConfigError, DataError: before any long work.
+    """
+    from nemo_minitron.data.tokenizer import load_tokenizer
+
+    sources = open_sources(
+        config.model.data,
+        config.instruct,
+        load_tokenizer(tokenizer),
+        seq_length=length,
+        vocab_size=architecture.vocab_size,
+        seed=config.seed,
+    )
+    validated = config.trainer.limit_val_batches * config.model.global_batch_size
+    if validated < len(sources):
+        raise ConfigError(
+            f"a validation of trainer.limit_val_batches {config.trainer.limit_val_batches} x model.global_batch_size "
+            f"{config.model.global_batch_size} = {validated} samples has none for some of the {len(sources)} sources"
+        )
+    return sources
 
 
 def _samples(
@@ -189,9 +233,30 @@ def build_data(
             padding=tokenizer.eos_id,
             packed=inputs.packing is not None,
             fields=fields,
+            mixture=mixture_of(config, inputs.sources, sets) if inputs.sources else None,
             tokenizer=tokenizer,
             persistent_workers=config.model.data.num_workers > 0,
             **settings,
         )
     index_dir = config.model.data.index_mapping_dir or str(partial / CHECKPOINTS / "index")
     return data_module(inputs.prefixes, tokenizer, index_dir=index_dir, **settings)
+
+
+def mixture_of(config: StageConfig, sources: Sequence[Source], sets: dict[str, SampleSet]) -> Mixture:
+    """The orders in which a run reads its sources."""
+    train, validation = sets["train"], sets["validation"]
+    assert isinstance(train, Blend) and isinstance(validation, Blend)
+    data, trainer = config.model.data, config.trainer
+    return Mixture(
+        train,
+        validation,
+        [source.share for source in sources],
+        batch=config.model.global_batch_size,
+        steps=trainer.max_steps,
+        interval=min(trainer.val_check_interval, trainer.max_steps),
+        limit=trainer.limit_val_batches,
+        seed=config.seed,
+        dynamic=data.dynamic,
+        reference=None if data.reference is None else [float(data.reference[name]) for name in data.blend],
+        facts=[source.facts() for source in sources],
+    )

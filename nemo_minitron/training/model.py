@@ -23,7 +23,7 @@ def training_config(architecture: Architecture, inputs: Inputs) -> "GPTConfig":
 
     config = model_config(architecture, inputs.layout)
     # Answers differ in length: each of their tokens weighs the same, whatever micro batch it is in.
-    config.calculate_per_token_loss = inputs.samples is not None
+    config.calculate_per_token_loss = inputs.has_rows
     return config
 
 
