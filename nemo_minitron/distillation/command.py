@@ -108,6 +108,7 @@ def train_student(
     from nemo_minitron.megatron.session import engine
     from nemo_minitron.megatron.weights import bare, save_checkpoint
     from nemo_minitron.training.loop import train_and_validate
+    from nemo_minitron.training.reference import teacher_reference
 
     together = {folder: [kept] for folder, kept in answers.items()}
     if missing is not None and teacher is not None:
@@ -118,6 +119,16 @@ def train_student(
         module = student_module(config, student, distillation, inputs, tokenizer)
         targets = None if distillation is None else distillation.kept
         data = build_data(config, inputs, tokenizer, partial, fields=targets.fields if targets else None)
+        if config.model.data.dynamic and config.model.data.reference is None and teacher is not None:
+            data.mixture.reference = teacher_reference(
+                teacher,
+                inputs.layout,
+                data.validation,
+                data.mixture,
+                batch=config.model.micro_batch_size,
+                seed=config.seed,
+                partial=partial,
+            )
         callbacks = [teacher_in_validation()] if isinstance(distillation, Distillation) else []
         trained = train_and_validate(module, data, config, inputs.layout, partial, callbacks)
         save_checkpoint(
@@ -131,7 +142,7 @@ def train_student(
         )
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
         shutil.rmtree(partial / FILLED, ignore_errors=True)
-    return trained.result(config, student.architecture)
+    return trained.result(config, student.architecture, inputs)
 
 
 def the_distillation(
@@ -177,12 +188,11 @@ def student_module(
 ) -> "GPTModel":
     """NeMo's module that trains the student: with a teacher, or on the language-model loss alone."""
     from nemo_minitron.distillation.module import distillation_module, kept_module
-    from nemo_minitron.megatron.session import model_config
     from nemo_minitron.training.loop import optimizer
-    from nemo_minitron.training.model import gpt_module
+    from nemo_minitron.training.model import gpt_module, training_config
 
     optim = optimizer(config.model.optim, config.trainer.max_steps, config.trainer.gradient_clip_val, inputs.layout)
-    student_config = model_config(student.architecture, inputs.layout)
+    student_config = training_config(student.architecture, inputs)
     if distillation is None:
         return gpt_module(student_config, student.architecture, weights=student, optim=optim, tokenizer=tokenizer)
     if isinstance(distillation, KeptDistillation):
@@ -191,7 +201,7 @@ def student_module(
         student,
         distillation,
         student_config=student_config,
-        teacher_config=model_config(distillation.checkpoint.architecture, inputs.layout),
+        teacher_config=training_config(distillation.checkpoint.architecture, inputs),
         optim=optim,
         tokenizer=tokenizer,
     )

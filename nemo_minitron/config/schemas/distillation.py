@@ -139,6 +139,11 @@ class DistillConfig(TrainingConfig):
             return bool(self.kd.teacher or self.kd.teachers)
         return super().fixed_windows
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher runs beside the model."""
+        return self.kd.kd_weight > 0
+
     def problems(self) -> list[str]:
         problems = super().problems()
         if (LIVE in self.kd.shares or self.kd.fill) and not self.model.kd_teacher_restore_from_path:

@@ -10,7 +10,8 @@ from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.config import AnswersConfig, TeachConfig, TrainingConfig
 from nemo_minitron.distillation.teach.forms import form_of
 from nemo_minitron.distillation.teach.header import Header, tokenizer_fingerprint
-from nemo_minitron.distillation.teach.listing import Listing, first_pass, list_pieces, read_by_validation
+from nemo_minitron.distillation.teach.listing import Listing
+from nemo_minitron.distillation.teach.reading import what_is_read
 from nemo_minitron.launch.ranks import rank
 from nemo_minitron.training.inputs import LOG, Inputs, stated_path, training_inputs
 from nemo_minitron.training.stage import run_training_stage
@@ -41,7 +42,7 @@ def keep_answers(partial: Path, config: TeachConfig, teacher: Checkpoint, inputs
     from nemo_minitron.distillation.teach.writer import measured
 
     started = time.perf_counter()
-    listing = to_answer(config, inputs)
+    listing = what_is_read(config, inputs, None, config.teach.tokens)
     header, speed = answer(partial, config, config.teach, teacher, inputs, listing, f"teach {Path(config.output).name}")
     return {
         "metrics": measured(partial, header, listing) if rank() == 0 else {},
@@ -92,16 +93,6 @@ def answer(
     return header, tokens / max(seconds, 1e-9)
 
 
-def to_answer(config: TeachConfig, inputs: Inputs) -> Listing:
-    """The samples that are answered: training's first pass, or the start of it, then validation's."""
-    sets = inputs.sets()
-    assert sets is not None, "teach reads fixed windows or rows"
-    training = first_pass(len(sets["train"]), config.seed)
-    batches, batch = config.trainer.limit_val_batches, config.model.global_batch_size
-    validation = read_by_validation(len(sets["validation"]), batch, batches)
-    return list_pieces(sets, {"train": training, "validation": validation}, config.teach.tokens)
-
-
 def header_of(asked: AnswersConfig, teacher: Checkpoint, inputs: Inputs, listing: Listing, batch: int) -> Header:
     """What a folder of answers to a listing says of itself."""
     fields: dict[str, Any] = {
@@ -112,7 +103,7 @@ def header_of(asked: AnswersConfig, teacher: Checkpoint, inputs: Inputs, listing
         "hidden_size": teacher.architecture.hidden_size,
         "vocab_size": teacher.architecture.vocab_size,
         "seq_length": inputs.seq_length,
-        "text": inputs.samples is None,
+        "text": not inputs.has_rows,
         "teacher": teacher.content,
         "tokenizer": tokenizer_fingerprint(inputs.tokenizer),
         "data": {name: sampled_fingerprint(path) for name, path in inputs.files().items() if name != "tokenizer"},

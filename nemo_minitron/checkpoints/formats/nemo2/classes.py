@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from nemo_minitron.checkpoints import generation
+from nemo_minitron.checkpoints import generation, not_yet
 
 CONTEXT, WEIGHTS = "context", "weights"
 MODEL_YAML, GENERATION = "model.yaml", f"artifacts/{generation.FILE}"
@@ -20,8 +20,18 @@ FAMILY_OF_CLASS = (
     ("Qwen3", "qwen3"),
     ("GPTConfig", "gpt"),
 )
-#: NeMo's config classes of Qwen3-MoE: Qwen3MoEConfig, Qwen3Config30B_A3B, Qwen3Config235B_A22B.
-QWEN3_MOE = re.compile(r"Qwen3(MoE|Config\d+B_A)")
+#: NeMo's config classes that are no family's here, most of them named like one's -> what is said of them.
+NOT_YET = (
+    (re.compile(r"Qwen3(MoE|Config\d+B_A)"), not_yet.QWEN3_MOE),
+    (re.compile(r"Llama\d*Nemotron(Super|Ultra)"), not_yet.HETEROGENEOUS),
+    (re.compile(r"Llama\d*(Bidirectional|Embedding|Reranker)"), not_yet.BOTH_WAYS),
+    (re.compile(r"Llama4"), not_yet.LLAMA4),
+    (re.compile(r"NemotronH"), not_yet.NEMOTRON_H),
+    (re.compile(r"Qwen2\d?VL"), not_yet.QWEN_VL),
+    (re.compile(r"Phi3"), not_yet.PHI3),
+)
+#: Fields of Megatron's HeterogeneousTransformerConfig.
+HETEROGENEOUS = ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json")
 #: Family -> (model class, config class) of nemo.collections.llm.
 CLASSES = {
     "llama": ("LlamaModel", "LlamaConfig"),
@@ -60,9 +70,3 @@ ROPE_SCALING = {
     "high_freq_factor": "high_freq_factor",
     "old_context_len": "original_length",
 }
-SAME_NAME = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "seq_length", "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "gated_linear_unit",
-    "add_bias_linear", "add_qkv_bias", "qk_layernorm", "share_embeddings_and_output_weights", "rotary_base",
-    "rotary_percent", "init_method_std",
-)  # fmt: skip

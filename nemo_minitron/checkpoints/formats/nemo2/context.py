@@ -6,18 +6,18 @@ No class that they name is imported, none is run.
 import json
 from typing import Any
 
-from nemo_minitron.architecture import RopeScaling
+from nemo_minitron.architecture import SAME_IN_MEGATRON, RopeScaling
+from nemo_minitron.checkpoints import not_yet, untrusted
 from nemo_minitron.checkpoints import tokenizer as tokenizers
-from nemo_minitron.checkpoints import untrusted
 from nemo_minitron.checkpoints.files import Files
 from nemo_minitron.checkpoints.formats.nemo2.classes import (
     DEFAULTS,
     FAMILY_OF_CLASS,
+    HETEROGENEOUS,
     MODEL_YAML,
+    NOT_YET,
     PADDING,
-    QWEN3_MOE,
     ROPE_SCALING,
-    SAME_NAME,
 )
 from nemo_minitron.errors import CheckpointError
 
@@ -29,11 +29,13 @@ def read_config(context: Files) -> tuple[str, str, dict[str, Any]]:
         CheckpointError: the context is missing or unreadable, or the family is not a dense one that is known here.
     """
     class_name, values = _model_config(context)
-    if values.get("num_moe_experts") or QWEN3_MOE.match(class_name):
-        name = "Qwen3-MoE" if class_name.startswith("Qwen3") else "mixture of experts"
-        raise CheckpointError(
-            f"{context.where}: {name}: not yet; its config class is {class_name}, dense models are read"
-        )
+    reason = next((reason for pattern, reason in NOT_YET if pattern.match(class_name)), None)
+    if reason is None and values.get("num_moe_experts"):
+        reason = not_yet.QWEN3_MOE if class_name.startswith("Qwen3") else "mixture of experts: not yet"
+    if reason is None and any(values.get(name) for name in HETEROGENEOUS):
+        reason = not_yet.HETEROGENEOUS
+    if reason:
+        raise CheckpointError(f"{context.where}: {reason} (config class {class_name}; dense models are read)")
     family = next((family for prefix, family in FAMILY_OF_CLASS if class_name.startswith(prefix)), None)
     if family is None:
         known = ", ".join(prefix for prefix, _ in FAMILY_OF_CLASS)
@@ -44,7 +46,7 @@ def read_config(context: Files) -> tuple[str, str, dict[str, Any]]:
 def read_fields(family: str, class_name: str, values: dict[str, Any]) -> dict[str, Any]:
     """Fields of Architecture, as the context states them or as the config class has them by default."""
     fields = dict(DEFAULTS[family])
-    fields |= {name: values[name] for name in SAME_NAME if values.get(name) is not None}
+    fields |= {name: values[name] for name in SAME_IN_MEGATRON if values.get(name) is not None}
     if isinstance(values.get("activation"), str):
         fields["activation"] = values["activation"]
     scaling = {ours: values[theirs] for theirs, ours in ROPE_SCALING.items() if values.get(theirs) is not None}
