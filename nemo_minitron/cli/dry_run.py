@@ -49,6 +49,7 @@ def _inputs(config: StageConfig | PruneConfig) -> list[tuple[str, Any]]:
         ("teacher", getattr(model, "kd_teacher_restore_from_path", None)),
         ("tokenizer", getattr(model, "tokenizer", None)),
         ("data", model.data.data_prefix),
+        ("instructions", model.data.instructions),
         ("scores", getattr(getattr(config, "prune", None), "scores_path", None)),
     ]
     if isinstance(config, DistillConfig):
