@@ -48,6 +48,7 @@ def _inputs(config: StageConfig | PruneConfig) -> list[tuple[str, Any]]:
         ("teacher", getattr(model, "kd_teacher_restore_from_path", None)),
         ("tokenizer", getattr(model, "tokenizer", None)),
         ("data", model.data.data_prefix),
+        ("blend", model.data.blend),
         ("scores", getattr(getattr(config, "prune", None), "scores_path", None)),
     ]
     return [(role, path) for role, path in named if path]

@@ -26,6 +26,7 @@ from nemo_minitron.training.inputs import (
 from nemo_minitron.training.stage import run_training_stage
 
 if TYPE_CHECKING:
+    import lightning.pytorch as pl
     from nemo.collections.llm import GPTModel
 
 
@@ -95,24 +96,15 @@ def train_student(
     from nemo_minitron.megatron.session import engine
     from nemo_minitron.megatron.weights import bare, save_checkpoint
     from nemo_minitron.training.loop import train_and_validate
-    from nemo_minitron.training.reference import teacher_reference
 
     with engine(config.seed, partial / LOG, cuda=inputs.layout.cuda):
         tokenizer = nemo_tokenizer(inputs.tokenizer)
         distillation = None if teacher is None else Distillation(teacher, config.kd, pairs)
         module = student_module(config, student, distillation, inputs, tokenizer)
         data = build_data(config, inputs, tokenizer, partial)
-        if config.model.data.dynamic and config.model.data.reference is None and teacher is not None:
-            data.mixture.reference = teacher_reference(
-                teacher,
-                inputs.layout,
-                data.validation,
-                data.mixture,
-                batch=config.model.micro_batch_size,
-                seed=config.seed,
-                partial=partial,
-            )
         callbacks = [] if distillation is None else [teacher_in_validation()]
+        if config.model.data.dynamic and config.model.data.reference is None and teacher is not None:
+            callbacks.append(reference_of(config, teacher, inputs, data, partial))
         trained = train_and_validate(module, data, config, inputs.layout, partial, callbacks)
         save_checkpoint(
             bare(module) if distillation is None else distillation.detach(),
@@ -125,6 +117,14 @@ def train_student(
         )
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
     return trained.result(config, student.architecture)
+
+
+def reference_of(config: DistillConfig, teacher: Checkpoint, inputs: Inputs, data: Any, partial: Path) -> "pl.Callback":
+    """The callback that measures the losses which dynamic shares of a blend follow."""
+    from nemo_minitron.training.reference import TeacherReference
+
+    batch = config.model.micro_batch_size
+    return TeacherReference(teacher, inputs.layout, data.validation, data.mixture, batch=batch, partial=partial)
 
 
 def student_module(

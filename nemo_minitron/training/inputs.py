@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.tokenizer import loadable
-from nemo_minitron.config import StageConfig, TrainingConfig
+from nemo_minitron.config import PruneConfig, StageConfig, TrainingConfig
 from nemo_minitron.data.blend import Blend, Mixture
 from nemo_minitron.data.blend_sources import Source, blend_of, common_length, open_sources, source_places
 from nemo_minitron.data.instruction_samples import Samples, check_vocabulary, make_samples, padded_length
@@ -81,7 +81,7 @@ def data_files(prefixes: dict[str, list[str]]) -> dict[str, str]:
     }
 
 
-def data_tokenizer(config: StageConfig) -> str | None:
+def data_tokenizer(config: StageConfig | PruneConfig) -> str | None:
     """The tokenizer that lies in the data folder that `minitron data` made, if it is one."""
     data = config.model.data
     folders = [Path(data.data_prefix)] if isinstance(data.data_prefix, str) else []
@@ -137,12 +137,10 @@ def blend_sources(config: TrainingConfig, architecture: Architecture, tokenizer:
     Raises:
         ConfigError, DataError: before any long work.
     """
-    from nemo_minitron.data.tokenizer import load_tokenizer
-
     sources = open_sources(
         config.model.data,
         config.instruct,
-        load_tokenizer(tokenizer),
+        tokenizer,
         seq_length=length,
         vocab_size=architecture.vocab_size,
         seed=config.seed,

@@ -13,6 +13,7 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.data.command import prepare
 from nemo_minitron.distillation.command import distill
+from nemo_minitron.pruning.command import prune
 from nemo_minitron.training import loop
 from nemo_minitron.training.finetune import finetune
 
@@ -192,3 +193,13 @@ def test_distilling_measures_the_teacher_once_and_two_ranks_agree(tiny, sources,
         assert f"kd_loss/{name}" in manifest.metrics["validation"][0]
     for one, other in zip(manifest.metrics["train"], two.metrics["train"], strict=True):
         assert one == pytest.approx(other, abs=3e-5)
+
+
+def test_a_cut_is_scored_on_the_shares_of_a_blend(tiny, sources, tmp_path):
+    config = tiny.pruning(tmp_path / "student", hidden_size=96, scores_path=str(tmp_path / "scores"))
+    config.model.data = c.ModelDataConfig(data_prefix=str(sources), blend=dict(SHARES), seq_length=SEQ_LENGTH)
+    prune(c.validated(config))
+    scores = Manifest.read(tmp_path / "scores")
+    drawn = scores.details["samples"]
+    assert {name: drawn["sources"].count(name) for name in SHARES} == {"wiki": 8, "news": 5, "chat": 3}
+    assert {"wiki-train0", "chat-instructions-train0"} < set(scores.inputs) and scores.metrics["samples"] == 16

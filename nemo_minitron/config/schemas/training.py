@@ -80,6 +80,11 @@ class ModelDataConfig(Config):
     index_mapping_dir: str | None = None
     """Where Megatron keeps the sample order; none: inside the output folder."""
 
+    @property
+    def names_text(self) -> bool:
+        """Whether there is text to run a model on."""
+        return bool(self.data_prefix or self.blend)
+
     def problems(self) -> list[str]:
         problems = at_least(0, num_workers=self.num_workers) + at_least(2, seq_length=self.seq_length)
         problems += one_of("windows", self.windows, ("auto", "shuffled", "fixed"))
@@ -95,7 +100,10 @@ class ModelDataConfig(Config):
     def _blend_problems(self) -> list[str]:
         """What is wrong with the sources of a blend, their weights and references."""
         if not isinstance(self.blend, dict) or not self.blend:
-            return [f"blend = {self.blend!r} must be sources with weights, {{wiki:0.3,code:0.7}}"]
+            return [
+                f"blend = {self.blend!r} must be sources with weights; quoted, since shells take braces apart: "
+                "'model.data.blend={wiki:0.3,code:0.7}'"
+            ]
         problems = [
             f"blend: the weight of {name} is {weight!r}, and must be a number above 0"
             for name, weight in self.blend.items()
