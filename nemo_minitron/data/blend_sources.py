@@ -119,23 +119,25 @@ def shown_name(name: str) -> str:
 
 def open_sources(
     data: ModelDataConfig,
-    instruct: InstructConfig,
+    instruct: InstructConfig | None,
     tokenizer: str | None,
     *,
     seq_length: int,
     vocab_size: int,
     seed: int,
-    calibration: bool = False,
+    splits: Sequence[str] = SPLITS,
+    whole_rows: bool = False,
 ) -> list[Source]:
     """Opens and checks every source of `data.blend`.
 
     Args:
-        instruct: how rows are read.
+        instruct: how rows are read; None: there may be none.
         tokenizer: directory or hub name, for rows.
         seq_length: labels a sample may have.
         vocab_size: rows of the embedding.
         seed: of validation rows that are drawn.
-        calibration: whether only the training split is read, and rows whole, as documents.
+        splits: of text, that are read.
+        whole_rows: whether rows longer than that stay whole.
 
     Raises:
         DataError: with the name of the source: it is missing, has no validation split, or does not fit the model.
@@ -144,22 +146,24 @@ def open_sources(
 
     places = source_places(data)
     weights: Mapping[str, float] = {str(name): float(weight) for name, weight in data.blend.items()}
-    splits = SPLITS[:1] if calibration else SPLITS
     sources = []
     for (name, place), share in zip(places.items(), normalised(list(weights.values()))):
         prefixes, rows = {}, None
         try:
             if (place / "train.idx").is_file():
                 found = resolve_prefixes(str(place))
-                if not set(splits) <= set(found):
-                    raise DataError(f"{place} has no validation split, validation.idx; make one with `minitron data`")
+                for split in splits:
+                    if split not in found:
+                        raise DataError(f"{place} has no {split} split, {split}.idx; make one with `minitron data`")
                 prefixes = {split: found[split] for split in splits}
                 check_fits(prefixes, seq_length=seq_length, vocab_size=vocab_size)
             else:
+                if instruct is None:
+                    raise DataError(f"{place} has no train.idx, and the loss of a split is measured on text alone")
                 read = read_instructions(str(place), instruct, seed)
                 if tokenizer is None:
                     raise DataError("it holds rows, and there is no tokenizer for them: the checkpoint has none")
-                longest = WHOLE if calibration else seq_length
+                longest = WHOLE if whole_rows else seq_length
                 rows = make_samples(read, instruct, load_tokenizer(tokenizer), longest)
                 check_vocabulary(rows, vocab_size)
         except DataError as error:

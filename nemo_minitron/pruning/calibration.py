@@ -84,7 +84,8 @@ def calibration_of(config: PruneConfig, teacher: Checkpoint) -> Calibration:
             seq_length=length,
             vocab_size=teacher.architecture.vocab_size,
             seed=config.seed,
-            calibration=True,
+            splits=["train"],
+            whole_rows=True,
         )
         return Calibration(files=[], length=length, sources=sources)
     problems = missing_data(config.model.data)

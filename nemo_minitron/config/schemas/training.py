@@ -61,7 +61,7 @@ class ModelDataConfig(Config):
     instructions: str | None = None
     """finetune, distill: file or folder of instructions and answers, in place of data_prefix (see instruct.format)."""
     blend: Any = None
-    """finetune, distill, prune: several sources and the weights of their shares of the samples,
+    """finetune, distill, prune, loss: several sources and the weights of their shares of the samples,
     {wiki:0.3,code:0.5,chat:0.2}. Names are paths, or folders in data_prefix where that is given; each is a folder that
     `minitron data` made, or a file or folder of instructions."""
     dynamic: bool = False
@@ -332,7 +332,13 @@ class LossConfig(StageConfig):
     splits: list[str] = field(default_factory=lambda: ["validation", "test"])
     """Splits to measure."""
     limit_batches: int = 32
-    """Global batches of each split, from its start."""
+    """Global batches of each split, from its start; of a blend, whose sources are text, as many windows of each."""
+
+    def data_problems(self) -> list[str]:
+        data = self.model.data
+        if data.blend is None:
+            return missing_data(data)
+        return ["model.data.dynamic is for finetune and distill"] if data.dynamic else []
 
     def problems(self) -> list[str]:
         problems = super().problems() + at_least(1, limit_batches=self.limit_batches)
