@@ -123,7 +123,7 @@ def test_dynamic_shares_need_more_than_two_intervals():
     config = DistillConfig()
     config.model.data = ModelDataConfig(blend=TWO, dynamic=True)
     config.trainer.max_steps = 2 * config.trainer.val_check_interval
-    with pytest.raises(ConfigError, match="count after 2 x val_check_interval = 20 steps"):
+    with pytest.raises(ConfigError, match="count after 2 x val_check_interval = 20 steps, and max_steps = 20"):
         validated(config)
 
 

@@ -9,7 +9,7 @@ from nemo_minitron.config.schemas.data import DataConfig
 from nemo_minitron.config.schemas.distillation import KDConfig
 from nemo_minitron.config.schemas.hardware import HardwareConfig
 from nemo_minitron.config.schemas.instructions import InstructConfig, PeftConfig
-from nemo_minitron.config.schemas.training import ModelDataConfig
+from nemo_minitron.config.schemas.training import ModelDataConfig, dynamic_problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -247,4 +247,7 @@ class FlowConfig(Config):
 
     def problems(self) -> list[str]:
         problems = at_least(1, limit_test_batches=self.limit_test_batches) + at_least(0, facts=self.facts)
+        if self.data.dynamic and self.distill.max_steps and self.distill.val_check_interval:
+            steps = dynamic_problems(self.distill.max_steps, self.distill.val_check_interval)
+            problems += [f"distill: {problem}" for problem in steps]
         return problems + above_zero(minutes=self.minutes)

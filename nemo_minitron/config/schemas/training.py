@@ -296,13 +296,17 @@ class TrainingConfig(StageConfig):
                 "model.data.dynamic needs a loss to reach on each source where there is no teacher to measure: "
                 "model.data.reference={wiki:2.1,code:1.2}"
             )
-        steps, interval = self.trainer.max_steps, self.trainer.val_check_interval
-        if steps <= 2 * interval:
-            problems.append(
-                f"model.data.dynamic: the first shares that follow a validation count after 2 x val_check_interval = "
-                f"{2 * interval} steps, and trainer.max_steps = {steps}: validate more often, or train longer"
-            )
-        return problems
+        return problems + dynamic_problems(self.trainer.max_steps, self.trainer.val_check_interval)
+
+
+def dynamic_problems(max_steps: int, val_check_interval: int) -> list[str]:
+    """A problem where a run ends before any shares that follow a validation count."""
+    if max_steps > 2 * val_check_interval:
+        return []
+    return [
+        f"dynamic shares that follow a validation first count after 2 x val_check_interval = {2 * val_check_interval} "
+        f"steps, and max_steps = {max_steps}: validate more often, or train longer"
+    ]
 
 
 @dataclasses.dataclass(kw_only=True)
