@@ -53,6 +53,7 @@ def distill(config: DistillConfig) -> Manifest:
     inputs = training_inputs(config, student.architecture, student.tokenizer)
     if teacher is not None:
         check_fits(teacher.architecture, inputs.layout, "teacher")
+    check_reference(config, teacher)
     return run_training_stage(
         "distill",
         distill,
@@ -68,6 +69,17 @@ def check_pair(teacher: Architecture, student: Architecture) -> None:
         raise ConfigError(
             f"teacher and student have different vocabularies: {teacher.vocab_size} and {student.vocab_size} rows; "
             "the distillation loss compares their logits, so the student must come from this teacher",
+            "distill",
+        )
+
+
+def check_reference(config: DistillConfig, teacher: Checkpoint | None) -> None:
+    """Raises ConfigError where shares are to follow losses, and none to reach are given or can be measured."""
+    data = config.model.data
+    if data.dynamic and data.reference is None and teacher is None:
+        raise ConfigError(
+            "model.data.dynamic: no teacher runs whose loss on each source could be measured; give "
+            "model.data.reference={wiki:2.1,code:1.2}",
             "distill",
         )
 
