@@ -50,6 +50,7 @@ def _inputs(config: StageConfig | PruneConfig) -> list[tuple[str, Any]]:
         ("tokenizer", getattr(model, "tokenizer", None)),
         ("data", model.data.data_prefix),
         ("instructions", model.data.instructions),
+        ("blend", model.data.blend),
         ("scores", getattr(getattr(config, "prune", None), "scores_path", None)),
     ]
     if isinstance(config, DistillConfig):
