@@ -32,17 +32,19 @@ class Source:
         share: of the samples.
         prefixes: split -> prefixes of the indexed datasets of text.
         rows: instructions.
+        packed: whether its rows are packed into sequences.
     """
 
     name: str
     share: float
     prefixes: dict[str, list[str]]
     rows: Samples | None = None
+    packed: bool = False
 
     def set(self, split: str, length: int) -> SampleSet:
         """The samples of a split, `length` labels each."""
         if self.rows is not None:
-            return self.rows.sets(length)[split]
+            return (self.rows.packed if self.packed else self.rows.sets)(length)[split]
         return Windows(paths(self.prefixes[split]), length)
 
     def streams(self) -> "list[np.ndarray]":
@@ -75,8 +77,8 @@ def blend_of(sources: Sequence[Source], split: str, length: int) -> Blend:
 
 
 def common_length(sources: Sequence[Source], seq_length: int) -> int:
-    """Labels a sample: all of the sequence where there is text; for rows alone as few as hold the longest."""
-    rows = [source.rows for source in sources if source.rows is not None]
+    """Labels a sample: all of the sequence where there is text or packed rows, else as few as hold the longest."""
+    rows = [source.rows for source in sources if source.rows is not None and not source.packed]
     return seq_length if len(rows) < len(sources) else max(padded_length(samples, seq_length) for samples in rows)
 
 

@@ -176,7 +176,8 @@ def test_entries_of_distributions_equal_float64_arithmetic(tiny, student, kept, 
 
 
 def test_rows_of_instructions_have_answers_too(tiny, student, tmp_path):
-    """Rows of several lengths, with padding behind them, and a validation that fills no batch."""
+    """Rows of several lengths, with padding behind them, and a validation that fills no batch; packed they have the
+    answers that were given to each alone."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"input": f"Say {n}", "output": f"{n} " * (n % 7 + 1)}) for n in range(40)))
 
@@ -191,6 +192,19 @@ def test_rows_of_instructions_have_answers_too(tiny, student, tmp_path):
         runs[keep] = distill(on_rows(distilling(tiny, student, tmp_path / f"{keep}-student", kd=kd)))
     assert losses(runs["hidden"]) == pytest.approx(losses(runs["live"]), abs=1e-5)
     assert losses(runs["sampled"]) == pytest.approx(losses(runs["live"]), abs=0.05)
+
+    def packed(config):
+        config.model.micro_batch_size, config.model.data.packing = 1, True
+        return c.validated(config)
+
+    runs = {
+        "live": distill(packed(on_rows(distilling(tiny, student, tmp_path / "live-packed", live=True)))),
+        "hidden": distill(
+            packed(on_rows(distilling(tiny, student, tmp_path / "packed", kd={"teacher": str(tmp_path / "hidden")})))
+        ),
+    }
+    assert runs["hidden"].metrics["padding"] < runs["hidden"].metrics["padding_unpacked"]
+    assert losses(runs["hidden"]) == pytest.approx(losses(runs["live"]), abs=1e-5)
 
 
 def test_entries_come_back_as_they_were_written():

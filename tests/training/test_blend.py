@@ -13,7 +13,7 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.data.command import prepare
 from nemo_minitron.distillation.command import distill
-from nemo_minitron.errors import DataError
+from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.evaluation.loss import evaluate_loss
 from nemo_minitron.pruning.command import prune
 from nemo_minitron.training import loop
@@ -118,6 +118,22 @@ def test_the_manifest_and_tensorboard_tell_of_each_source(trained):
     scalars = {event.step: event.value for event in events.Scalars("validation/lm_loss/news")}
     assert scalars == pytest.approx({line["step"]: line["lm_loss/news"] for line in manifest.metrics["validation"]})
     assert events.Scalars("train/lm_loss/chat")
+
+
+def test_rows_of_a_blend_are_packed_beside_text(tiny, sources, tmp_path):
+    """A learning rate of nothing leaves the teacher: losses by source are those of its unpacked samples."""
+    config = c.FinetuneConfig(**settings(tiny, sources, tmp_path / "run", steps=1))
+    config.model.micro_batch_size, config.model.data.packing, config.monitor = 1, True, "last"
+    config.model.optim.lr = config.model.optim.sched.min_lr = 1e-12
+    metrics = finetune(c.validated(config)).metrics
+    packed = metrics["packing"]["chat"]
+    assert packed["sequences"] < 40 and packed["padding"] < packed["padding_unpacked"]
+    assert metrics["blend"]["chat"]["validation_samples"] == packed["validation_sequences"] < 10
+    total, tokens, rows = float64_losses(tiny.teacher, config)["chat"]
+    assert rows == 10 and metrics["validation"][-1]["lm_loss/chat"] == pytest.approx(total / tokens, abs=2e-5)
+    config.model.micro_batch_size = 4
+    with pytest.raises(ConfigError, match="packing needs model.micro_batch_size=1"):
+        c.validated(config)
 
 
 def test_any_workers_and_micro_batch_read_the_same(tiny, sources, trained, tmp_path):

@@ -75,8 +75,8 @@ class ModelDataConfig(Config):
     the text as it lies, the same in each pass, in an order that the seed gives. auto: shuffled, but fixed where a
     teacher's answers are kept (teach, kd.teacher)."""
     packing: bool = False
-    """Of instructions: as many whole rows a sample as it has room for, each of which sees itself alone, in place of one
-    row and padding; needs model.micro_batch_size=1."""
+    """Of instructions, in a blend too: as many whole rows a sample as it has room for, each of which sees itself alone,
+    in place of one row and padding; needs model.micro_batch_size=1."""
     seq_length: int | None = None
     """Tokens a sample; none: model.encoder_seq_length, or else the model's own length."""
     num_workers: int = 2
@@ -305,7 +305,8 @@ class TrainingConfig(StageConfig):
     def data_problems(self) -> list[str]:
         data = self.model.data
         if data.blend is not None:
-            return self._dynamic_problems() if data.dynamic else []
+            packing = packing_problems(self.model) if data.packing else []
+            return packing + (self._dynamic_problems() if data.dynamic else [])
         if not data.instructions:
             return missing_data(data)
         problems = ["model.data.data_prefix and model.data.instructions: give one"] if data.data_prefix else []
