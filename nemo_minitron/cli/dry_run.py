@@ -49,6 +49,8 @@ def _inputs(config: StageConfig | PruneConfig) -> list[tuple[str, Any]]:
         ("teacher", getattr(model, "kd_teacher_restore_from_path", None)),
         ("tokenizer", getattr(model, "tokenizer", None)),
         ("data", model.data.data_prefix),
+        ("instructions", model.data.instructions),
+        ("blend", model.data.blend),
         ("scores", getattr(getattr(config, "prune", None), "scores_path", None)),
     ]
     if isinstance(config, DistillConfig):

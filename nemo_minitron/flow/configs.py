@@ -27,7 +27,18 @@ def data_config(config: c.FlowConfig) -> c.DataConfig:
     tokenizer = config.data.tokenizer
     if pretrains_on_broad(config):
         tokenizer = tokenizer or str(place(config, "broad") / "tokenizer")
-    return _corpus(config, place(config, "data"), config.data.words, tokenizer)
+    corpus = _corpus(config, place(config, "data"), config.data.words, tokenizer)
+    if config.data.sources is not None:
+        corpus.source, corpus.sources = c.DataConfig.source, dict(config.data.sources)
+    return corpus
+
+
+def read_data(config: c.FlowConfig, data: Path) -> c.ModelDataConfig:
+    """What a stage reads of a folder that the flow made."""
+    blend = config.data.blend if data == place(config, "data") else None
+    return c.ModelDataConfig(
+        data_prefix=str(data), blend=None if blend is None else dict(blend), seq_length=config.model.seq_length
+    )
 
 
 def _corpus(
@@ -62,7 +73,7 @@ def training_fields(config: c.FlowConfig, recipe: c.RecipeConfig, data: Path, ou
         nemo_path=str(output),
         **hardware.model(),
         global_batch_size=chosen(recipe.global_batch_size),
-        data=c.ModelDataConfig(data_prefix=str(data), seq_length=config.model.seq_length, **hardware.loader()),
+        data=dataclasses.replace(read_data(config, data), **hardware.loader()),
         optim=c.OptimConfig(
             lr=recipe.lr, sched=c.SchedConfig(warmup_steps=chosen(recipe.warmup_steps), min_lr=recipe.min_lr)
         ),
@@ -85,7 +96,7 @@ def cut_config(config: c.FlowConfig, name: str) -> c.PruneConfig:
         model=c.PruneModelConfig(
             restore_from_path=str(place(config, "correct")),
             **config.hardware.model(c.SCORING),
-            data=c.ModelDataConfig(data_prefix=str(place(config, "data")), seq_length=config.model.seq_length),
+            data=read_data(config, place(config, "data")),
         ),
         inference=c.InferenceConfig(batch_size=chosen(config.prune.batch_size)),
         prune=student_targets(config, name),
@@ -122,7 +133,9 @@ def teach_config(config: c.FlowConfig) -> c.TeachConfig:
 
 def distill_config(config: c.FlowConfig, name: str) -> c.DistillConfig:
     """The distillation of the pruned student `name`."""
-    return _student_training(config, name, "distill", config.distill.kd)
+    distill = _student_training(config, name, "distill", config.distill.kd)
+    distill.model.data.dynamic = config.data.dynamic
+    return distill
 
 
 def retrain_config(config: c.FlowConfig, name: str) -> c.DistillConfig:
@@ -147,7 +160,8 @@ def instruct_config(config: c.FlowConfig, name: str) -> c.FinetuneConfig:
     """The instruction tuning of the distilled student `name`."""
     fields = training_fields(config, config.instruct, place(config, "data"), place(config, "instruct", name))
     fields["model"].restore_from_path = str(place(config, "distill", name))
-    fields["model"].data.data_prefix, fields["model"].data.instructions = None, config.instruct.data
+    data = fields["model"].data
+    data.data_prefix, data.blend, data.instructions = None, None, config.instruct.data
     return c.FinetuneConfig(**fields, instruct=config.instruct.rows, peft=config.instruct.peft)
 
 
@@ -157,6 +171,8 @@ def loss_config(config: c.FlowConfig, student: str | None = None, *, model: str)
     fields = training_fields(config, config.distill, place(config, "data"), output)
     fields["model"].restore_from_path = str(checkpoint_place(config, model, student))
     fields["trainer"].max_steps = fields["trainer"].val_check_interval = 1
+    if config.data.blend is not None:
+        fields["model"].data.blend = {name: config.data.blend[name] for name in config.data.sources}
     return c.LossConfig(**fields, limit_batches=chosen(config.limit_test_batches))
 
 

@@ -20,7 +20,8 @@ def nothing(flow: c.FlowConfig, teacher: Architecture, step: "Step[Any]") -> str
 
 def source(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.DataConfig]") -> str:
     """Where the text comes from."""
-    return step.config.source
+    sources = step.config.sources
+    return step.config.source if sources is None else ", ".join(f"{name}: {path}" for name, path in sources.items())
 
 
 def training(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.FinetuneConfig] | Step[c.DistillConfig]") -> str:

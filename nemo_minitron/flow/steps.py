@@ -181,7 +181,7 @@ KNOWLEDGE = {
         configs.facts_config,
         work.facts_work,
         details.questions,
-        lambda flow: flow.data.source == "embedded" and flow.facts > 0,
+        lambda flow: flow.data.source == "embedded" and flow.data.sources is None and flow.facts > 0,
     ),
 }
 KINDS = TEACHER | STUDENT | TUNING | KNOWLEDGE

@@ -3,6 +3,8 @@
 Every estimate takes the flow's configuration, the teacher's sizes and the step.
 """
 
+import dataclasses
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -101,6 +103,9 @@ def _length(flow: c.FlowConfig) -> int:
 
 def text_bytes(data: c.FlowDataConfig | c.DataConfig) -> float | None:
     """Bytes of the text, all splits, decompressed at a guess; None: not known."""
+    if data.sources is not None:
+        sizes = [text_bytes(dataclasses.replace(data, source=path, sources=None)) for path in data.sources.values()]
+        return None if None in sizes else math.fsum(size for size in sizes if size)
     if data.source == "embedded":
         return WORD_BYTES * 1.2 * data.words
     if data.source == "wikitext103":

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.tokenizer import loadable
-from nemo_minitron.config import StageConfig, TrainingConfig
+from nemo_minitron.config import LossConfig, PruneConfig, StageConfig, TrainingConfig
 from nemo_minitron.data.blend import Blend, Mixture
-from nemo_minitron.data.blend_sources import Source, blend_of, common_length, open_sources, source_places
+from nemo_minitron.data.blend_sources import SPLITS, Source, blend_of, common_length, open_sources, source_places
 from nemo_minitron.data.instruction_samples import (
     Samples,
     check_vocabulary,
@@ -102,7 +102,7 @@ def data_files(prefixes: dict[str, list[str]]) -> dict[str, str]:
     }
 
 
-def data_tokenizer(config: StageConfig) -> str | None:
+def data_tokenizer(config: StageConfig | PruneConfig) -> str | None:
     """The tokenizer that lies in the data folder that `minitron data` made, if it is one."""
     data = config.model.data
     folders = [Path(data.data_prefix)] if isinstance(data.data_prefix, str) else []
@@ -132,7 +132,7 @@ def training_inputs(config: StageConfig, architecture: Architecture, own_tokeniz
     if tokenizer is None:
         raise ConfigError("no tokenizer: neither checkpoint nor data folder has one; give model.tokenizer=DIR")
     length = config.model.data.seq_length or config.model.encoder_seq_length or architecture.seq_length
-    if config.model.data.blend and isinstance(config, TrainingConfig):
+    if config.model.data.blend and isinstance(config, TrainingConfig | LossConfig):
         sources = blend_sources(config, architecture, tokenizer, length)
         length = common_length(sources, length)
         check_length(length, layout)
@@ -154,22 +154,25 @@ def training_inputs(config: StageConfig, architecture: Architecture, own_tokeniz
     return Inputs(prefixes=prefixes, seq_length=length, tokenizer=tokenizer, layout=layout, fixed=config.fixed_windows)
 
 
-def blend_sources(config: TrainingConfig, architecture: Architecture, tokenizer: str, length: int) -> list[Source]:
+def blend_sources(
+    config: TrainingConfig | LossConfig, architecture: Architecture, tokenizer: str, length: int
+) -> list[Source]:
     """The sources of model.data.blend, checked to fit the model and the run.
 
     Raises:
         ConfigError, DataError: before any long work.
     """
-    from nemo_minitron.data.tokenizer import load_tokenizer
-
     sources = open_sources(
         config.model.data,
-        config.instruct,
-        load_tokenizer(tokenizer),
+        config.instruct if isinstance(config, TrainingConfig) else None,
+        tokenizer,
         seq_length=length,
         vocab_size=architecture.vocab_size,
         seed=config.seed,
+        splits=SPLITS if isinstance(config, TrainingConfig) else config.splits,
     )
+    if isinstance(config, LossConfig):
+        return sources
     validated = config.trainer.limit_val_batches * config.model.global_batch_size
     if validated < len(sources):
         raise ConfigError(
