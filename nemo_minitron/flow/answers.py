@@ -33,7 +33,7 @@ def decided(config: c.FlowConfig) -> Decision:
     asked, kd = config.distill.teach, config.distill.kd
     if asked != "auto":
         return Decision(asked == "always", f"distill.teach={asked}")
-    if not kd.kd_weight or kd.folders or kd.hidden.weight or kd.top_k is not None:
+    if not kd.kd_weight or kd.folders or kd.hidden.weight or kd.top_k is not None or config.data.dynamic:
         return Decision(False, "the losses want no teacher, or one that runs")
     if (place(config, "teach") / MANIFEST).is_file():
         return Decision(True, "as this run was begun")

@@ -89,7 +89,7 @@ class Tutorial:
         """Lesson 4: the student distilled, a control retrained without the teacher, and both evaluated."""
         letter = {"depth": "03_a_depth_pruning", "width": "03_b_width_pruning"}.get(student, "03")
         self.needs("prune", letter, student)
-        return self.run("teach", "distill", "retrain", "evaluate distilled", "evaluate control", student=student)
+        return self.run("distill", "retrain", "evaluate distilled", "evaluate control", student=student)
 
     def report(self) -> None:
         """Lesson 5: the table of all models and what each stage cost; written to report.json and report.html too."""
@@ -171,6 +171,8 @@ class Tutorial:
         self.fetch_teacher()
         check_teacher(self.config)
         self.settled.keep()
+        if "distill" in kinds:
+            kinds = ("teach", *kinds)  # where the teacher's answers are kept, students read them
         owners = (None, student) if student else (None, *self.config.prune.students)
         steps = [step for step in steps_to_run(self.config) if step.kind in kinds and step.student in owners]
         with watching(self.folder):

@@ -175,23 +175,28 @@ def test_entries_of_distributions_equal_float64_arithmetic(tiny, student, kept, 
     assert got == pytest.approx(float(exactly), abs=0.05) and manifest.metrics["bytes_per_token"] < 300
 
 
-def test_rows_of_instructions_have_answers_too(tiny, student, tmp_path):
-    """Rows of several lengths, with padding behind them, and a validation that fills no batch; packed they have the
-    answers that were given to each alone."""
+@pytest.mark.parametrize("blend", [False, True])
+def test_rows_of_instructions_have_answers_too(tiny, student, tmp_path, blend):
+    """Rows of several lengths, with padding behind them, alone and beside text; validation fills no batch. Packed they
+    have the answers that were given to each alone."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"input": f"Say {n}", "output": f"{n} " * (n % 7 + 1)}) for n in range(40)))
 
     def on_rows(config):
-        config.model.data = c.ModelDataConfig(instructions=str(rows), seq_length=LENGTH, num_workers=0)
+        named = {"blend": {str(tiny.data): 0.25, str(rows): 0.75}} if blend else {"instructions": str(rows)}
+        config.model.data = c.ModelDataConfig(**named, seq_length=LENGTH, num_workers=0)
         return c.validated(config)
 
     runs = {"live": distill(on_rows(distilling(tiny, student, tmp_path / "live", live=True)))}
     for keep in ("hidden", "sampled"):
-        teach(on_rows(teaching(tiny, tmp_path / keep, keep=keep, precision="fp32", draws=200)))
+        tokens = STEPS * 8 * LENGTH if blend else None
+        teach(on_rows(teaching(tiny, tmp_path / keep, keep=keep, tokens=tokens, precision="fp32", draws=200)))
         kd = {"teacher": str(tmp_path / keep)}
         runs[keep] = distill(on_rows(distilling(tiny, student, tmp_path / f"{keep}-student", kd=kd)))
     assert losses(runs["hidden"]) == pytest.approx(losses(runs["live"]), abs=1e-5)
     assert losses(runs["sampled"]) == pytest.approx(losses(runs["live"]), abs=0.05)
+    if blend:
+        return
 
     def packed(config):
         config.model.micro_batch_size, config.model.data.packing = 1, True
