@@ -6,9 +6,10 @@ Shortened LLaMA (arXiv 2402.02834, section 3) ranks the layers once and drops th
     Taylor        by the sum of |weight x gradient of the loss| over the layer's weights, gradients summed over samples
     Taylor+       the same, but the first four layers and the last two stay
 
-and the package's prune.depth_by: block_influence, block_loss, compensated_loss. All of a seed see the same number of
-calibration samples. The layers that each names are cut by `minitron prune prune.drop_layers=..`; sets of layers that
-several name are cut once. Losses are nats a token on the test text, just cut.
+and the package's prune.depth_by: block_influence, block_loss, compensated_loss. All of a seed see the same few samples,
+but for compensated_loss and for method=compensated, which must fit maps and have more. The layers that each names are
+cut by `minitron prune prune.drop_layers=..`; sets of layers that several name are cut once. Losses are nats a token on
+the test text, just cut.
 """
 
 import shutil
@@ -72,7 +73,7 @@ def scores_of(bench: Any, seed: int) -> dict[str, Any]:
 
         how = bench.settings
         model = s.load(bench.model).to(torch.float32).requires_grad_(False)
-        tokens, _ = random_sequences([str(bench.data / "train")], how.samples, how.length, seed)
+        tokens, _ = random_sequences([str(bench.data / "train")], how.criteria_samples, how.length, seed)
         found: dict[str, Any] = {}
         for name, score in (("perplexity", losses_without_each), ("Taylor", taylor)):
             started = time.process_time()
@@ -89,8 +90,10 @@ def ours(bench: Any, seed: int, criterion: str, count: int) -> dict[str, Any]:
 
     def measure() -> dict[str, Any]:
         layers, started = total(bench) - count, time.process_time()
+        fits = criterion == "compensated_loss"
+        method = {"method": "compensated", "refit": "once"} if fits else {"method": "minitron"}
         output = bench.folder / f"{criterion}-{seed}-{count}"
-        prune(config(bench, seed, output, num_layers=layers, depth_by=criterion, method="minitron"))
+        prune(config(bench, seed, output, num_layers=layers, depth_by=criterion, **method))
         found = {"dropped": Manifest.read(output).metrics["dropped_layers"], "cpu": time.process_time() - started}
         shutil.rmtree(output, ignore_errors=True)
         return found
@@ -99,10 +102,12 @@ def ours(bench: Any, seed: int, criterion: str, count: int) -> dict[str, Any]:
 
 
 def config(bench: Any, seed: int, output: Path, **targets: Any) -> Any:
+    """Settings of a cut; scores and scans of few and of more samples lie apart."""
     how = bench.settings
+    samples = how.refit_samples if targets["method"] == "compensated" else how.criteria_samples
     return s.prune_config(
-        bench.model, bench.data, output, how.samples, seed, length=how.length, batch=how.batch, num_layers_divisor=1,
-        scores_path=str(bench.folder / f"criteria-{seed}" / "scores"), **targets,
+        bench.model, bench.data, output, samples, seed, length=how.length, batch=how.batch, num_layers_divisor=1,
+        scores_path=str(bench.folder / f"criteria-{seed}-{samples}" / "scores"), **targets,
     )  # fmt: skip
 
 

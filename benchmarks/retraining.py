@@ -1,6 +1,6 @@
 """Ways to retrain a student after one cut, at equal tokens and at equal time; and criteria of which layers to drop.
 
-    python benchmarks/retraining.py --source DIR --model DIR [--seeds 0 1 2] [--steps 24] [--folder DIR] [--json FILE]
+    python benchmarks/retraining.py --source DIR --model DIR [--seeds 0 1 2] [--steps 18] [--folder DIR] [--json FILE]
         [--picture FILE] [--criteria] [--quick]
 
 What Shortened LLaMA (arXiv 2402.02834) compares, and distillation beside it. The teacher is a checkpoint, by default
@@ -77,6 +77,7 @@ class Settings:
     Attributes:
         layers: that the student keeps.
         samples: of calibration, of `length` tokens.
+        criteria_samples: of layer_criteria, and `refit_samples` where maps are fitted.
         lora_rates: of the adapters, tried with the first seed.
         validations: of a run, at equal distances.
         windows: of the test text.
@@ -84,9 +85,11 @@ class Settings:
 
     layers: int = 18
     samples: int = 64
+    criteria_samples: int = 8
+    refit_samples: int = 24
     length: int = 256
     batch: int = 2
-    steps: int = 24
+    steps: int = 18
     validations: int = 3
     windows: int = 16
     rate: float = 2e-4
@@ -130,12 +133,11 @@ class Bench:
         def measure() -> dict[str, Any]:
             started = time.process_time()
             if not output.exists():
-                prune(
-                    s.prune_config(
-                        self.model, self.data, output, how.samples, 0, length=how.length, batch=how.batch,
-                        num_layers=how.layers, num_layers_divisor=1, scores_path=str(self.folder / "scores"),
-                    )
+                config = s.prune_config(
+                    self.model, self.data, output, how.samples, 0, length=how.length, batch=how.batch,
+                    num_layers=how.layers, num_layers_divisor=1, scores_path=str(self.folder / "scores"),
                 )  # fmt: skip
+                prune(config)
             seconds = time.process_time() - started
             sizes = {name: s.parameters_of(s.load(one)) for name, one in (("teacher", self.model), ("student", output))}
             return {"parameters": sizes, "cpu": seconds, "teacher": self.loss(self.model), "loss": self.loss(output)}
@@ -377,7 +379,9 @@ def main() -> None:
     if not options.model:
         settings = dataclasses.replace(settings, layers=4, length=s.LENGTH)
     if options.quick:
-        settings = dataclasses.replace(settings, samples=8, steps=4, validations=2, windows=4, warmup=1)
+        settings = dataclasses.replace(
+            settings, samples=8, refit_samples=8, steps=4, validations=2, windows=4, warmup=1
+        )
         options.seeds = options.seeds[:2]
     s.prepared(folder / "data", options.source, **({"tokenizer": options.model} if options.model else {}))
     model = Path(options.model) if options.model else small_teacher(folder / "teacher", 20 if options.quick else 600)
