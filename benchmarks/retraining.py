@@ -1,11 +1,12 @@
 """Ways to retrain a student after one cut, at equal tokens and at equal time; and criteria of which layers to drop.
 
-    python benchmarks/retraining.py --source DIR --model DIR [--seeds 0 1 2] [--steps 18] [--folder DIR] [--json FILE]
+    python benchmarks/retraining.py --source DIR --model DIR [--seeds 0 1 2] [--steps 12] [--folder DIR] [--json FILE]
         [--picture FILE] [--criteria] [--quick]
 
-What Shortened LLaMA (arXiv 2402.02834) compares, and distillation beside it. The teacher is a checkpoint, by default
-one of known shape that is trained first; its student is cut once by `minitron prune` in depth, by the defaults. Each
-arm trains that student on the same samples in the same order, which the seed decides:
+What Shortened LLaMA (arXiv 2402.02834) compares, and distillation beside it. The teacher is a checkpoint, or without
+--model a small one that is trained first. Its student is cut once by `minitron prune` in depth, by block influence and,
+as in the paper, without a refit (--cut compensated has one). Each arm trains that student on the same samples in the
+same order, which the seed decides:
 
     LoRA               adapters of rank 32, LM loss; the better of two learning rates with the first seed, for all
     LM loss            all weights, LM loss: the paper's continued pretraining
@@ -72,10 +73,11 @@ TEACHER = {
 
 @dataclasses.dataclass
 class Settings:
-    """Lengths of a run; the rate and its warm-up are those of config/presets/distill/smollm2_135m.yaml.
+    """Lengths of a run; the rate is that of config/presets/distill/smollm2_135m.yaml.
 
     Attributes:
         layers: that the student keeps.
+        cut: prune.method.
         samples: of calibration, of `length` tokens.
         criteria_samples: of layer_criteria, and `refit_samples` where maps are fitted.
         lora_rates: of the adapters, tried with the first seed.
@@ -84,16 +86,17 @@ class Settings:
     """
 
     layers: int = 18
+    cut: str = "minitron"
     samples: int = 64
     criteria_samples: int = 8
     refit_samples: int = 24
     length: int = 256
     batch: int = 2
-    steps: int = 18
+    steps: int = 12
     validations: int = 3
-    windows: int = 16
+    windows: int = 12
     rate: float = 2e-4
-    warmup: int = 10
+    warmup: int = 4
     lora_rates: tuple[float, ...] = (2e-4, 1e-3)
 
 
@@ -125,7 +128,7 @@ class Bench:
         return s.loss_of(s.load(folder).to(torch.float32), self.windows(), self.settings.batch)
 
     def cut(self) -> Path:
-        """The student, by the package's stages with their defaults."""
+        """The student, by the package's stages."""
         from nemo_minitron.pruning.command import prune
 
         how, output = self.settings, self.folder / "student"
@@ -135,7 +138,8 @@ class Bench:
             if not output.exists():
                 config = s.prune_config(
                     self.model, self.data, output, how.samples, 0, length=how.length, batch=how.batch,
-                    num_layers=how.layers, num_layers_divisor=1, scores_path=str(self.folder / "scores"),
+                    num_layers=how.layers, num_layers_divisor=1, method=how.cut,
+                    scores_path=str(self.folder / "scores"),
                 )  # fmt: skip
                 prune(config)
             seconds = time.process_time() - started
@@ -362,6 +366,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="only these, and no table")
     parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--cut", choices=layer_criteria.METHODS, default=Settings.cut, help="prune.method")
     parser.add_argument("--folder", help="where to work, and to go on; none: runs/retraining")
     parser.add_argument("--json", help="file to write; none: the folder's name with .json")
     parser.add_argument("--picture", help="PNG to write")
@@ -375,7 +380,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     folder = Path(options.folder or f"runs/retraining{'-quick' if options.quick else ''}")
-    settings = Settings(steps=options.steps)
+    settings = Settings(steps=options.steps, cut=options.cut)
     if not options.model:
         settings = dataclasses.replace(settings, layers=4, length=s.LENGTH)
     if options.quick:
