@@ -146,8 +146,8 @@ def just_cut(bench: Any, seed: int, layers: list[int], method: str) -> float:
     return float(bench.kept(f"dropped{who} {method} {named}", measure)["loss"])
 
 
-def run(bench: Any, seeds: list[int], counts: list[int] | None, methods: list[str]) -> dict[str, Any]:
-    """All criteria; prints the table."""
+def run(bench: Any, seeds: list[int], counts: list[int] | None, methods: list[str], names: list[str]) -> dict[str, Any]:
+    """The criteria `names`; prints the table."""
     from reproduce import comparison
 
     layers = total(bench)
@@ -155,7 +155,7 @@ def run(bench: Any, seeds: list[int], counts: list[int] | None, methods: list[st
     rows: list[dict[str, Any]] = []
     compared: list[dict[str, Any]] = []
     for count in counts:
-        usable = [name for name in CRITERIA if name != "Taylor+" or layers - FIRST - LAST >= count]
+        usable = [name for name in names if name != "Taylor+" or layers - FIRST - LAST >= count]
         found = {name: [dropped(bench, seed, name, count) for seed in seeds] for name in usable}
         for method in methods:
             losses = {
@@ -174,10 +174,17 @@ def run(bench: Any, seeds: list[int], counts: list[int] | None, methods: list[st
                 | comparison(losses[mine], losses[other])
                 for mine in OURS
                 for other in ("perplexity", "Taylor+")
-                if other in usable
+                if {mine, other} <= set(usable)
             ]
     print(table(rows, compared, len(seeds)))
     return {"rows": rows, "compared": compared}
+
+
+def in_words(one: dict[str, Any]) -> str:
+    """The verdict; none where every seed gave the same layers, and nothing spreads."""
+    if not one["half_interval"]:
+        return "the same layers for every seed, no verdict"
+    return {"agrees": "better", "does not agree": "worse"}.get(one["verdict"], str(one["verdict"]))
 
 
 def table(rows: list[dict[str, Any]], compared: list[dict[str, Any]], seeds: int) -> str:
@@ -188,11 +195,10 @@ def table(rows: list[dict[str, Any]], compared: list[dict[str, Any]], seeds: int
             f"{row['count']:>7}  {row['criterion']:<17}{row['method']:<12}{row['mean']:>9.4f}{row['spread']:>8.4f}"
             f"  {named}"
         )
-    words = {"agrees": "better", "does not agree": "worse"}
     if seeds > 1:
         lines += [
             f"{one['count']} dropped, {one['method']}: {one['preferred']} against {one['other']}: "
-            f"{one['difference']:+.4f} +- {one['half_interval']:.4f}, {words.get(one['verdict'], one['verdict'])}"
+            f"{one['difference']:+.4f} +- {one['half_interval']:.4f}, {in_words(one)}"
             for one in compared
         ]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Ways to retrain a student after one cut, at equal tokens and at equal time; and criteria of which layers to drop.
 
     python benchmarks/retraining.py --source DIR --model DIR [--seeds 0 1 2] [--steps 12] [--folder DIR] [--json FILE]
-        [--picture FILE] [--criteria] [--quick]
+        [--picture FILE] [--criteria [NAME ...]] [--quick]
 
 What Shortened LLaMA (arXiv 2402.02834) compares, and distillation beside it. The teacher is a checkpoint, or without
 --model a small one that is trained first. Its student is cut once by `minitron prune` in depth, by block influence and,
@@ -370,7 +370,10 @@ def main() -> None:
     parser.add_argument("--folder", help="where to work, and to go on; none: runs/retraining")
     parser.add_argument("--json", help="file to write; none: the folder's name with .json")
     parser.add_argument("--picture", help="PNG to write")
-    parser.add_argument("--criteria", action="store_true", help="compare criteria of layers, and do not retrain")
+    parser.add_argument(
+        "--criteria", nargs="*", choices=layer_criteria.CRITERIA, metavar="NAME",
+        help="compare these criteria of layers (none named: all), and do not retrain",
+    )  # fmt: skip
     parser.add_argument("--drop", nargs="+", type=int, help="with --criteria: numbers of layers to drop")
     parser.add_argument("--methods", nargs="+", choices=layer_criteria.METHODS, default=list(layer_criteria.METHODS))
     parser.add_argument("--quick", action="store_true", help="a small teacher and a few steps, to see that it runs")
@@ -392,8 +395,9 @@ def main() -> None:
     model = Path(options.model) if options.model else small_teacher(folder / "teacher", 20 if options.quick else 600)
     bench = Bench(model, folder, settings, options.seeds[0])
     started = time.perf_counter()
-    if options.criteria:
-        found = layer_criteria.run(bench, options.seeds, options.drop, options.methods)
+    if options.criteria is not None:
+        names = options.criteria or list(layer_criteria.CRITERIA)
+        found = layer_criteria.run(bench, options.seeds, options.drop, options.methods, names)
     elif options.arms:
         for seed in options.seeds:
             for arm in options.arms:
@@ -409,7 +413,7 @@ def main() -> None:
     machine = {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
     head = {"settings": dataclasses.asdict(settings), "seeds": options.seeds, "machine": machine}
     content = {**head, "seconds_here": time.perf_counter() - started, **found}
-    name = options.json or f"{folder}{'-criteria' if options.criteria else ''}.json"
+    name = options.json or f"{folder}{'' if options.criteria is None else '-criteria'}.json"
     Path(name).write_text(json.dumps(content, indent=2) + "\n")
 
 
