@@ -23,6 +23,8 @@ import students as s
 METHODS = ("minitron", "compensated")
 OURS = ("block_influence", "block_loss", "compensated_loss")
 CRITERIA = ("perplexity", "Taylor", "Taylor+", *OURS)
+#: reproduce.py's words -> those of an arm that no paper prefers.
+VERDICTS = {"agrees": "better", "does not agree": "worse"}
 #: What Taylor+ keeps: layers at the start and at the end.
 FIRST, LAST = 4, 2
 
@@ -184,7 +186,7 @@ def in_words(one: dict[str, Any]) -> str:
     """The verdict; none where every seed gave the same layers, and nothing spreads."""
     if not one["half_interval"]:
         return "the same layers for every seed, no verdict"
-    return {"agrees": "better", "does not agree": "worse"}.get(one["verdict"], str(one["verdict"]))
+    return VERDICTS.get(one["verdict"], str(one["verdict"]))
 
 
 def table(rows: list[dict[str, Any]], compared: list[dict[str, Any]], seeds: int) -> str:

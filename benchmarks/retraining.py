@@ -56,15 +56,8 @@ ARMS = {
     "sampled": "KD, kept sampled",
 }
 KEPT = ("hidden", "sampled")
-#: The arm that is expected to be the better, the other, and which of the two measures says something about it.
-COMPARED = (
-    ("lm", "lora", ("tokens", "time")),
-    ("live", "lm", ("tokens", "time")),
-    ("hidden", "lm", ("tokens", "time")),
-    ("hidden", "live", ("tokens", "time")),
-    ("sampled", "hidden", ("tokens", "time")),
-)
-VERDICTS = {"agrees": "better", "does not agree": "worse"}
+#: The arm that is expected to be the better, and the other.
+COMPARED = (("lm", "lora"), ("live", "lm"), ("hidden", "lm"), ("hidden", "live"), ("sampled", "hidden"))
 TEACHER = {
     "num_layers": 6, "hidden_size": 128, "ffn_hidden_size": 352, "num_attention_heads": 8, "num_query_groups": 4,
     "kv_channels": 16,
@@ -88,7 +81,7 @@ class Settings:
     layers: int = 18
     cut: str = "minitron"
     samples: int = 64
-    criteria_samples: int = 8
+    criteria_samples: int = 6
     refit_samples: int = 24
     length: int = 256
     batch: int = 2
@@ -286,8 +279,8 @@ def summary(bench: Bench, seeds: list[int]) -> dict[str, Any]:
         rows.append(row)
     compared = [
         {"preferred": mine, "other": other, "at": name} | comparison(measured[name][mine], measured[name][other])
-        for mine, other, names in COMPARED
-        for name in names
+        for mine, other in COMPARED
+        for name in measured
     ]
     points = {arm: [list(map(statistics.mean, zip(*each))) for each in zip(*curves[arm])] for arm in ARMS}
     lora = [bench.trained("lora", bench.first, rate) for rate in bench.settings.lora_rates]
@@ -313,7 +306,7 @@ def table(found: dict[str, Any], settings: Settings) -> str:
             f"{row['time']['mean']:>9.4f}{row['time']['spread']:>8.4f}{teaching:>11}"
         )
     for each in found["compared"]:
-        verdict = VERDICTS.get(each["verdict"], each["verdict"])
+        verdict = layer_criteria.VERDICTS.get(each["verdict"], each["verdict"])
         lines.append(
             f"{ARMS[each['preferred']]} against {ARMS[each['other']]}, equal {each['at']}: "
             f"{each['difference']:+.4f} +- {each['half_interval']:.4f}, {verdict}"
