@@ -1,6 +1,6 @@
 """Which layers a cut in depth drops: criteria of others beside the package's (`retraining.py --criteria`).
 
-Shortened LLaMA (arXiv 2402.02834, section 3) ranks the layers once and drops the least:
+Shortened LLaMA (arXiv 2402.02834) ranks the layers once and drops the least:
 
     perplexity    by the loss of the model without the layer
     Taylor        by the sum of |weight x gradient of the loss| over the layer's weights, gradients summed over samples
