@@ -8,13 +8,14 @@ What Shortened LLaMA (arXiv 2402.02834) compares, and distillation beside it. Th
 as in the paper, without a refit (--cut compensated has one). Each arm trains that student on the same samples in the
 same order, which the seed decides:
 
-    LoRA               adapters of rank 32, LM loss; the better of two learning rates with the first seed, for all
+    LoRA               adapters of rank 32, LM loss
     LM loss            all weights, LM loss: the paper's continued pretraining
     KD, live           forward KL, the teacher runs beside
     KD, kept hidden    forward KL on the teacher's last hidden states in bf16, read from a folder
     KD, kept sampled   forward KL on 64 tokens drawn of each distribution, read from a folder
 
-The learning rate rises and then stays, so that a run which is cut short is what a shorter run would have been: runs are
+LoRA, the LM loss and KD (kept hidden, for the three) each get the better of two learning rates with the first seed. It
+rises and then stays, so that a run which is cut short is what a shorter run would have been: runs are
 validated on the way, and at equal time each is read where the one that ends first has ended. Time is CPU seconds of
 the training steps on one thread, validation left out: other work on the machine does not count. What the teacher's
 answers cost is told apart: a second student of the same teacher, or a second trial, pays nothing.
@@ -55,7 +56,7 @@ ARMS = {
     "hidden": "KD, kept hidden",
     "sampled": "KD, kept sampled",
 }
-KEPT = ("hidden", "sampled")
+PLAIN, KEPT = ("lora", "lm"), ("hidden", "sampled")
 #: The arm that is expected to be the better, and the other.
 COMPARED = (("lm", "lora"), ("live", "lm"), ("hidden", "lm"), ("hidden", "live"), ("sampled", "hidden"))
 TEACHER = {
@@ -66,14 +67,15 @@ TEACHER = {
 
 @dataclasses.dataclass
 class Settings:
-    """Lengths of a run; the rate is that of config/presets/distill/smollm2_135m.yaml.
+    """Lengths of a run.
 
     Attributes:
         layers: that the student keeps.
         cut: prune.method.
         samples: of calibration, of `length` tokens.
         criteria_samples: of layer_criteria, and `refit_samples` where maps are fitted.
-        lora_rates: of the adapters, tried with the first seed.
+        rates: tried with the first seed; the first is that of config/presets/distill/smollm2_135m.yaml.
+        lora_rates: likewise, of the adapters.
         validations: of a run, at equal distances.
         windows: of the test text.
     """
@@ -88,8 +90,8 @@ class Settings:
     steps: int = 12
     validations: int = 3
     windows: int = 12
-    rate: float = 2e-4
     warmup: int = 4
+    rates: tuple[float, ...] = (2e-4, 6e-4)
     lora_rates: tuple[float, ...] = (2e-4, 1e-3)
 
 
@@ -172,7 +174,7 @@ class Bench:
 
         def measure() -> dict[str, Any]:
             started = time.process_time()
-            fields = self.fields(seed, output, how.rate, restore_from_path=str(self.model))
+            fields = self.fields(seed, output, how.rates[0], restore_from_path=str(self.model))
             asked = c.AnswersConfig(keep=keep, tokens=how.steps * how.batch * how.length)
             manifest = teach(c.validated(c.TeachConfig(**fields, teach=asked)))
             return {"cpu": time.process_time() - started, **manifest.metrics, **manifest.timings}
@@ -189,7 +191,7 @@ class Bench:
         student = {"restore_from_path": str(self.cut())}
         live = {"kd_teacher_restore_from_path": str(self.model)} if arm == "live" else {}
         fields = self.fields(seed, output, rate, **student, **live)
-        if arm in ("lora", "lm"):
+        if arm in PLAIN:
             peft = c.PeftConfig(scheme="lora" if arm == "lora" else "none")
             call = partial(finetune, c.validated(c.FinetuneConfig(**fields, peft=peft)))
         else:
@@ -208,12 +210,15 @@ class Bench:
 
         return self.kept(f"trained {arm} {seed} {rate:g}", measure)
 
+    def tried(self, arm: str) -> list[dict[str, Any]]:
+        """The first seed's runs at each rate, of the arm that an arm takes its rate from."""
+        rates = self.settings.lora_rates if arm == "lora" else self.settings.rates
+        return [self.trained(arm if arm in PLAIN else KEPT[0], self.first, rate) for rate in rates]
+
     def arm(self, arm: str, seed: int) -> dict[str, Any]:
-        """The run of an arm; of LoRA at the better of its rates."""
-        if arm != "lora":
-            return self.trained(arm, seed, self.settings.rate)
-        tried = [self.trained(arm, self.first, rate) for rate in self.settings.lora_rates]
-        return self.trained(arm, seed, min(tried, key=lambda run: run["validation"][-1][1])["rate"])
+        """The run of an arm at the better of its rates."""
+        best = min(self.tried(arm), key=lambda run: run["validation"][-1][1])
+        return self.trained(arm, seed, best["rate"])
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, dict[str, list[float]]]:
@@ -283,9 +288,10 @@ def summary(bench: Bench, seeds: list[int]) -> dict[str, Any]:
         for name in measured
     ]
     points = {arm: [list(map(statistics.mean, zip(*each))) for each in zip(*curves[arm])] for arm in ARMS}
-    lora = [bench.trained("lora", bench.first, rate) for rate in bench.settings.lora_rates]
-    rates = {f"{run['rate']:g}": run["validation"][-1][1] for run in lora}
-    return {"cut": cut, "seconds": shortest, "rows": rows, "compared": compared, "curves": points, "lora_rates": rates}
+    tried = {
+        arm: {f"{run['rate']:g}": run["validation"][-1][1] for run in bench.tried(arm)} for arm in (*PLAIN, KEPT[0])
+    }
+    return {"cut": cut, "seconds": shortest, "rows": rows, "compared": compared, "curves": points, "tried": tried}
 
 
 def table(found: dict[str, Any], settings: Settings) -> str:
@@ -311,8 +317,10 @@ def table(found: dict[str, Any], settings: Settings) -> str:
             f"{ARMS[each['preferred']]} against {ARMS[each['other']]}, equal {each['at']}: "
             f"{each['difference']:+.4f} +- {each['half_interval']:.4f}, {verdict}"
         )
-    tried = ", ".join(f"{loss:.4f} at {rate}" for rate, loss in found["lora_rates"].items())
-    return "\n".join([*lines, f"LoRA's rates with the first seed: {tried}"])
+    for arm, losses in found["tried"].items():
+        each = ", ".join(f"{loss:.4f} at {rate}" for rate, loss in losses.items())
+        lines.append(f"{ARMS[arm]}, rates with the first seed: {each}")
+    return "\n".join(lines)
 
 
 def drawing(found: dict[str, Any]) -> "Figure":
