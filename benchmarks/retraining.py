@@ -199,7 +199,8 @@ class Bench:
             call = partial(distill, c.validated(c.DistillConfig(**fields, kd=kd)))
 
         def measure() -> dict[str, Any]:
-            shutil.rmtree(output, ignore_errors=True)
+            for left in (output, output.with_name(f".{output.name}.partial")):  # steps of before would not be timed
+                shutil.rmtree(left, ignore_errors=True)
             manifest, seconds = timed(call)
             shutil.rmtree(output, ignore_errors=True)
             validation = [(entry["step"], entry["lm_loss"]) for entry in manifest.metrics["validation"]]
