@@ -62,6 +62,29 @@ class Settings:
     rotate: bool = False
 
 
+class ColumnMaps:
+    """Maps of columns (arithmetic.columns_map) by matrix and number of columns that stay.
+
+    Cuts that choose by the same costs keep the same of the same number. Older ones are forgotten where all of them
+    would take more than `limit` bytes.
+    """
+
+    def __init__(self, limit: int = 0):
+        self.limit, self.known = limit, dict[tuple[str, int], "Tensor"]()
+
+    def of(self, name: str, moments: Tensor, keep: Tensor, ridge: float) -> Tensor:
+        """The map of the matrix that reads what `name` has the moments of."""
+        key = (name, len(keep))
+        if key in self.known:
+            return self.known[key]
+        made = arithmetic.columns_map(moments, keep, ridge)
+        if self.limit:
+            self.known[key] = made
+            while sum(one.nbytes for one in self.known.values()) > self.limit:
+                self.known.pop(next(iter(self.known)))
+        return made
+
+
 class CompensatedCut:
     """One cut of one teacher.
 
@@ -70,6 +93,7 @@ class CompensatedCut:
         kept: neurons and heads that stay; `hidden` is not looked at.
         moments: the teacher's second moments (ImportanceScores.moments); those of what is not cut may be missing.
         folds: layer before a dropped block (1-based, as text) -> D [h, h].
+        maps: columns' maps of other cuts of this teacher, and where this one's go.
     """
 
     def __init__(
@@ -80,7 +104,9 @@ class CompensatedCut:
         moments: Mapping[str, Tensor],
         folds: Mapping[str, Tensor],
         settings: Settings,
+        maps: ColumnMaps | None = None,
     ):
+        self.maps = maps or ColumnMaps()
         self.tensors, self.kept, self.moments, self.folds, self.settings = tensors, kept, moments, folds, settings
         self.teacher, self.student = Architecture.from_dict(plan.teacher), Architecture.from_dict(plan.student)
         dropped = set(plan.drop_layers)
@@ -318,8 +344,9 @@ class CompensatedCut:
             if attention and self.settings.merge_heads:
                 value = value[:, indices]
             else:
-                moments = self.moments[f"{'attention' if attention else 'ffn'}.{layer}"]
-                value = value @ self._working(arithmetic.columns_map(moments, indices, self.settings.ridge))
+                name = f"{'attention' if attention else 'ffn'}.{layer}"
+                columns = self.maps.of(name, self.moments[name], indices, self.settings.ridge)
+                value = value @ self._working(columns)
         if fold is not None:
             value = value + self._working(fold).T @ value
         return value if self.basis is None else self._working(self.directions).T @ value

@@ -1,0 +1,211 @@
+"""The loss of many cuts of one teacher: each made in memory from one set of scores, run on the same held-out text.
+
+What the cuts have in common is worked out once: the scores, what removing each neuron and head costs, the maps of
+columns by their number, and the maps that stand in for dropped layers by the number of layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_minitron import config as c
+from nemo_minitron.architecture import Architecture, runs
+from nemo_minitron.artifacts import DepthScan, ImportanceScores, write_json
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.checkpoints.tensors import Lazy
+from nemo_minitron.megatron.layout import Layout
+from nemo_minitron.pruning.calibration import calibration_of
+from nemo_minitron.pruning.choice import Costs
+from nemo_minitron.pruning.compensated import ColumnMaps
+from nemo_minitron.pruning.cut import choose, cut
+from nemo_minitron.pruning.measurements import Measurements
+from nemo_minitron.pruning.plan import plan_cut
+from nemo_minitron.pruning.student import Shared, compensated_cut
+from nemo_minitron.search.space import name_of, sizes_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOSSES, SCANS = "cuts.json", "scans"
+#: Bytes that maps of columns may take while shapes are measured.
+MAPS_BYTES = 2 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Tensors that a model is built from (megatron.weights.WeightSource)."""
+
+    path: Path
+    tensors: Mapping[str, Lazy]
+
+
+class Cuts:
+    """The cuts of a teacher as `prune` makes them with refit=once.
+
+    Args:
+        scores: the teacher's, which serve every shape.
+        folder: where scans of dropped layers are kept.
+    """
+
+    def __init__(self, teacher: Checkpoint, scores: ImportanceScores, config: c.SearchConfig, folder: Path):
+        self.teacher, self.scores, self.config, self.folder = teacher, scores, config, folder
+        self.shared = Shared(Costs(teacher.tensors, scores.moments, config.prune.ridge), ColumnMaps(MAPS_BYTES))
+        self.scans: dict[int, DepthScan] = {}
+
+    @property
+    def compensated(self) -> bool:
+        return self.config.prune.method == "compensated"
+
+    def dropped(self, shape: Architecture) -> list[int]:
+        """The layers that a shape leaves out, 1-based: those of least block influence."""
+        return sorted(self.scores.layers_by_importance()[shape.num_layers :])
+
+    def measurements(self, shape: Architecture) -> tuple[Measurements, c.PruneTargets]:
+        """What the cut of a shape rests on; its scan has to be there where layers go and are made up for."""
+        targets = self.config.prune.targets(sizes_of(shape, self.teacher.architecture))
+        plan = plan_cut(self.teacher.architecture, targets, self.scores, None, self.config.prune.method)
+        scan = self.scans.get(shape.num_layers)
+        return Measurements(plan, self.scores, scan, {}), targets
+
+    def tensors(self, shape: Architecture) -> Mapping[str, Lazy]:
+        """The student's tensors, each made when it is read."""
+        measured, targets = self.measurements(shape)
+        if not self.compensated:
+            kept = choose(self.scores, self.teacher.architecture, measured.plan.width)
+            return cut(self.teacher.tensors, measured.plan, kept)
+        return compensated_cut(self.teacher, measured, targets, shared=self.shared).cut()
+
+    def scan(self, model: Any, sequences: Tensor, depths: Sequence[int]) -> Iterator[int]:
+        """Fits the maps for each number of layers that stay, or reads them; gives each number once it is there.
+
+        Args:
+            model: the teacher, of the local layer spec.
+            sequences: calibration samples.
+        """
+        from nemo_minitron.pruning.importance.blocks import scan_blocks
+
+        layers = self.teacher.architecture.num_layers
+        for depth in sorted(set(depths), reverse=True):
+            if depth == layers or not self.compensated:
+                continue
+            folder = self.folder / SCANS / str(depth)
+            if not (folder / DepthScan.FILE).is_file():
+                drop = sorted(self.scores.layers_by_importance()[depth:])
+                found = scan_blocks(model, sequences, 1, runs(drop), choose=False)
+                folder.mkdir(parents=True, exist_ok=True)
+                dataclasses.replace(found, teacher=self.teacher.content).save(folder)
+            self.scans[depth] = DepthScan.load(folder)
+            yield depth
+
+
+@dataclasses.dataclass
+class Losses:
+    """Losses of cuts by the names of their shapes, kept in a file as they come.
+
+    Attributes:
+        path: the file; what it holds is not measured again.
+    """
+
+    path: Path
+    known: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path.is_file():
+            self.known = json.loads(self.path.read_text(encoding="utf-8"))
+
+    def add(self, name: str, loss: float) -> None:
+        self.known[name] = loss
+        unfinished = self.path.with_suffix(".unfinished")
+        write_json(unfinished, self.known)
+        unfinished.replace(self.path)
+
+
+def measure(
+    cuts: Cuts, shapes: Sequence[Architecture], layout: Layout, held_out: Tensor, losses: Losses, every: int
+) -> dict[str, Any]:
+    """The loss of each shape's cut on held-out samples; call it inside ``parallel_ranks()``.
+
+    Args:
+        held_out: tokens [n, s + 1].
+        losses: takes each as it is measured.
+        every: shapes between two lines of progress in a log.
+
+    Returns:
+        seconds of each shape, and of the maps.
+    """
+    from nemo_minitron.evaluation.loss import mean_loss
+    from nemo_minitron.jobs.progress import Progress
+    from nemo_minitron.megatron.forward import load_model
+
+    waiting = [shape for shape in shapes if name_of(shape) not in losses.known]
+    batch, times = cuts.config.model.micro_batch_size, []
+    with Progress("measure cuts", len(waiting), unit="shape", every=every) as progress:
+        for shape in sorted(waiting, key=name_of):
+            started = time.perf_counter()
+            source = Weights(cuts.teacher.path, cuts.tensors(shape))
+            student = shape
+            if cuts.config.prune.untie and cuts.compensated:
+                student = shape.with_sizes(share_embeddings_and_output_weights=False)
+            model = load_model(student, layout, source)
+            losses.add(name_of(shape), mean_loss(model, held_out, batch))
+            del model
+            times.append(time.perf_counter() - started)
+            progress.advance()
+    return {"shapes": len(waiting), "seconds": sum(times), "longest": max(times, default=0.0)}
+
+
+def fit_maps(cuts: Cuts, depths: Sequence[int], layout: Layout) -> float:
+    """Runs the teacher over calibration samples for the maps of each depth; seconds."""
+    from nemo_minitron.jobs.progress import Progress
+    from nemo_minitron.megatron.forward import load_model
+
+    needed = [depth for depth in set(depths) if depth != cuts.teacher.architecture.num_layers]
+    if not needed or not cuts.compensated:
+        return 0.0
+    started = time.perf_counter()
+    calibration = calibration_of(prune_config(cuts.config, {"num_layers": min(needed)}, cuts.folder), cuts.teacher)
+    sequences, _ = calibration.sequences(cuts.config.prune.num_block_samples, cuts.config.seed)
+    model = load_model(cuts.teacher.architecture, layout, cuts.teacher, local_spec=True)
+    with Progress("maps for dropped layers", len(needed), unit="depth", every=1) as progress:
+        for _ in cuts.scan(model, sequences, needed):
+            progress.advance()
+    return time.perf_counter() - started
+
+
+def prune_config(config: c.SearchConfig, sizes: dict[str, int], folder: Path, save_path: str = "cut") -> c.PruneConfig:
+    """`minitron prune`'s configuration for a shape."""
+    model = config.model
+    return c.PruneConfig(
+        seed=config.seed,
+        trainer=config.trainer,
+        model=c.PruneModelConfig(
+            restore_from_path=model.restore_from_path,
+            pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+            encoder_seq_length=model.encoder_seq_length,
+            data=model.data,
+        ),
+        inference=c.InferenceConfig(batch_size=model.micro_batch_size),
+        prune=config.prune.targets(sizes),
+        export=c.ExportConfig(save_path=save_path),
+    )
+
+
+def predicted(
+    shapes: Sequence[Architecture], teacher: Architecture, alone: Mapping[str, float], base: float
+) -> dict[str, float]:
+    """A loss for each shape from cuts of one size alone: the teacher's, and the excess of each of its sizes.
+
+    Args:
+        alone: name of a shape that differs from the teacher in one size -> loss of its cut.
+        base: the teacher's loss.
+    """
+    losses = {}
+    for shape in shapes:
+        parts = [name_of(teacher.with_sizes(**{size: value})) for size, value in sizes_of(shape, teacher).items()]
+        losses[name_of(shape)] = base + sum(alone[part] - base for part in parts)
+    return losses
