@@ -7,6 +7,7 @@ columns by their number, and the maps that stand in for dropped layers by the nu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,20 +19,24 @@ from nemo_minitron.architecture import Architecture, runs
 from nemo_minitron.artifacts import DepthScan, ImportanceScores, write_json
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.checkpoints.tensors import Lazy
-from nemo_minitron.megatron.layout import Layout
+from nemo_minitron.data.module import paths
+from nemo_minitron.megatron.layout import Layout, layout_of
 from nemo_minitron.pruning.calibration import calibration_of
 from nemo_minitron.pruning.choice import Costs
 from nemo_minitron.pruning.compensated import ColumnMaps
 from nemo_minitron.pruning.cut import choose, cut
-from nemo_minitron.pruning.measurements import Measurements
+from nemo_minitron.pruning.folders import scores_folder
+from nemo_minitron.pruning.measurements import Measurements, check_scores
 from nemo_minitron.pruning.plan import plan_cut
 from nemo_minitron.pruning.student import Shared, compensated_cut
 from nemo_minitron.search.space import name_of, sizes_of
+from nemo_minitron.search.task import Task
+from nemo_minitron.training.inputs import LOG
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOSSES, SCANS = "cuts.json", "scans"
+LOSSES, SCANS, SCORES = "cuts.json", "scans", "scores"
 #: Bytes that maps of columns may take while shapes are measured.
 MAPS_BYTES = 2 << 30
 
@@ -61,9 +66,9 @@ class Cuts:
     def compensated(self) -> bool:
         return self.config.prune.method == "compensated"
 
-    def dropped(self, shape: Architecture) -> list[int]:
-        """The layers that a shape leaves out, 1-based: those of least block influence."""
-        return sorted(self.scores.layers_by_importance()[shape.num_layers :])
+    def architecture(self, shape: Architecture) -> Architecture:
+        """The architecture of a shape's cut."""
+        return Architecture.from_dict(self.measurements(shape)[0].plan.student)
 
     def measurements(self, shape: Architecture) -> tuple[Measurements, c.PruneTargets]:
         """What the cut of a shape rests on; its scan has to be there where layers go and are made up for."""
@@ -103,6 +108,26 @@ class Cuts:
             yield depth
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What measuring found.
+
+    Attributes:
+        losses: name of a shape -> its cut's loss on held-out text, the teacher's and cuts of one size alone among them.
+        predicted: name of a shape within the budgets -> its loss as predicted from cuts of one size; empty where all
+            were measured.
+        shapes: those within the budgets that were measured.
+        teacher_loss: the teacher's.
+        seconds: what took how long.
+    """
+
+    losses: dict[str, float]
+    predicted: dict[str, float]
+    shapes: list[Architecture]
+    teacher_loss: float
+    seconds: dict[str, float]
+
+
 @dataclasses.dataclass
 class Losses:
     """Losses of cuts by the names of their shapes, kept in a file as they come.
@@ -125,38 +150,80 @@ class Losses:
         unfinished.replace(self.path)
 
 
-def measure(
-    cuts: Cuts, shapes: Sequence[Architecture], layout: Layout, held_out: Tensor, losses: Losses, every: int
-) -> dict[str, Any]:
+def measured_cuts(partial: Path, task: Task, prefixes: dict[str, list], length: int) -> tuple[Cuts, Measured]:
+    """Scores the teacher, fits the maps of each depth, and measures as many cuts as the settings ask for.
+
+    Args:
+        length: tokens a sample.
+    """
+    from nemo_minitron.data.samples import consecutive_sequences
+    from nemo_minitron.megatron.forward import parallel_ranks
+    from nemo_minitron.megatron.session import engine
+    from nemo_minitron.pruning.importance.scoring import score
+
+    config, teacher = task.config, task.teacher
+    settings, started = config.search, time.perf_counter()
+    if config.prune.scores_path is None:
+        config = dataclasses.replace(config, prune=dataclasses.replace(config.prune, scores_path=str(partial / SCORES)))
+    needed = prune_config(config, {"hidden_size": task.space.choices["hidden_size"][0]})
+    score(needed, teacher)
+    cuts = Cuts(teacher, read_scores(needed, teacher), config, partial)
+    seconds = {"scoring_seconds": time.perf_counter() - started}
+    layout = layout_of(config.trainer, config.model)
+    held_out = consecutive_sequences(paths(prefixes["validation"]), length, settings.samples)
+    losses, guess = Losses(partial / LOSSES), {}
+    with engine(config.seed, partial / LOG, cuda=layout.cuda), parallel_ranks(layout, config.seed):
+        measure_all = functools.partial(measure, cuts, layout=layout, held_out=held_out, losses=losses)
+        own = name_of(teacher.architecture)
+        shapes = task.shapes
+        few = settings.measured is not None and settings.measured < len(shapes)
+        depths = {shape.num_layers for shape in shapes}
+        seconds["maps_seconds"] = fit_maps(cuts, sorted(depths), layout)
+        seconds["cuts_seconds"] = measure_all([teacher.architecture])
+        if few:
+            seconds["cuts_seconds"] += measure_all(task.alone())
+            guess = predicted(shapes, teacher.architecture, losses.known, losses.known[own])
+            shapes = sorted(shapes, key=lambda shape: (guess[name_of(shape)], name_of(shape)))[: settings.measured]
+        compared = [shape for shape in task.rivals.values() if shape.num_layers in depths]
+        seconds["cuts_seconds"] += measure_all([*shapes, *compared])
+    return cuts, Measured(losses.known, guess, shapes, losses.known[own], seconds)
+
+
+def read_scores(config: c.PruneConfig, teacher: Checkpoint) -> ImportanceScores:
+    """The scores that a search rests on, checked to be this teacher's."""
+    folder = scores_folder(config)
+    scores = ImportanceScores.load(folder)
+    check_scores(scores, teacher, folder, statistics=config.method == "compensated")
+    return scores
+
+
+def measure(cuts: Cuts, shapes: Sequence[Architecture], *, layout: Layout, held_out: Tensor, losses: Losses) -> float:
     """The loss of each shape's cut on held-out samples; call it inside ``parallel_ranks()``.
 
     Args:
         held_out: tokens [n, s + 1].
         losses: takes each as it is measured.
-        every: shapes between two lines of progress in a log.
 
     Returns:
-        seconds of each shape, and of the maps.
+        seconds.
     """
     from nemo_minitron.evaluation.loss import mean_loss
     from nemo_minitron.jobs.progress import Progress
     from nemo_minitron.megatron.forward import load_model
 
-    waiting = [shape for shape in shapes if name_of(shape) not in losses.known]
-    batch, times = cuts.config.model.micro_batch_size, []
+    waiting = {name_of(shape): shape for shape in shapes if name_of(shape) not in losses.known}
+    batch, every, started = (
+        cuts.config.model.micro_batch_size,
+        cuts.config.trainer.log_every_n_steps,
+        time.perf_counter(),
+    )
     with Progress("measure cuts", len(waiting), unit="shape", every=every) as progress:
-        for shape in sorted(waiting, key=name_of):
-            started = time.perf_counter()
+        for name, shape in waiting.items():
             source = Weights(cuts.teacher.path, cuts.tensors(shape))
-            student = shape
-            if cuts.config.prune.untie and cuts.compensated:
-                student = shape.with_sizes(share_embeddings_and_output_weights=False)
-            model = load_model(student, layout, source)
-            losses.add(name_of(shape), mean_loss(model, held_out, batch))
-            del model
-            times.append(time.perf_counter() - started)
-            progress.advance()
-    return {"shapes": len(waiting), "seconds": sum(times), "longest": max(times, default=0.0)}
+            model = load_model(cuts.architecture(shape), layout, source)
+            losses.add(name, mean_loss(model, held_out, batch))
+            progress.advance(1, loss=f"{losses.known[name]:.4f}", shape=name)
+    return time.perf_counter() - started
 
 
 def fit_maps(cuts: Cuts, depths: Sequence[int], layout: Layout) -> float:
@@ -168,7 +235,7 @@ def fit_maps(cuts: Cuts, depths: Sequence[int], layout: Layout) -> float:
     if not needed or not cuts.compensated:
         return 0.0
     started = time.perf_counter()
-    calibration = calibration_of(prune_config(cuts.config, {"num_layers": min(needed)}, cuts.folder), cuts.teacher)
+    calibration = calibration_of(prune_config(cuts.config, {"num_layers": min(needed)}), cuts.teacher)
     sequences, _ = calibration.sequences(cuts.config.prune.num_block_samples, cuts.config.seed)
     model = load_model(cuts.teacher.architecture, layout, cuts.teacher, local_spec=True)
     with Progress("maps for dropped layers", len(needed), unit="depth", every=1) as progress:
@@ -177,7 +244,7 @@ def fit_maps(cuts: Cuts, depths: Sequence[int], layout: Layout) -> float:
     return time.perf_counter() - started
 
 
-def prune_config(config: c.SearchConfig, sizes: dict[str, int], folder: Path, save_path: str = "cut") -> c.PruneConfig:
+def prune_config(config: c.SearchConfig, sizes: dict[str, int], save_path: str = "cut") -> c.PruneConfig:
     """`minitron prune`'s configuration for a shape."""
     model = config.model
     return c.PruneConfig(

@@ -1,0 +1,70 @@
+"""`minitron search`: shapes within a budget, their cuts measured, the best distilled in rounds, the winner kept."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron import config as c
+from nemo_minitron.artifacts import Manifest, write_json
+from nemo_minitron.data.module import check_fits as check_data
+from nemo_minitron.data.module import resolve_prefixes
+from nemo_minitron.errors import ConfigError
+from nemo_minitron.jobs.job import Job
+from nemo_minitron.packages.versions import check_training
+from nemo_minitron.search.distilling import distilled, keep
+from nemo_minitron.search.measuring import measured_cuts
+from nemo_minitron.search.result import RESULT, render, told
+from nemo_minitron.search.space import name_of
+from nemo_minitron.search.task import Task, resolved
+from nemo_minitron.training.inputs import data_files, stated_path
+from nemo_minitron.training.stage import NOT_THE_RESULT
+
+
+def search(config: c.SearchConfig) -> Manifest | None:
+    """Makes `config.output`: the best student of the budget, search.json, the finalists; prints the table.
+
+    Raises:
+        ConfigError: no shape meets the budgets, or they are none for this teacher.
+        CheckpointError, DataError, EngineError: before any work.
+        OutputExistsError: the output was made from something else.
+    """
+    task = resolved(config)
+    print(task.describe())
+    if config.dry_run:
+        return None
+    check_training("minitron search")
+    prefixes = resolve_prefixes(config.model.data.data_prefix)
+    if "validation" not in prefixes:
+        raise ConfigError("model.data.data_prefix has no validation split, by which candidates are ranked")
+    length = config.model.data.seq_length or config.model.encoder_seq_length or task.teacher.architecture.seq_length
+    check_data(prefixes, seq_length=length, vocab_size=task.teacher.architecture.vocab_size)
+    teacher = stated_path(config.model.restore_from_path, "model.restore_from_path")
+    job = Job(
+        stage="search",
+        output=Path(config.output),
+        config=dataclasses.asdict(config),
+        inputs={"teacher": teacher, **data_files(prefixes)},
+        seed=config.seed,
+        overwrite=config.overwrite,
+        ignore=("output", "dry_run", *NOT_THE_RESULT),
+        sampled=("teacher",),
+    )
+    manifest = job.run(lambda partial: find(partial, task, prefixes, length), resumable=True)
+    print(render(json.loads((Path(config.output) / RESULT).read_text(encoding="utf-8"))))
+    return manifest
+
+
+def find(partial: Path, task: Task, prefixes: dict[str, list], length: int) -> dict[str, Any]:
+    """The job's work: measures cuts, distils candidates in rounds, keeps the best; goes on where it was stopped."""
+    cuts, measured = measured_cuts(partial, task, prefixes, length)
+    best = sorted(measured.shapes, key=lambda shape: (measured.losses[name_of(shape)], name_of(shape)))
+    history = distilled(partial, task, cuts, best[: task.rounds[0].candidates])
+    keep(partial, task, history)
+    result = told(task, measured, history)
+    write_json(partial / RESULT, result)
+    return {
+        "metrics": {"winner": result["winner"]["name"], "shapes": len(task.shapes), "measured": len(measured.losses)},
+        "timings": measured.seconds | {"distillation_seconds": sum(one.seconds for one in history)},
+        "details": {"architecture": result["winner"]["architecture"]},
+    }
