@@ -74,9 +74,11 @@ def liger(chunk: int) -> Callable:
 def fused(hidden: Any, weight: Any, teacher_hidden: Any, teacher_weight: Any, labels: Any) -> Any:
     """With the labels' cross entropy shown, as in training."""
     from nemo_minitron.distillation.losses.fused import fused_divergence
+    from nemo_minitron.distillation.losses.targets import Dense
 
     share = hidden.new_full((len(hidden),), 1 / len(hidden)).float()
-    return fused_divergence(hidden, weight, teacher_hidden, teacher_weight, kd_weights=share, labels=labels).total
+    teachers = [Dense(teacher_hidden, teacher_weight)]
+    return fused_divergence(hidden, weight, teachers, kd_weights=share, labels=labels).total
 
 
 CASES: dict[str, tuple[str, Callable]] = {

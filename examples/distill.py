@@ -6,6 +6,7 @@ from nemo_minitron.data.command import prepare
 tiny = "{num_layers:2,hidden_size:64,ffn_hidden_size:128,num_attention_heads:4,vocab_size:512,seq_length:64}"
 data = ["model.data.data_prefix=data", "model.data.seq_length=64", "trainer.accelerator=cpu"]
 train = ["trainer.max_steps=20", "trainer.val_check_interval=10", "trainer.limit_val_batches=2", "model.optim.lr=2e-3"]
+train += ["model.micro_batch_size=8", "model.global_batch_size=32"]
 sizes = ["prune.hidden_size=48", "prune.hidden_size_divisor=16", "prune.num_samples=16", "prune.num_block_samples=16"]
 pair = ["model.restore_from_path=width", "model.kd_teacher_restore_from_path=made"]
 models = "models=[made,width,width-distilled]"

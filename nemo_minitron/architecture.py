@@ -14,6 +14,13 @@ from nemo_minitron.errors import ConfigError
 
 FAMILIES = ("llama", "mistral", "nemotron", "qwen2", "qwen3", "gpt")
 PRUNABLE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+#: Fields that have the same name in the configurations of Megatron's models, NeMo's and Bridge's.
+SAME_IN_MEGATRON = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "seq_length", "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "gated_linear_unit",
+    "add_bias_linear", "add_qkv_bias", "qk_layernorm", "share_embeddings_and_output_weights", "rotary_base",
+    "rotary_percent", "init_method_std",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -82,9 +82,7 @@ def same_bits(one: Lazy, other: Lazy) -> bool:
     """Whether two tensors are the same in shape, dtype and every bit; reads them up to the first difference."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    buffers = memoryview(bytearray(BLOCK)), memoryview(bytearray(BLOCK))
-    first, second = _rebuffer(one, buffers[0]), _rebuffer(other, buffers[1])
-    return all(a == b for a, b in zip(first, second, strict=True))
+    return all(a == b for a, b in zip(_pieces(one), _pieces(other), strict=True))
 
 
 def same_numbers(one: Lazy, other: Lazy) -> bool:
@@ -94,16 +92,26 @@ def same_numbers(one: Lazy, other: Lazy) -> bool:
     return same_bits(*(tensor if tensor.dtype == "float32" else Cast(tensor, "float32") for tensor in (one, other)))
 
 
-def _rebuffer(tensor: Lazy, buffer: memoryview, size: int = 1 << 20) -> Iterator[bytes]:
-    """The tensor's bytes in pieces of equal size, whatever blocks they come in."""
+def _pieces(tensor: Lazy, size: int = 1 << 20) -> Iterator[bytes]:
+    """The tensor's bytes in pieces of equal size, the last one shorter."""
+    for block in in_units(tensor, memoryview(bytearray(BLOCK)), size):
+        yield from map(bytes, in_blocks(block, size))
+
+
+def in_units(tensor: Lazy, buffer: memoryview, unit: int) -> Iterator[memoryview]:
+    """The tensor's bytes in blocks of whole units of so many bytes, and at the end what is left."""
     rest = bytearray()
     for block in tensor.blocks(buffer):
+        if not rest and not len(block) % unit:
+            yield block
+            continue
         rest += block
-        whole = len(rest) // size * size
-        for start in range(0, whole, size):
-            yield bytes(rest[start : start + size])
-        del rest[:whole]
-    yield bytes(rest)
+        whole = len(rest) // unit * unit
+        if whole:
+            yield memoryview(bytes(rest[:whole]))
+            del rest[:whole]
+    if rest:
+        yield memoryview(bytes(rest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,19 +181,29 @@ def in_blocks(data: memoryview, size: int) -> Iterator[memoryview]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Resized(Lazy):
-    """A tensor with fewer rows, or with zeros below it: the padding of the vocabulary."""
+class MadeOf(Lazy):
+    """A tensor made of another while that is read: of its shape and dtype, where a subclass does not say otherwise."""
 
     inner: Lazy
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.inner.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Resized(MadeOf):
+    """A tensor with fewer rows, or with zeros below it: the padding of the vocabulary."""
+
     rows: int
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.rows, *self.inner.shape[1:])
-
-    @property
-    def dtype(self) -> str:
-        return self.inner.dtype
 
     def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         left = self.nbytes
@@ -200,15 +218,14 @@ class Resized(Lazy):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cast(Lazy):
+class Cast(MadeOf):
     """A tensor in another precision."""
 
-    inner: Lazy
-    dtype: str
+    precision: str
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
+    def dtype(self) -> str:
+        return self.precision
 
     def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         for block in self.inner.blocks(buffer[: len(buffer) // 16 * 16 or len(buffer)]):
@@ -256,19 +273,10 @@ class ByRows(Lazy):
 
 
 @dataclasses.dataclass(frozen=True)
-class Watched(Lazy):
+class Watched(MadeOf):
     """A tensor that tells how many of its bytes were read."""
 
-    inner: Lazy
     tell: Callable[[int], Any]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.inner.dtype
 
     def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         for block in self.inner.blocks(buffer, check):

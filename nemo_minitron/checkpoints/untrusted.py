@@ -70,6 +70,19 @@ def architecture(family: str, fields: dict[str, Any], source: str | Path) -> Arc
     return made
 
 
+def family_of(fields: dict[str, Any]) -> str:
+    """The family that fields of Architecture amount to, where nothing names it."""
+    if fields["normalization"] == "LayerNorm" and fields["activation"] == "squared_relu":
+        return "nemotron" if fields["layernorm_zero_centered_gamma"] else "gpt"
+    if fields["normalization"] != "RMSNorm" or not fields["gated_linear_unit"] or fields["activation"] != "silu":
+        return "gpt"
+    if fields["qk_layernorm"]:
+        return "gpt" if fields["add_qkv_bias"] else "qwen3"
+    if fields["add_qkv_bias"]:
+        return "qwen2"
+    return "mistral" if fields["sliding_window"] else "llama"
+
+
 def vocab_padding(rows: int, tokenizer: Tokenizer | None, divisible_by: Any, tensor_parallel: Any) -> int:
     """Rows of the embedding without a token, where they are what Megatron adds to the tokenizer's own; else 0.
 

@@ -6,13 +6,13 @@ Nothing heavier than argparse is imported until a command has its arguments.
 import argparse
 import difflib
 import os
+import pkgutil
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TextIO
 
 from nemo_minitron import __version__
 from nemo_minitron.cli.arguments import chosen, parser, settings
@@ -118,7 +118,7 @@ def _execute(name: str, options: argparse.Namespace) -> int:
 
             say(describe_stage(config))
             return 0
-    manifest = _function(COMMANDS[name].function)(config)
+    manifest = pkgutil.resolve_name(COMMANDS[name].function)(config)
     if manifest is not None:
         say(_summary(name, config, manifest))
     return 0
@@ -146,12 +146,6 @@ def _tell_parent(error: Exception) -> None:
     from nemo_minitron.launch.ranks import tell_parent
 
     tell_parent(error)
-
-
-def _function(reference: str) -> "Callable[[Any], Manifest | None]":
-    """The function of a command, `module:name`."""
-    module, _, function = reference.partition(":")
-    return getattr(import_module(module), function)
 
 
 def _summary(name: str, config: Config, manifest: "Manifest") -> str:

@@ -137,6 +137,7 @@ class Distillation:
     def _fused_losses(self, batch: Batch, mask: "Tensor") -> Losses:
         """The losses on logits from what the output layers were given."""
         from nemo_minitron.distillation.losses.fused import fused_divergence
+        from nemo_minitron.distillation.losses.targets import Dense
 
         kd, (student, teacher, _) = self.kd, self.attached
         labels, mask = batch["labels"].t(), mask.t()  # [s, b]
@@ -145,8 +146,7 @@ class Distillation:
         fused = fused_divergence(
             hidden.flatten(0, 1),
             _output_weight(student),
-            target.flatten(0, 1),
-            _output_weight(teacher),
+            [Dense(target.flatten(0, 1), _output_weight(teacher))],
             kind=kd.loss,
             beta=kd.beta,
             temperature=kd.temperature,

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo_minitron import config as c
+from nemo_minitron.checkpoints.formats.nemo2.classes import CLASSES
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.packages.versions import has_nemo
 
 Settings = TypeVar("Settings", bound=c.Config)
-FAMILIES = ("GPTModel", "LlamaModel", "MistralModel", "NemotronModel", "Qwen2Model", "Qwen3Model")
 
 
 def depth(source: Path, output: Path, **arguments: Any) -> None:
@@ -183,8 +183,8 @@ def register() -> None:
     from nemo.collections import llm
     from nemo.lightning import io
 
-    for family in FAMILIES:
-        model = getattr(llm, family)
+    for model_class, _ in CLASSES.values():
+        model = getattr(llm, model_class)
         for name, function in CONNECTORS.items():
             model.register_importer(name)(_connector(io.ModelConnector, name, function))
         model.register_importer("nemo1")(_connector(io.ModelConnector, "nemo1", import_checkpoint))

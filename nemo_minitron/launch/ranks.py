@@ -7,9 +7,9 @@ set), a process is a worker itself.
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
+import pkgutil
 import socket
 import subprocess
 import sys
@@ -160,16 +160,11 @@ def from_dict(kind: type, values: Any) -> Any:
     return kind(**fields)
 
 
-def _load(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
 def worker(stage: str, config_class: str, config_file: str) -> int:
     """One rank: calls the stage with the configuration that the parent wrote."""
-    config = from_dict(_load(config_class), json.loads(Path(config_file).read_text(encoding="utf-8")))
+    config = from_dict(pkgutil.resolve_name(config_class), json.loads(Path(config_file).read_text(encoding="utf-8")))
     try:
-        _load(stage)(config)
+        pkgutil.resolve_name(stage)(config)
     except MinitronError as error:
         tell_parent(error)
         return error.exit_code

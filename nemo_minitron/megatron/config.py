@@ -5,8 +5,7 @@ It runs forward (scores, scans of blocks, logits); training is NeMo's. Megatron'
 
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.architecture import Architecture, RopeScaling
-from nemo_minitron.checkpoints.formats.nemo2.classes import SAME_NAME
+from nemo_minitron.architecture import SAME_IN_MEGATRON, Architecture, RopeScaling
 from nemo_minitron.checkpoints.formats.nemo2.engine import activation_functions
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ def core_config(architecture: Architecture, **engine: Any) -> "TransformerConfig
     """
     from megatron.core.transformer import TransformerConfig
 
-    fields = {name: getattr(architecture, name) for name in SAME_NAME if name not in OF_THE_MODEL}
+    fields = {name: getattr(architecture, name) for name in SAME_IN_MEGATRON if name not in OF_THE_MODEL}
     fields |= {
         "activation_func": activation_functions()[architecture.activation],
         "hidden_dropout": 0.0,

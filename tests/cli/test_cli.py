@@ -51,7 +51,7 @@ def stage(monkeypatch):
             return self.result
 
     stub = Stage()
-    monkeypatch.setattr(cli, "_function", lambda reference: stub)
+    monkeypatch.setattr(cli.pkgutil, "resolve_name", lambda reference: stub)
     return stub
 
 
@@ -99,7 +99,7 @@ def test_help_shows_presets_and_the_settings_as_chosen(capsys):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_its_function_without_loading_the_engine(name):
-    code = f"import sys; from nemo_minitron.cli import main as cli; f = cli._function({COMMANDS[name].function!r})"
+    code = f"import pkgutil, sys; f = pkgutil.resolve_name({COMMANDS[name].function!r})"
     done = python("-c", f"{code}; assert callable(f); sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr
 

@@ -15,6 +15,7 @@ from nemo_minitron.distillation.layer_pairs import match_layers, outer_pairs
 from nemo_minitron.distillation.losses import api as losses
 from nemo_minitron.distillation.losses import compiled, divergences, fused
 from nemo_minitron.distillation.losses.hidden import cosine_loss, mse_loss, projection
+from nemo_minitron.distillation.losses.targets import Dense, Sparse, drawn, largest
 from nemo_minitron.errors import ConfigError
 
 S, B, V = 5, 2, 37
@@ -120,7 +121,7 @@ def test_the_fused_loss_with_compiled_passes_is_that_of_the_loops(monkeypatch, r
     options = {"labels": labels, "kd_weights": kd_weights, "chunk_tokens": 6}
 
     def losses_and_gradients(**more):
-        loss = fused.fused_divergence(*inputs, **options, **more)
+        loss = fused_loss_of(inputs, **options, **more)
         return loss.kd, loss.lm, *torch.autograd.grad(loss.total, inputs[:2])
 
     expected = [losses_and_gradients(), losses_and_gradients(lm_weights=lm_weights)]
@@ -374,6 +375,10 @@ def layers(dtype=torch.float64, tokens=T):
     return inputs, labels, kd_weights, lm_weights
 
 
+def fused_loss_of(inputs, **options):
+    return fused.fused_divergence(*inputs[:2], [Dense(*inputs[2:])], **options)
+
+
 def plain_output(inputs, labels, kind, temperature):
     """Divergence and cross entropy of each token, float64 by autograd."""
     hidden, weight, teacher_hidden, teacher_weight = (tensor.double() for tensor in inputs)
@@ -388,8 +393,8 @@ def plain_output(inputs, labels, kind, temperature):
 def test_the_fused_loss_is_output_layer_and_loss(kind, chunk, temperature, trained):
     inputs, labels, kd_weights, lm_weights = layers()
     options = {"lm_weights": lm_weights} if trained else {}
-    fused_loss = fused.fused_divergence(
-        *inputs, kind=kind, beta=BETA, temperature=temperature, kd_weights=kd_weights, labels=labels,
+    fused_loss = fused_loss_of(
+        inputs, kind=kind, beta=BETA, temperature=temperature, kd_weights=kd_weights, labels=labels,
         chunk_tokens=chunk, **options,
     )  # fmt: skip
     kd, lm = plain_output(inputs, labels, kind, temperature)
@@ -406,9 +411,7 @@ def test_the_fused_loss_is_output_layer_and_loss(kind, chunk, temperature, train
 def test_the_fused_loss_in_float32_and_bf16():
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         inputs, labels, kd_weights, lm_weights = layers(dtype)
-        fused_loss = fused.fused_divergence(
-            *inputs, kd_weights=kd_weights, labels=labels, lm_weights=lm_weights, chunk_tokens=4
-        )
+        fused_loss = fused_loss_of(inputs, kd_weights=kd_weights, labels=labels, lm_weights=lm_weights, chunk_tokens=4)
         kd, lm = plain_output(inputs, labels, "forward_kl", 1.0)
         total = (kd * kd_weights).sum() + (lm * lm_weights).sum()
         torch.testing.assert_close(fused_loss.total, total.float(), rtol=tolerance, atol=0.0)
@@ -421,37 +424,37 @@ def test_the_fused_loss_in_float32_and_bf16():
 def test_the_fused_loss_gives_what_is_wanted_and_no_more():
     inputs, labels, _, lm_weights = layers()
     frozen = (inputs[0], inputs[1].detach(), *inputs[2:])
-    fused_loss = fused.fused_divergence(*frozen, chunk_tokens=4)
+    fused_loss = fused_loss_of(frozen, chunk_tokens=4)
     torch.testing.assert_close(fused_loss.kd_sum, fused_loss.kd.sum())
     expected = torch.autograd.grad(plain_output(inputs, labels, "forward_kl", 1.0)[0].sum(), inputs[0])
     torch.testing.assert_close(torch.autograd.grad(fused_loss.total, inputs[0]), expected)
     assert fused_loss.lm is None and fused_loss.lm_sum == 0
     labels[1] = V
-    assert fused.fused_divergence(*inputs, labels=labels).lm[1] == torch.inf
+    assert fused_loss_of(inputs, labels=labels).lm[1] == torch.inf
     with pytest.raises(ValueError, match="lm_weights without labels"):
-        fused.fused_divergence(*inputs, lm_weights=lm_weights)
+        fused_loss_of(inputs, lm_weights=lm_weights)
     with pytest.raises(ValueError, match="do not fit"):
-        fused.fused_divergence(inputs[0].float(), *inputs[1:])
+        fused_loss_of((inputs[0].float(), *inputs[1:]))
     with pytest.raises(ValueError, match="tokens and vocabulary"):
-        fused.fused_divergence(*inputs[:2], inputs[2][1:], inputs[3])
+        fused_loss_of((*inputs[:2], inputs[2][1:], inputs[3]))
     with pytest.raises(ValueError, match=r"kd_weights \[10\] must be \[11\]"):
-        fused.fused_divergence(*inputs, kd_weights=torch.ones(T - 1))
+        fused_loss_of(inputs, kd_weights=torch.ones(T - 1))
 
 
 def test_the_fused_evaluation_works_out_no_gradient(monkeypatch):
     inputs, *_ = layers()
-    expected = fused.fused_divergence(*inputs)
+    expected = fused_loss_of(inputs)
     monkeypatch.setattr(fused, "scaled_gradient", None)
     with torch.no_grad():
-        fused_loss = fused.fused_divergence(*inputs)
+        fused_loss = fused_loss_of(inputs)
     assert torch.equal(fused_loss.kd, expected.kd) and not fused_loss.total.requires_grad
 
 
 def test_a_masked_token_may_hold_anything_in_the_fused_loss():
     inputs, labels, kd_weights, _ = layers()
-    expected = fused.fused_divergence(*inputs, kd_weights=kd_weights, chunk_tokens=4)
+    expected = fused_loss_of(inputs, kd_weights=kd_weights, chunk_tokens=4)
     inputs[2][2] = torch.nan
-    fused_loss = fused.fused_divergence(*inputs, kd_weights=kd_weights, chunk_tokens=4)
+    fused_loss = fused_loss_of(inputs, kd_weights=kd_weights, chunk_tokens=4)
     torch.testing.assert_close(fused_loss[:2], expected[:2])
     gradients = [torch.autograd.grad(loss.total, inputs[:2]) for loss in (fused_loss, expected)]
     torch.testing.assert_close(*gradients)
@@ -460,14 +463,14 @@ def test_a_masked_token_may_hold_anything_in_the_fused_loss():
 def test_a_fully_masked_fused_batch_has_no_loss():
     inputs, labels, _, _ = layers()
     nothing = torch.zeros(T)
-    fused_loss = fused.fused_divergence(*inputs, kd_weights=nothing, labels=labels, lm_weights=nothing, chunk_tokens=4)
+    fused_loss = fused_loss_of(inputs, kd_weights=nothing, labels=labels, lm_weights=nothing, chunk_tokens=4)
     assert fused_loss.total == 0
     assert all((gradient == 0).all() for gradient in torch.autograd.grad(fused_loss.total, inputs[:2]))
 
 
 def test_backward_twice_through_the_fused_loss_is_refused():
     inputs, *_ = layers()
-    total = fused.fused_divergence(*inputs).total
+    total = fused_loss_of(inputs).total
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
@@ -492,20 +495,35 @@ def parallel_cases(group, part):
         results["kept", dtype] = kept
         value = losses.top_k_forward_kl(own, kept, temperature=1.5, group=group)
         results["top_k", dtype] = value_and_gradient(value, weights, own)
+        for name, sparse in sparse_teachers(teacher.flatten(0, 1).double()).items():
+            sparse = Sparse(*(None if part is None else part.unflatten(0, (S, B)) for part in sparse[:4]))
+            value = losses.sparse_divergence(own, sparse, group=group)
+            results[name, dtype] = value_and_gradient(value, weights, own)
+        mixed = losses.mixture([part(teacher), part(student.detach())], [1.0, 3.0], temperature=1.5, group=group)
+        results["mixture", dtype] = (mixed, mixed)
     generator = torch.Generator().manual_seed(5)
     states = [torch.randn(T, width, generator=generator, dtype=torch.float64) for width in (H, G)]
     outputs = [torch.randn(PARALLEL_V, width, generator=generator, dtype=torch.float64) for width in (H, G)]
     labels = torch.randint(0, PARALLEL_V, (T,), generator=generator)
-    for reduce in (True, False):
-        hidden = states[0].clone().requires_grad_()
-        weight = part(outputs[0].t()).t().contiguous().requires_grad_()
+    own, other = (part(output.t()).t().contiguous() for output in outputs)
+    dense, sparse = Dense(states[1], other), [*sparse_teachers(states[1] @ outputs[1].t()).values()]
+    several = {"teachers": [dense, dense._replace(hidden=-states[1], share=2.0)], "sparse": sparse}
+    for reduce, given in (
+        (True, {"teachers": [dense], "temperature": 1.5}), (False, {"teachers": [dense], "temperature": 1.5}),
+        ("several", several), ("sparse", {"sparse": sparse}),
+    ):  # fmt: skip
+        hidden, weight = states[0].clone().requires_grad_(), own.clone().requires_grad_()
         result = fused.fused_divergence(
-            hidden, weight, states[1], part(outputs[1].t()).t().contiguous(), temperature=1.5, labels=labels,
-            lm_weights=torch.full((T,), 0.5), group=group, reduce_hidden_grad=reduce, chunk_tokens=4,
+            hidden, weight, labels=labels, lm_weights=torch.full((T,), 0.5), group=group,
+            reduce_hidden_grad=bool(reduce), chunk_tokens=4, **given,
         )  # fmt: skip
         grad_hidden, grad_weight = torch.autograd.grad(2 * result.total, (hidden, weight))
         results["fused", reduce] = (*result, grad_weight.t(), grad_hidden)
     return results
+
+
+def sparse_teachers(whole):
+    return {"drawn": drawn(whole, 9, torch.Generator().manual_seed(2)), "largest": largest(whole, 5)}
 
 
 def one_rank(rank, folder):
@@ -535,7 +553,7 @@ def test_two_ranks_that_share_the_vocabulary_equal_one(tmp_path):
     for name, whole in parallel_cases(None, lambda tensor: tensor).items():
         tolerance = 3e-6 if name[1] == torch.float32 else 1e-12
         shared = [part[name] for part in parts]
-        split = {"kept": (), "fused": (5,)}.get(name[0], (1,))
+        split = {"kept": (), "fused": (5,), "mixture": (0, 1)}.get(name[0], (1,))
         for index, expected in enumerate(whole):
             own = [values[index] for values in shared]
             if index in split:
@@ -614,6 +632,7 @@ def test_layers_that_cannot_go_together(teacher, student, options, message):
 
 def test_importing_the_losses_does_not_import_torch():
     code = "import sys, nemo_minitron.distillation.losses.api, nemo_minitron.distillation.losses.hidden; "
+    code += "import nemo_minitron.distillation.losses.targets; "
     code += "import nemo_minitron.distillation.layer_pairs as i; "
     code += "i.match_layers(4, 2); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

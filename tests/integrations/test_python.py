@@ -1,6 +1,8 @@
 """The Python face: what it offers, what it costs to import, and that it does what the commands do."""
 
+import ast
 import json
+import math
 import runpy
 import subprocess
 import sys
@@ -57,8 +59,34 @@ def test_what_is_wrong_with_a_configuration_is_said_first():
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_an_example_runs_or_names_what_it_needs(example, tmp_path, monkeypatch):
+def test_an_example_prints_what_it_promises(example, tmp_path, monkeypatch, capsys):
     """Each as it stands, in a folder that has what its first lines say."""
     monkeypatch.chdir(tmp_path)
     models.save("llama3", torch.float32, tmp_path / "teacher")
     runpy.run_path(str(example), run_name="__main__")
+    printed = capsys.readouterr().out.splitlines()
+    PRINTED[example.stem](printed)
+
+
+def a_plan(printed: list[str]) -> None:
+    sizes = ["student.hidden_size=3072", "student.ffn_hidden_size=9216", "hardware=8x80gb"]
+    stages = plan(compose("plan", ["model=llama31_8b", *sizes]))["stages"]
+    assert printed == [f"{stage}: {needs['total'] / 1e9:.1f} GB on the fullest rank" for stage, needs in stages.items()]
+    assert {*stages} == {"finetune", "prune", "distill"}
+
+
+def a_cut(printed: list[str]) -> None:
+    teacher, student = (open_checkpoint(name).architecture for name in ("teacher", "student-hf"))
+    assert student.num_layers == teacher.num_layers - 1
+    assert printed[-1] == student.describe()
+
+
+def a_distillation(printed: list[str]) -> None:
+    results = ast.literal_eval(printed[-1])
+    assert [model["name"] for model in results["models"]] == ["made", "width", "width-distilled"]
+    losses = [results["results"][model["name"]]["perplexity"]["token_loss"]["value"] for model in results["models"]]
+    assert max(losses) < math.log(500)  # better than guessing among the tokens
+    assert len({*losses}) == 3
+
+
+PRINTED = {"plan": a_plan, "cut_layers": a_cut, "distill": a_distillation}

@@ -4,6 +4,7 @@ from typing import Any
 
 from nemo_minitron.artifacts import ImportanceScores, PruningPlan
 from nemo_minitron.config import PruneTargets
+from nemo_minitron.pruning.importance.scoring import with_values
 
 
 def cut(model: Any, plan: PruningPlan, scores: ImportanceScores | None, targets: PruneTargets) -> None:
@@ -36,7 +37,7 @@ def cut(model: Any, plan: PruningPlan, scores: ImportanceScores | None, targets:
         with local_norms_prunable():
             mtp.prune(
                 model,
-                mode=[("mcore_minitron", changed(MCoreMinitronConfig(), divisors))],
+                mode=[("mcore_minitron", with_values(MCoreMinitronConfig(), divisors))],
                 constraints={"export_config": sizes},
                 dummy_input=None,
                 config={"forward_loop": calibrate},
@@ -47,16 +48,6 @@ def cut(model: Any, plan: PruningPlan, scores: ImportanceScores | None, targets:
             put_back(layer.self_attention, order)
     if plan.drop_layers:
         dropper()(model, layers_to_drop=plan.drop_layers)
-
-
-def changed(config: Any, values: dict[str, Any]) -> Any:
-    """ModelOpt's configuration, a tree of rules, with these values wherever it has such names."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            changed(value, values)
-        elif name in values:
-            config[name] = values[name]
-    return config
 
 
 def dropper() -> Any:

@@ -13,6 +13,7 @@ started until then.
 import contextlib
 import json
 import os
+import pkgutil
 import random
 import signal
 import sys
@@ -23,7 +24,7 @@ COUNTED = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 def run(job: dict, output: Path, kill_at: int, write: int) -> None:
     """The stage, in a process group of its own."""
-    from nemo_minitron.launch.ranks import _load, from_dict
+    from nemo_minitron.launch.ranks import from_dict
     from nemo_minitron.training import history
 
     seen, main, partial = 0, os.getpid(), str(output.with_name(f".{output.name}.partial"))
@@ -48,9 +49,9 @@ def run(job: dict, output: Path, kill_at: int, write: int) -> None:
 
     history.History.on_train_batch_start = on_train_batch_start
     sys.addaudithook(audit)
-    config = from_dict(_load(job["config_class"]), job["config"])
+    config = from_dict(pkgutil.resolve_name(job["config_class"]), job["config"])
     config.model.nemo_path = str(output)
-    _load(job["stage"])(config)
+    pkgutil.resolve_name(job["stage"])(config)
     os.write(write, str(seen).encode())
 
 

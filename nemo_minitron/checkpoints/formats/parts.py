@@ -10,13 +10,37 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.checkpoints.names import EMBEDDING, OUTPUT
+from nemo_minitron.checkpoints.names import EMBEDDING, LAYERS, OUTPUT, layer_shapes, outer_shapes
 from nemo_minitron.checkpoints.tensors import Joined, Lazy, Resized, Runs, concatenate
 from nemo_minitron.errors import CheckpointError
 
 #: Canonical name -> (names of its parts, canonical shape), in the order of a forward pass.
 Names = Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]
 SHOWN = 6
+
+
+def names_of(a: Architecture, outer: Mapping[str, str], layers: str, layer: Mapping[str, tuple[str, ...]]) -> Names:
+    """The names of a model.
+
+    Args:
+        outer: canonical name -> theirs, of what is in no layer.
+        layers: what their names of a layer begin with, before its number.
+        layer: how a canonical name inside a layer begins -> theirs of each part; the longest that fits counts.
+    """
+    before, after = outer_shapes(a)
+    names: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
+    names |= {name: ((outer[name],), shape) for name, shape in before.items()}
+    for number in range(a.num_layers):
+        for name, shape in layer_shapes(a).items():
+            theirs = tuple(f"{layers}{number}.{part}" for part in _layer_names(layer, name))
+            names[f"{LAYERS}{number}.{name}"] = (theirs, shape)
+    return names | {name: ((outer[name],), shape) for name, shape in after.items()}
+
+
+def _layer_names(layer: Mapping[str, tuple[str, ...]], name: str) -> tuple[str, ...]:
+    """Their names inside a layer of the canonical `name` inside a layer, such as ``mlp.linear_fc1.weight``."""
+    stem = max((stem for stem in layer if name.startswith(stem)), key=len)
+    return tuple(f"{theirs}{name[len(stem) :]}" for theirs in layer[stem])
 
 
 def assembled(

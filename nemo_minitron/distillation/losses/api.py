@@ -16,6 +16,7 @@ copy of whole logits is made.
 may read the logits once backward has begun; autograd raises an error where another backward would.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_minitron.errors import ConfigError
@@ -23,6 +24,8 @@ from nemo_minitron.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
+
+    from nemo_minitron.distillation.losses.targets import Sparse
 
 #: What logs and manifests call the loss between the logits of student and teacher.
 KD_LOSS = "kd_loss"
@@ -167,16 +170,84 @@ def top_k_forward_kl(
     """
     import torch
 
-    from nemo_minitron.distillation.losses.chunked import TopKDivergence
+    from nemo_minitron.distillation.losses.chunked import SparseDivergence
     from nemo_minitron.distillation.losses.divergences import Divergence
+    from nemo_minitron.distillation.losses.targets import Sparse
 
     d = Divergence("forward_kl", temperature)
-    if student.shape[:-1] != teacher.values.shape[:-1]:
-        raise ValueError(f"student's logits {[*student.shape]} do not fit the teacher's {[*teacher.values.shape]}")
+    _same_tokens(student, teacher.values)
     values = teacher.values.detach().to(torch.promote_types(student.dtype, torch.float32))
-    log_p = (values / temperature).log_softmax(dim=-1)
-    value = TopKDivergence.apply(student, log_p, teacher.entries, d, group, overwrite_student)
+    p = (values / temperature).softmax(dim=-1)
+    whole = Sparse(teacher.entries, p, None, torch.special.entr(p).sum(dim=-1))
+    value = SparseDivergence.apply(student, whole, d, group, overwrite_student)
     return value * temperature**2 if times_t_squared else value
+
+
+def sparse_divergence(
+    student: "Tensor",
+    teacher: "Sparse",
+    kind: str = "forward_kl",
+    *,
+    temperature: float = 1.0,
+    group: "ProcessGroup | None" = None,
+    overwrite_student: bool = False,
+) -> "Tensor":
+    """The forward KL from some entries of the teacher's distribution p, a token; q is whole.
+
+    Drawn entries: -sum_i p_i log q_i - H(p), an unbiased estimate of KL(p||q) with an unbiased gradient. The largest
+    with their rest r: sum_i p_i log(p_i / q_i) + r log(r / (1 - sum_i q_i)), the KL where all other entries are one,
+    which is at most KL(p||q). As soft_cross_entropy either has H(p) more.
+
+    Args:
+        student: logits [..., v].
+        teacher: [..., k], its share counts for nothing here.
+        kind: forward_kl or soft_cross_entropy.
+        temperature: 1.
+        group, overwrite_student: see above.
+
+    Raises:
+        ValueError: of another kind or temperature, which these entries cannot give.
+    """
+    from nemo_minitron.distillation.losses.chunked import SparseDivergence
+    from nemo_minitron.distillation.losses.divergences import Divergence
+    from nemo_minitron.distillation.losses.targets import check_sparse
+
+    d = Divergence(kind, temperature)
+    check_sparse([teacher], kind, temperature)
+    _same_tokens(student, teacher.entries)
+    return SparseDivergence.apply(student, teacher, d, group, overwrite_student)
+
+
+def mixture(
+    teachers: "Sequence[Tensor]",
+    shares: Sequence[float],
+    *,
+    temperature: float = 1.0,
+    group: "ProcessGroup | None" = None,
+) -> "Tensor":
+    """Logits of several teachers' mixture, T log sum_i share_i softmax(z_i / T) [..., v], for `divergence` at this T.
+
+    Float32 (float64 for float64); of one teacher, its own logits.
+
+    Args:
+        teachers: logits [..., v] each.
+        shares: of each teacher, relative to their sum.
+    """
+    import torch
+
+    from nemo_minitron.distillation.losses.divergences import Divergence, Workspace, add_to_mixture
+    from nemo_minitron.distillation.losses.targets import relative
+
+    weights = relative(shares)
+    first, *others = (teacher.detach() for teacher in teachers)
+    if not others:
+        return first
+    d, rows = Divergence(temperature=temperature), [one.reshape(-1, one.shape[-1]) for one in (first, *others)]
+    work = Workspace(rows[0], 1)
+    mixed = torch.full_like(rows[0], -torch.inf, dtype=work.dtype)
+    for logits, weight in zip(rows, weights, strict=True):
+        add_to_mixture(mixed, logits, weight, d, group, work)
+    return mixed.div_(d.scale).view(first.shape)
 
 
 def masked_mean(losses: "Tensor", mask: "Tensor") -> "Tensor":
@@ -226,6 +297,11 @@ def dynamic_scale(
     ratio = torch.as_tensor(logits_loss).detach() / torch.as_tensor(intermediate_loss).detach()
     ratio = torch.where(ratio.isfinite(), ratio, 0.0)
     return ratio if running is None else decay * running + (1 - decay) * ratio
+
+
+def _same_tokens(student: "Tensor", teacher: "Tensor") -> None:
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(f"student's logits {[*student.shape]} do not fit the teacher's {[*teacher.shape]}")
 
 
 def _same_shape(student: "Tensor", teacher: "Tensor") -> None:

@@ -1,6 +1,6 @@
 """Divergences of whole logits as autograd functions that never hold a float32 copy of them.
 
-Legend: t tokens, r tokens of a block, v vocabulary rows of this rank, k teacher's entries kept.
+Legend: t tokens, v vocabulary rows of this rank, k teacher's entries kept.
 
 Forward keeps two numbers a token and model; backward takes the softmaxes anew and writes the gradient once, in the
 logits' dtype, with each token's upstream gradient applied before rounding. Writing the gradient in forward would save
@@ -14,18 +14,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_minitron.distillation.losses.compiled import LN2
 from nemo_minitron.distillation.losses.divergences import (
     Divergence,
     Measured,
     Normaliser,
     Workspace,
-    log_probabilities,
     measure,
-    normaliser,
-    scale_rows,
     scaled_gradient,
 )
+from nemo_minitron.distillation.losses.sparse import Kept, kept_gradient, measure_kept
+from nemo_minitron.distillation.losses.targets import Sparse
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,53 +58,32 @@ class LogitsDivergence(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-class TopKDivergence(torch.autograd.Function):
-    """Student's logits [..., v], teacher's k log probabilities and their entries [..., k] -> KL a token [...]."""
+class SparseDivergence(torch.autograd.Function):
+    """Student's logits [..., v] and a teacher's entries [..., k] -> divergence a token [...]."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        student: Tensor,
-        log_p: Tensor,
-        entries: Tensor,
-        d: Divergence,
-        group: "ProcessGroup | None",
-        overwrite: bool,
+        ctx: Any, student: Tensor, teacher: Sparse, d: Divergence, group: "ProcessGroup | None", overwrite: bool
     ) -> Tensor:
         logits = _rows(student)
-        norm = normaliser(logits, d.scale, group, Workspace(logits, 1))
-        local, own = local_entries(_rows(entries), logits.shape[-1], group)
-        log_p = _rows(log_p)
-        picked = torch.add(-norm.top.unsqueeze(-1), logits.gather(1, local).to(norm.top.dtype), alpha=d.scale)
-        cross = torch.where(own, log_p.exp() * picked, 0.0).nansum(dim=-1)
-        if group is not None:
-            torch.distributed.all_reduce(cross, group=group)
-        value = (log_p.exp() * log_p).nansum(dim=-1) - (cross - norm.log_sum) * LN2
-        ctx.save_for_backward(student, log_p, local, own, norm.top, norm.log_sum)
-        ctx.divergence, ctx.overwrite = d, overwrite
-        return value.view(student.shape[:-1])
+        work = Workspace(logits, 1)
+        kept = Kept.of(teacher, d.kind, logits.shape[-1], work.dtype, group)
+        measured = measure_kept(logits, kept, d.scale, group, work)
+        ctx.save_for_backward(student)
+        ctx.kept, ctx.measured, ctx.divergence, ctx.overwrite = kept, measured, d, overwrite
+        return measured.value.view(student.shape[:-1]).clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        student, log_p, local, own, top, log_sum = ctx.saved_tensors
+        (student,), d = ctx.saved_tensors, ctx.divergence
         gradient = _gradient_buffer(student, ctx.overwrite)
-        into, logits, norm = gradient.view(-1, student.shape[-1]), _rows(student), Normaliser(top, log_sum)
+        into, logits = gradient.view(-1, student.shape[-1]), _rows(student)
         work = Workspace(logits, 1)
-        scale = upstream.reshape(-1).to(work.dtype) / ctx.divergence.temperature
-        minus_p = torch.where(own, -log_p.exp(), 0.0).to(work.dtype)
+        scale = upstream.reshape(-1).to(work.dtype) / d.temperature
         for rows, (block,) in work.blocks(len(logits)):
-            log_probabilities(logits[rows], ctx.divergence.scale, norm[rows], out=block).exp2_()
-            block.scatter_add_(1, local[rows], minus_p[rows])
-            into[rows] = scale_rows(block, scale[rows])
-        return gradient, None, None, None, None, None
-
-
-def local_entries(entries: Tensor, vocabulary: int, group: "ProcessGroup | None") -> tuple[Tensor, Tensor]:
-    """Vocabulary entries as rows of this rank's part (0 where they are another's), and which are this rank's."""
-    first = vocabulary * torch.distributed.get_rank(group) if group is not None else 0
-    own = (entries >= first) & (entries < first + vocabulary)
-    return torch.where(own, entries - first, 0), own
+            into[rows] = kept_gradient(logits, ctx.kept, ctx.measured, rows, scale, d.scale, out=block)
+        return gradient, None, None, None, None
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -167,8 +167,8 @@ def _sums(lead: Tensor, other: Tensor, d: Divergence, work: Workspace) -> tuple[
     tops = torch.empty(2, len(lead), dtype=work.dtype, device=lead.device)
     sums = torch.zeros(3, len(lead), dtype=work.dtype, device=lead.device)
     for rows, (x, y, weight, *_) in work.blocks(len(lead)):
-        tops[0, rows] = _centred(lead[rows], d.scale, out=x)
-        tops[1, rows] = _centred(other[rows], d.scale, out=y)
+        tops[0, rows] = centred(lead[rows], d.scale, out=x)
+        tops[1, rows] = centred(other[rows], d.scale, out=y)
         sums[0, rows] = torch.exp2(x, out=weight).sum(dim=-1)
         # nansum: 0 * inf, of entries without probability, counts as 0
         if d.kind == "soft_cross_entropy":
@@ -184,7 +184,7 @@ def normaliser(logits: Tensor, scale: float, group: "ProcessGroup | None", work:
     top = torch.empty(logits.shape[0], dtype=work.dtype, device=logits.device)
     total = torch.empty_like(top)
     for rows, (x, *_) in work.blocks(len(logits)):
-        top[rows] = _centred(logits[rows], scale, out=x)
+        top[rows] = centred(logits[rows], scale, out=x)
         total[rows] = x.exp2_().sum(dim=-1)
     if group is not None:
         local = top.clone()
@@ -192,6 +192,16 @@ def normaliser(logits: Tensor, scale: float, group: "ProcessGroup | None", work:
         total *= (local - top).exp2()
         torch.distributed.all_reduce(total, group=group)
     return Normaliser(top, total.log2())
+
+
+def add_to_mixture(
+    mixture: Tensor, logits: Tensor, weight: float, d: Divergence, group: "ProcessGroup | None", work: Workspace
+) -> None:
+    """Adds weight softmax(logits / T) to the probabilities whose log2 `mixture` [t, v] is, in place."""
+    norm = normaliser(logits, d.scale, group, work)
+    for rows, (x, *_) in work.blocks(len(logits)):
+        log_probabilities(logits[rows], d.scale, norm[rows], out=x).add_(math.log2(weight))
+        torch.logaddexp2(mixture[rows], x, out=mixture[rows])
 
 
 def log_probabilities(logits: Tensor, scale: float, norm: Normaliser, out: Tensor) -> Tensor:
@@ -263,7 +273,7 @@ def logit_gradient(
     return y.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
 
-def _centred(logits: Tensor, scale: float, out: Tensor) -> Tensor:
+def centred(logits: Tensor, scale: float, out: Tensor) -> Tensor:
     """logits * scale - their maximum [r, v], in `out`; returns the maximum [r]."""
     source = _loaded(logits, out)
     top = source.amax(dim=-1).to(out.dtype).mul_(scale).clamp_(min=FLOOR)

@@ -212,7 +212,7 @@ def _by_modelopt(model: Any, calibrate: Callable[[Any], None]) -> dict[str, Any]
     return local
 
 
-def with_values(rules: Any, values: dict[str, Any]) -> Tensor:
+def with_values(rules: Any, values: dict[str, Any]) -> Any:
     """ModelOpt's configuration, a tree of rules, with these values wherever it has such names."""
     for name, value in rules.items():
         if isinstance(value, dict):

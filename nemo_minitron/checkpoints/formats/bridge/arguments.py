@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nemo_minitron.checkpoints.formats.bridge.classes import SAME_NAME
+from nemo_minitron.architecture import SAME_IN_MEGATRON
 from nemo_minitron.checkpoints.formats.bridge.run_config import TOKENIZER_TYPES, hub_name
 from nemo_minitron.checkpoints.storage.pickles import StandIn
 from nemo_minitron.checkpoints.tokenizer import HUGGINGFACE
@@ -16,7 +16,7 @@ RENAMED = {
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
 }
 KEPT = (
-    *SAME_NAME, "position_embedding_type", "rope_scaling_factor", "window_size", "make_vocab_size_divisible_by",
+    *SAME_IN_MEGATRON, "position_embedding_type", "rope_scaling_factor", "window_size", "make_vocab_size_divisible_by",
     "tensor_model_parallel_size", "multi_latent_attention", "qk_l2_norm", "mtp_num_layers",
     "is_hybrid_model", "heterogeneous_layers_config_path", "rotary_interleaved", "no_rope_freq",
     "window_attn_skip_freq", "softmax_scale", "softmax_type", "attention_output_gate", "experimental_attention_variant",

@@ -27,13 +27,6 @@ FAMILY_OF_CLASS = (
 )
 KNOWN_CLASSES = "GPTModelProvider, GPTModelConfig, and those of Llama, Mistral, Nemotron, Qwen2 and Qwen3"
 
-#: Fields of a model that have the same name in Architecture, and that run_config.yaml always states.
-SAME_NAME = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "seq_length", "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "gated_linear_unit",
-    "add_bias_linear", "add_qkv_bias", "qk_layernorm", "share_embeddings_and_output_weights", "rotary_base",
-    "rotary_percent", "init_method_std",
-)  # fmt: skip
 #: Last name of the function in `activation_func` -> name in Architecture.
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "squared_relu": "squared_relu"}
 WRITTEN_ACTIVATIONS = {

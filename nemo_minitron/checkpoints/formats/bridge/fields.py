@@ -2,14 +2,13 @@
 
 from typing import Any
 
-from nemo_minitron.architecture import Architecture, RopeScaling, vocab_multiple
+from nemo_minitron.architecture import SAME_IN_MEGATRON, Architecture, RopeScaling, vocab_multiple
 from nemo_minitron.checkpoints import untrusted
 from nemo_minitron.checkpoints.formats.bridge.classes import (
     ACTIVATIONS,
     DENSE,
     GPT_PROVIDER,
     PROVIDERS,
-    SAME_NAME,
     WRITTEN_ACTIVATIONS,
 )
 from nemo_minitron.checkpoints.tokenizer import Tokenizer
@@ -47,13 +46,13 @@ def read_architecture(
             f"{source} describes a model of a kind that is not known here ({', '.join(refused)}); known are dense "
             "models with rotary positions"
         )
-    missing = [name for name in (*SAME_NAME, "activation_func", "position_embedding_type") if name not in values]
+    missing = [name for name in (*SAME_IN_MEGATRON, "activation_func", "position_embedding_type") if name not in values]
     if missing:
         raise CheckpointError(f"{source} does not state {', '.join(missing)}, which Megatron always writes")
     wrong = [name for name in FLAGS if type(values.get(name, False)) is not bool]
     if wrong:
         raise CheckpointError(f"{source}: {wrong[0]} = {untrusted.shown(values[wrong[0]])} is neither true nor false")
-    fields = {name: values[name] for name in SAME_NAME}
+    fields = {name: values[name] for name in SAME_IN_MEGATRON}
     fields |= {
         "vocab_size": rows,
         "activation": _activation(values["activation_func"], source),
@@ -62,21 +61,8 @@ def read_architecture(
     }
     if fields["add_bias_linear"]:
         fields["add_qkv_bias"] = False  # one bias says it all
-    architecture = untrusted.architecture(family or family_of(fields), fields, source)
+    architecture = untrusted.architecture(family or untrusted.family_of(fields), fields, source)
     return architecture.with_sizes(vocab_padding=_padding(values, rows, tokenizer) or None)
-
-
-def family_of(fields: dict[str, Any]) -> str:
-    """The family that fields of Architecture amount to."""
-    if fields["normalization"] == "LayerNorm" and fields["activation"] == "squared_relu":
-        return "nemotron" if fields["layernorm_zero_centered_gamma"] else "gpt"
-    if fields["normalization"] != "RMSNorm" or not fields["gated_linear_unit"] or fields["activation"] != "silu":
-        return "gpt"
-    if fields["qk_layernorm"]:
-        return "gpt" if fields["add_qkv_bias"] else "qwen3"
-    if fields["add_qkv_bias"]:
-        return "qwen2"
-    return "mistral" if fields["sliding_window"] else "llama"
 
 
 def _activation(value: Any, source: str) -> str:
@@ -143,7 +129,7 @@ def write_model(architecture: Architecture, dtype: str) -> dict[str, Any]:
     scaling, padded = a.rope_scaling, a.vocab_padding > 0
     return {
         "_target_": PROVIDERS.get(a.family, GPT_PROVIDER),
-        **{name: getattr(a, name) for name in SAME_NAME},
+        **{name: getattr(a, name) for name in SAME_IN_MEGATRON},
         "activation_func": _named(WRITTEN_ACTIVATIONS[a.activation]),
         "position_embedding_type": "rope",
         "rope_scaling": scaling is not None,

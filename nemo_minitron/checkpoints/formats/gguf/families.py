@@ -86,9 +86,3 @@ ARCHITECTURES: dict[str, GgufArchitecture] = {
 def architecture_of(family: str) -> str | None:
     """The name in general.architecture that a family is written as, or None."""
     return next((name for name, entry in ARCHITECTURES.items() if family in (entry.family, *entry.also)), None)
-
-
-def layer_names(entry: GgufArchitecture, name: str) -> tuple[str, ...]:
-    """GGUF's names inside a layer of the canonical `name` inside a layer, such as ``mlp.linear_fc1.weight``."""
-    stem = max((stem for stem in entry.layer if name.startswith(stem)), key=len)
-    return tuple(f"{theirs}{name[len(stem) :]}" for theirs in entry.layer[stem])

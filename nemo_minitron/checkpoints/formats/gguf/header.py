@@ -145,23 +145,23 @@ class _Cursor:
     def texts(self, number: int) -> list[str]:
         """So many strings, which a vocabulary has in hundreds of thousands: those that are in memory already are taken
         without asking for each."""
-        found: list[str] = []
-        while len(found) < number:
+        strings: list[str] = []
+        while len(strings) < number:
             read, place = bytes(self.read), self.place
-            while len(found) < number:
+            while len(strings) < number:
                 start = place + 8
                 end = start + int.from_bytes(read[place:start], "little")
                 if end > len(read) or start > len(read):
                     break
                 try:
-                    found.append(read[start:end].decode("utf-8"))
+                    strings.append(read[start:end].decode("utf-8"))
                 except UnicodeDecodeError:
                     raise self.damaged("a string of it is not UTF-8") from None
                 place = end
             self.place = place
-            if len(found) < number:
-                found.append(self.text())
-        return found
+            if len(strings) < number:
+                strings.append(self.text())
+        return strings
 
     def damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.file.path} is damaged, or no GGUF file: {what}; copy it again")

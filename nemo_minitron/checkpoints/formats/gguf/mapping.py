@@ -15,7 +15,6 @@ from nemo_minitron.checkpoints.formats.gguf.families import (
     OUTER,
     GgufArchitecture,
     architecture_of,
-    layer_names,
 )
 from nemo_minitron.checkpoints.formats.gguf.header import FileTensor
 from nemo_minitron.checkpoints.formats.gguf.numbers import (
@@ -32,8 +31,6 @@ from nemo_minitron.checkpoints.formats.gguf.numbers import (
     Stored,
     fits,
 )
-from nemo_minitron.checkpoints.names import LAYERS as CANONICAL_LAYERS
-from nemo_minitron.checkpoints.names import layer_shapes, outer_shapes
 from nemo_minitron.checkpoints.tensors import Cast, Lazy, Runs
 from nemo_minitron.errors import CheckpointError
 
@@ -45,17 +42,9 @@ SHOWN = 4
 Written = tuple[str, Kind, tuple[int, ...], Lazy]
 
 
-def gguf_names(a: Architecture) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+def gguf_names(a: Architecture) -> parts.Names:
     """Canonical name -> (GGUF's names, canonical shape), in the order of a forward pass."""
-    entry = ARCHITECTURES[architecture_of(a.family) or ""]
-    before, after = outer_shapes(a)
-    names: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
-    names |= {name: ((OUTER[name],), shape) for name, shape in before.items()}
-    for number in range(a.num_layers):
-        for name, shape in layer_shapes(a).items():
-            theirs = tuple(f"{LAYERS}{number}.{part}" for part in layer_names(entry, name))
-            names[f"{CANONICAL_LAYERS}{number}.{name}"] = (theirs, shape)
-    return names | {name: ((OUTER[name],), shape) for name, shape in after.items()}
+    return parts.names_of(a, OUTER, LAYERS, ARCHITECTURES[architecture_of(a.family) or ""].layer)
 
 
 def check_names(tensors: Mapping[str, FileTensor], entry: GgufArchitecture, name: str, source: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.file_bytes import Bytes
 from nemo_minitron.checkpoints.precision import cast, numbers
-from nemo_minitron.checkpoints.tensors import Cast, Lazy
+from nemo_minitron.checkpoints.tensors import Cast, Lazy, MadeOf, in_units
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.packages import extras
 
@@ -187,34 +187,11 @@ def fits(values: "np.ndarray", dtype: str) -> bool:
     return view(again) == view(values)
 
 
-def in_units(tensor: Lazy, buffer: memoryview, unit: int) -> Iterator[memoryview]:
-    """The tensor's bytes in blocks of whole units."""
-    rest = bytearray()
-    for block in tensor.blocks(buffer):
-        if not rest and not len(block) % unit:
-            yield block
-            continue
-        rest += block
-        whole = len(rest) // unit * unit
-        if whole:
-            yield memoryview(bytes(rest[:whole]))
-            del rest[:whole]
-
-
 @dataclasses.dataclass(frozen=True)
-class InTurns(Lazy):
+class InTurns(MadeOf):
     """A tensor of heads in llama.cpp's order of rows for Llama."""
 
-    inner: Lazy
     head: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.inner.dtype
 
     def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         import numpy as np
@@ -226,19 +203,11 @@ class InTurns(Lazy):
 
 
 @dataclasses.dataclass(frozen=True)
-class More(Lazy):
+class More(MadeOf):
     """A tensor in float32 with a number added to each: a norm's gain of its distance from 1."""
 
-    inner: Lazy
     more: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    @property
-    def dtype(self) -> str:
-        return "float32"
+    dtype = "float32"
 
     def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         import numpy as np
@@ -248,18 +217,14 @@ class More(Lazy):
 
 
 @dataclasses.dataclass(frozen=True)
-class InBlocks(Lazy):
+class InBlocks(MadeOf):
     """The bytes of a tensor [n, columns] quantised to Q8_0, as uint8 [n, bytes]."""
 
-    inner: Lazy
+    dtype = "uint8"
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.inner.shape[0], Q8_0.bytes_of(self.inner.shape[1:])
-
-    @property
-    def dtype(self) -> str:
-        return "uint8"
 
     def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         import numpy as np
@@ -280,18 +245,10 @@ def quantised(values: "np.ndarray") -> "np.ndarray":
 
 
 @dataclasses.dataclass(frozen=True)
-class Requantised(Lazy):
+class Requantised(MadeOf):
     """What is left of a tensor [n, columns] once it was quantised to Q8_0, in float32."""
 
-    inner: Lazy
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    @property
-    def dtype(self) -> str:
-        return "float32"
+    dtype = "float32"
 
     def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         import numpy as np
@@ -306,14 +263,11 @@ class OfBytes(Lazy):
     """A small tensor that is there already, as its bytes."""
 
     data: bytes
+    dtype = "uint8"
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (len(self.data),)
-
-    @property
-    def dtype(self) -> str:
-        return "uint8"
 
     def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
         yield memoryview(self.data)

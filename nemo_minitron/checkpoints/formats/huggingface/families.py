@@ -125,9 +125,3 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 #: model_type of what is not read yet -> its name.
 NOT_YET = {"qwen3_moe": "Qwen3-MoE"}
-
-
-def layer_names(family: Family, name: str) -> tuple[str, ...]:
-    """Hugging Face names inside a layer of the canonical `name` inside a layer, such as ``mlp.linear_fc1.weight``."""
-    stem = max((stem for stem in family.layer if name.startswith(stem)), key=len)
-    return tuple(f"{theirs}{name[len(stem) :]}" for theirs in family.layer[stem])

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.formats import parts
-from nemo_minitron.checkpoints.formats.huggingface.families import FAMILIES, OUTER, layer_names
-from nemo_minitron.checkpoints.names import EMBEDDING, LAYERS, OUTPUT, layer_shapes, outer_shapes
+from nemo_minitron.checkpoints.formats.huggingface.families import FAMILIES, OUTER
+from nemo_minitron.checkpoints.names import EMBEDDING, OUTPUT
 from nemo_minitron.checkpoints.tensors import Lazy, same_bits
 from nemo_minitron.errors import CheckpointError
 
@@ -37,17 +37,9 @@ def _check_tied(output: Lazy | None, embedding: Lazy | None, where: Path) -> Non
         )
 
 
-def hf_names(a: Architecture) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+def hf_names(a: Architecture) -> parts.Names:
     """Canonical name -> (Hugging Face names, canonical shape), in the order of a forward pass."""
-    family = FAMILIES[a.family]
-    before, after = outer_shapes(a)
-    names: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
-    names |= {name: ((OUTER[name],), shape) for name, shape in before.items()}
-    for number in range(a.num_layers):
-        for name, shape in layer_shapes(a).items():
-            theirs = tuple(f"{HF_LAYERS}{number}.{part}" for part in layer_names(family, name))
-            names[f"{LAYERS}{number}.{name}"] = (theirs, shape)
-    return names | {name: ((OUTER[name],), shape) for name, shape in after.items()}
+    return parts.names_of(a, OUTER, HF_LAYERS, FAMILIES[a.family].layer)
 
 
 def export_tensors(tensors: Mapping[str, Lazy], a: Architecture) -> dict[str, Lazy]:

@@ -108,22 +108,15 @@ def _window(config: dict[str, Any]) -> int | None:
 
 
 def _family(fields: dict[str, Any], config: dict[str, Any]) -> str:
-    """The family that a configuration, which does not name it, amounts to."""
+    """The family: as this package names it, or what the fields amount to and names of NeMo 1 hint at."""
     said = config.get("family")
     if said in FAMILIES:
         return said
-    if fields["normalization"] == "LayerNorm" and fields["activation"] == "squared_relu":
-        return "nemotron" if fields["layernorm_zero_centered_gamma"] else "gpt"
-    if fields["normalization"] != "RMSNorm" or not fields["gated_linear_unit"] or fields["activation"] != "silu":
-        return "gpt"
-    if fields["add_qkv_bias"]:
-        return "gpt" if fields["qk_layernorm"] else "qwen2"
-    if fields["qk_layernorm"]:
-        return "qwen3"
+    family = untrusted.family_of(fields)
     stated = config.get("tokenizer")
     tokenizer = stated if isinstance(stated, dict) else {}
     named = f"{tokenizer.get('type', '')} {config.get('name', '')}".lower()
-    return "mistral" if "mistral" in named or fields["sliding_window"] else "llama"
+    return "mistral" if family == "llama" and "mistral" in named else family
 
 
 def read_tokenizer(files: Files, config: dict[str, Any]) -> tokenizers.Tokenizer | None:

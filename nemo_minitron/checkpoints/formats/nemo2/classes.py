@@ -60,9 +60,3 @@ ROPE_SCALING = {
     "high_freq_factor": "high_freq_factor",
     "old_context_len": "original_length",
 }
-SAME_NAME = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "seq_length", "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "gated_linear_unit",
-    "add_bias_linear", "add_qkv_bias", "qk_layernorm", "share_embeddings_and_output_weights", "rotary_base",
-    "rotary_percent", "init_method_std",
-)  # fmt: skip

@@ -6,7 +6,7 @@ No class that they name is imported, none is run.
 import json
 from typing import Any
 
-from nemo_minitron.architecture import RopeScaling
+from nemo_minitron.architecture import SAME_IN_MEGATRON, RopeScaling
 from nemo_minitron.checkpoints import tokenizer as tokenizers
 from nemo_minitron.checkpoints import untrusted
 from nemo_minitron.checkpoints.files import Files
@@ -17,7 +17,6 @@ from nemo_minitron.checkpoints.formats.nemo2.classes import (
     PADDING,
     QWEN3_MOE,
     ROPE_SCALING,
-    SAME_NAME,
 )
 from nemo_minitron.errors import CheckpointError
 
@@ -44,7 +43,7 @@ def read_config(context: Files) -> tuple[str, str, dict[str, Any]]:
 def read_fields(family: str, class_name: str, values: dict[str, Any]) -> dict[str, Any]:
     """Fields of Architecture, as the context states them or as the config class has them by default."""
     fields = dict(DEFAULTS[family])
-    fields |= {name: values[name] for name in SAME_NAME if values.get(name) is not None}
+    fields |= {name: values[name] for name in SAME_IN_MEGATRON if values.get(name) is not None}
     if isinstance(values.get("activation"), str):
         fields["activation"] = values["activation"]
     scaling = {ours: values[theirs] for theirs, ours in ROPE_SCALING.items() if values.get(theirs) is not None}

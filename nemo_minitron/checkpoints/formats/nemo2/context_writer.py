@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from nemo_minitron.architecture import Architecture, vocab_multiple
-from nemo_minitron.checkpoints.formats.nemo2.classes import CLASSES, MODEL_YAML, PADDING, ROPE_SCALING, SAME_NAME
+from nemo_minitron.architecture import SAME_IN_MEGATRON, Architecture, vocab_multiple
+from nemo_minitron.checkpoints.formats.nemo2.classes import CLASSES, MODEL_YAML, PADDING, ROPE_SCALING
 from nemo_minitron.checkpoints.tokenizer import HUGGINGFACE, SENTENCEPIECE
 from nemo_minitron.errors import CheckpointError
 
@@ -116,7 +116,7 @@ def config_fields(architecture: Architecture, dtype: str) -> dict[str, Any]:
     """Arguments of NeMo's config class; raises CheckpointError for a dtype that it has no settings for."""
     if dtype not in DTYPES:
         raise CheckpointError(f"a NeMo-2 checkpoint holds weights of {', '.join(DTYPES)}, not of {dtype}")
-    fields = {name: getattr(architecture, name) for name in SAME_NAME}
+    fields = {name: getattr(architecture, name) for name in SAME_IN_MEGATRON}
     fields |= {
         "activation_func": ACTIVATIONS[architecture.activation],
         "position_embedding_type": "rope",

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from nemo_minitron.architecture import Architecture
+from nemo_minitron.architecture import SAME_IN_MEGATRON, Architecture
 from nemo_minitron.checkpoints import tokenizer as tokenizers
-from nemo_minitron.checkpoints.formats.nemo2.classes import CLASSES, ROPE_SCALING, SAME_NAME
+from nemo_minitron.checkpoints.formats.nemo2.classes import CLASSES, ROPE_SCALING
 
 
 def activation_functions() -> dict[str, Any]:
@@ -24,7 +24,7 @@ def nemo_config(architecture: Architecture, **engine: Any) -> Any:
     from nemo.collections import llm
     from nemo.collections.llm.gpt.model import llama
 
-    fields = {name: getattr(architecture, name) for name in SAME_NAME}
+    fields = {name: getattr(architecture, name) for name in SAME_IN_MEGATRON}
     fields |= {
         "vocab_size": architecture.vocab_size,
         "activation_func": activation_functions()[architecture.activation],
