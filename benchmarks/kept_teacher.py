@@ -9,8 +9,9 @@ states and output matrix, all in fp32: only what is kept is rounded. Kept are
 
     hidden, bf16     the last hidden states: 2 h bytes a token
     hidden, fp8      the same in e4m3 with a float32 scale a token: h + 4 bytes
-    drawn, n         n draws: of each distinct entry 2 bytes (3 above 65,536 entries) and its count less 1 in 1 byte (2
-                     above 256 draws), and the entropy in float32. Counts add up to n, so no length is needed.
+    drawn, n         n independent draws: of each distinct entry 2 bytes (3 above 65,536 entries) and its count less 1
+                     in 1 byte (2 above 256 draws), and the entropy in float32. Counts add up to n: no length is needed.
+    stratified, n    n draws, one in each n-th of the distribution; else as drawn
     largest, k       k entries of 2 (3) bytes with a float16 probability each, and the rest and the entropy in float32
 
 The output matrix, which hidden states want once, is not in the bytes. Errors are relative: |g - exact| / |exact|. Of
@@ -19,6 +20,7 @@ seeds' gradients has: of unbiased draws it falls with their number.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -105,12 +107,13 @@ def cases(given: Outputs, seeds: int) -> Iterator[tuple[str, float, Iterator[Mea
         ("hidden, fp8", width + 4, as_fp8(given.teacher)),
     ):
         yield name, size, iter([measure(given, teachers=[Dense(hidden, given.weight)])])
-    for draws in DRAWS:
+    for draws, how in itertools.product(DRAWS, ("drawn", "stratified")):
         generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
-        made = [sparse(given, partial(drawn, draws=draws, generator=one)) for one in generators]
+        draw = partial(drawn, draws=draws, stratified=how == "stratified")
+        made = [sparse(given, partial(draw, generator=one)) for one in generators]
         distinct = sum(float((one.probabilities > 0).sum()) for one in made) / len(given.teacher) / seeds
         size = distinct * (entry + (1 if draws <= 256 else 2)) + 4
-        yield f"drawn, {draws}", size, (measure(given, sparse=[one]) for one in made)
+        yield f"{how}, {draws}", size, (measure(given, sparse=[one]) for one in made)
     for k in LARGEST:
         kept = sparse(given, partial(largest, k=k))
         kept = kept._replace(probabilities=kept.probabilities.half().float())
@@ -146,14 +149,14 @@ def against(own: Any, exact: Any) -> tuple[float, float]:
 
 
 HEADER = (
-    f"{'':<14}{'bytes':>8}{'bias of the loss':>24}   {'hidden states: error':>20}{'cosine':>9}{'of mean':>9}"
+    f"{'':<16}{'bytes':>8}{'bias of the loss':>24}   {'hidden states: error':>20}{'cosine':>9}{'of mean':>9}"
     f"{'matrix: error':>15}{'cosine':>9}{'of mean':>9}"
 )
 
 
 def line(row: dict[str, Any]) -> str:
     bias = f"{row['bias']:+.6f}" + (f" ± {row['bias_error']:.6f}" if "bias_error" in row else "")
-    parts = [f"{row['kept']:<14}{row['bytes']:>8.1f}{bias:>24}   "]
+    parts = [f"{row['kept']:<16}{row['bytes']:>8.1f}{bias:>24}   "]
     for what, width in (("hidden", 20), ("matrix", 15)):
         of_mean = f"{row[f'{what}_error_of_mean']:.4f}" if row["seeds"] > 1 else ""
         parts.append(f"{row[f'{what}_error']:>{width}.4f}{row[f'{what}_cosine']:>9.4f}{of_mean:>9}")

@@ -1,7 +1,10 @@
 """One tiny teacher, trained once, for every test that needs a model."""
 
 import dataclasses
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +115,47 @@ def train_without_nemo(shared: Tiny, steps: int) -> None:
     tokenizer = str(shared.data / "tokenizer")
     source, output = str(shared.root / "teacher-hf"), str(shared.teacher)
     convert(c.validated(c.ConvertConfig(source=source, output=output, to="nemo2", tokenizer=tokenizer, verify="none")))
+
+
+@pytest.fixture(scope="session")
+def rank_server(tmp_path_factory):
+    """The process that forks ranks (forked_ranks.py), which has the engines imported."""
+    said = tmp_path_factory.mktemp("ranks") / "server"
+    command = [sys.executable, str(Path(__file__).with_name("forked_ranks.py"))]
+    with said.open("w") as log, subprocess.Popen(command, stdin=-1, stdout=-1, stderr=log, text=True) as server:
+        yield server
+        server.stdin.close()
+
+
+@pytest.fixture
+def forked_ranks(rank_server, tmp_path, monkeypatch):
+    """Ranks are forked instead of started by torchrun, which saves each the import of the engines."""
+
+    as_it_is = subprocess.run
+
+    def run(command, **options):
+        if "nemo_minitron.launch.ranks" not in command:
+            return as_it_is(command, **options)
+        ranks, port = (
+            next(int(text.partition("=")[2]) for text in command if text.startswith(f"--{name}="))
+            for name in ("nproc-per-node", "master-port")
+        )
+        said = tmp_path / "said-by-ranks"
+        arguments = command[command.index("nemo_minitron.launch.ranks") + 1 :]
+        job = {
+            "ranks": ranks,
+            "port": port,
+            "arguments": arguments,
+            "environment": {**options["env"]},
+            "said": str(said),
+        }
+        rank_server.stdin.write(json.dumps(job) + "\n")
+        rank_server.stdin.flush()
+        code = int(rank_server.stdout.readline())
+        sys.stderr.write(said.read_text())
+        return subprocess.CompletedProcess(command, code, "", said.read_text())
+
+    monkeypatch.setattr("nemo_minitron.launch.ranks.subprocess.run", run)
 
 
 @pytest.fixture(scope="session")

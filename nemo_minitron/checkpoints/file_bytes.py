@@ -29,6 +29,11 @@ class Bytes:
         """All of it: for what is small."""
         return b"".join(map(bytes, self.blocks(memoryview(bytearray(self.length)))))
 
+    def read_into(self, out: memoryview) -> None:
+        """Fills `out` [length] with it."""
+        for _ in self.blocks(out):  # one block, which is `out`
+            pass
+
     def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
         """The bytes in order, a buffer at a time; the buffer is used again for the next block."""
         try:
@@ -58,6 +63,9 @@ class InMemory(Bytes):
 
     def read(self) -> bytes:
         return self.data
+
+    def read_into(self, out: memoryview) -> None:
+        out[:] = self.data
 
     def blocks(self, buffer: memoryview) -> Iterator[memoryview]:
         yield memoryview(self.data)

@@ -130,6 +130,12 @@ class Runs(Lazy):
         for run in self.runs:
             yield from run.blocks(buffer)
 
+    def read_into(self, out: memoryview) -> None:
+        done = 0
+        for run in self.runs:
+            run.read_into(out[done : done + run.length])
+            done += run.length
+
     def rows(self, first: int, last: int) -> "Runs":
         """Rows first..last, the last one not included."""
         start, stop, runs, position = first * self.row_bytes, last * self.row_bytes, [], 0

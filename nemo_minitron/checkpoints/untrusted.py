@@ -1,5 +1,6 @@
 """An Architecture from what a configuration file says, checked as the untrusted text that it is."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", 
 OPTIONAL_SIZES = ("num_query_groups", "kv_channels", "sliding_window")
 NUMBERS = ("layernorm_epsilon", "rotary_base", "rotary_percent", "init_method_std")
 LARGEST = 1 << 31
+#: Bounds of NUMBERS, where they are others than 0 and what is finite: below a base of 1 no frequency falls.
+LEAST, MOST = {"rotary_base": 1.0}, {"rotary_percent": 1.0}
 
 
 YAML_LIMIT = 4 << 20
@@ -59,6 +62,9 @@ def architecture(family: str, fields: dict[str, Any], source: str | Path) -> Arc
             fields = fields | {name: float(fields[name])}
         except (TypeError, ValueError, OverflowError):
             problems.append(f"{name} = {shown(fields[name])} is not a number")
+            continue
+        if not fields[name] >= LEAST.get(name, 0.0) or not fields[name] <= MOST.get(name, sys.float_info.max):
+            problems.append(f"{name} = {shown(fields[name])} is not a number that a model can have")
     if not problems:
         if fields.get("kv_channels") is None and fields["hidden_size"] < fields["num_attention_heads"]:
             problems.append("num_attention_heads is above hidden_size")

@@ -18,7 +18,7 @@ from nemo_minitron.config.schemas.checkpoints import (
     InspectConfig,
 )
 from nemo_minitron.config.schemas.data import DataConfig
-from nemo_minitron.config.schemas.distillation import DistillConfig, HiddenLossConfig, KDConfig
+from nemo_minitron.config.schemas.distillation import LIVE, DistillConfig, HiddenLossConfig, KDConfig
 from nemo_minitron.config.schemas.evaluation import BenchmarkConfig, EvaluateConfig, GenerateConfig, InferenceSettings
 from nemo_minitron.config.schemas.flow import (
     DistillRecipeConfig,
@@ -44,6 +44,7 @@ from nemo_minitron.config.schemas.pruning import (
 from nemo_minitron.config.schemas.quantization import CalibrationDataConfig, QuantizeConfig
 from nemo_minitron.config.schemas.report import ReportConfig
 from nemo_minitron.config.schemas.searching import SearchConfig, SearchCutConfig, SearchSettings
+from nemo_minitron.config.schemas.teaching import AnswersConfig, TeachConfig
 from nemo_minitron.config.schemas.training import (
     ExpManagerConfig,
     FinetuneConfig,
@@ -59,6 +60,7 @@ from nemo_minitron.config.schemas.training import (
 )
 
 __all__ = [
+    "AnswersConfig",
     "CalibrationDataConfig",
     "BenchmarkConfig",
     "Config",
@@ -87,6 +89,7 @@ __all__ = [
     "InstructConfig",
     "InstructRecipeConfig",
     "KDConfig",
+    "LIVE",
     "LaunchConfig",
     "LossConfig",
     "ModelConfig",
@@ -111,6 +114,7 @@ __all__ = [
     "SearchCutConfig",
     "SearchSettings",
     "StageConfig",
+    "TeachConfig",
     "TrainingConfig",
     "TRAINING",
     "TrainerConfig",

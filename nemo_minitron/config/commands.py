@@ -100,6 +100,14 @@ COMMANDS = {
         hardware=c.SCORING,
         nemo_names=True,
     ),
+    "teach": Command(
+        schema=c.TeachConfig,
+        function="nemo_minitron.distillation.teach.command:teach",
+        summary="run a teacher once over the data and keep its answers, for distill to read (kd.teacher)",
+        launched=True,
+        hardware=c.TRAINING,
+        nemo_names=True,
+    ),
     "distill": Command(
         schema=c.DistillConfig,
         function="nemo_minitron.distillation.command:distill",

@@ -62,8 +62,7 @@ def warnings(checkpoint: Checkpoint) -> list[str]:
     a, remarks = checkpoint.architecture, []
     if checkpoint.quantization is not None:
         remarks.append(
-            f"the weights are quantised ({checkpoint.quantization.describe()}): for a server; convert and evaluate "
-            "read them as the numbers that they stand for, without the rounding of activations that the server adds"
+            f"the weights are quantised ({checkpoint.quantization.describe()}): {checkpoint.kind.quantized_remark}"
         )
     tokenizer = checkpoint.tokenizer_files
     if a.num_attention_heads * a.kv_channels != a.hidden_size:

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -27,9 +28,12 @@ def check_room(output: str | Path, needed: int) -> None:
 @contextlib.contextmanager
 def progress(tensors: Mapping[str, Lazy], title: str) -> Iterator[dict[str, Lazy]]:
     """The tensors, with a bar of the bytes that are read from them; none where this is no terminal."""
+    if not sys.stderr.isatty():
+        yield dict(tensors)
+        return
     from tqdm import tqdm
 
-    with tqdm(total=total_bytes(tensors), desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with tqdm(total=total_bytes(tensors), desc=title, unit="B", unit_scale=True, leave=False) as bar:
         yield {name: Watched(tensor, bar.update) for name, tensor in tensors.items()}
 
 

@@ -7,11 +7,11 @@ a mask that is 1 where the label belongs to what is learnt.
 
 import dataclasses
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_minitron.config import InstructConfig
 from nemo_minitron.data.instructions import TEXT, Instructions, Turn
-from nemo_minitron.data.sample_sets import Piece, Rows
+from nemo_minitron.data.sample_sets import Packed, Piece, Rows, padding
 from nemo_minitron.errors import DataError
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ class Samples:
             "train": Rows(self.train, length, "training"),
             "validation": Rows(self.validation, length, "validation"),
         }
+
+    def packed(self, length: int) -> dict[str, Packed]:
+        """Split -> its samples, packed into sequences of `length` labels."""
+        return {split: Packed(rows) for split, rows in self.sets(length).items()}
 
     def longest(self) -> int:
         """Labels of the longest sample."""
@@ -225,6 +229,26 @@ def _end_of(sample: Piece, length: int, tokenizer: "PreTrainedTokenizerBase") ->
 def padded_length(samples: Samples, seq_length: int) -> int:
     """Tokens a sample, once padded: as few as hold the longest, in multiples of 64, at most `seq_length`."""
     return min(seq_length, -(-samples.longest() // MULTIPLE) * MULTIPLE)
+
+
+def packing_counts(samples: Samples, packed: dict[str, Packed]) -> dict[str, Any]:
+    """How many sequences the rows fill, and the training rows' share of padding packed and each on its own."""
+    train = packed["train"]
+    alone = samples.sets(padded_length(samples, train.length))["train"]
+    return {
+        "sequences": len(train),
+        "validation_sequences": len(packed["validation"]),
+        "padding": padding(train),
+        "padding_unpacked": padding(alone),
+    }
+
+
+def packing_note(rows: int, length: int, counts: dict[str, Any]) -> str:
+    """What packing saves, in words."""
+    return (
+        f"packed: {rows} rows in {counts['sequences']} sequences of {length}: {counts['padding']:.0%} padding, "
+        f"{counts['padding_unpacked']:.0%} unpacked"
+    )
 
 
 def check_vocabulary(samples: Samples, vocab_size: int) -> None:

@@ -3,6 +3,7 @@
 Legend: s labels of a sample.
 """
 
+import bisect
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -115,6 +116,62 @@ class Rows:
         return f"row {number + 1} of the {self.name} split, as they were read"
 
 
+class Packed:
+    """Rows of instructions packed into sequences: each whole, in one of them.
+
+    Best-fit decreasing: the longest row first, each into the fullest sequence that still has room for it. Rows that are
+    long leave room that short ones fill, and no order of reading decides. Source: arXiv 2404.10830, section 3.
+
+    Sequences, and the rows of each, are in the order in which the rows were read, so that the first sequences are not
+    those of the longest rows.
+    """
+
+    def __init__(self, rows: Rows):
+        self.rows, self.length = rows, rows.length
+        self.sequences = best_fit([labels_of(row) for row in rows.rows], rows.length)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, number: int) -> tuple[Piece, ...]:
+        return tuple(self.rows.rows[row] for row in self.sequences[number])
+
+    def place(self, number: int) -> str:
+        numbers = ", ".join(str(row + 1) for row in self.sequences[number])
+        return f"rows {numbers} of the {self.rows.name} split, as they were read"
+
+
+def labels_of(piece: Piece) -> int:
+    """How many labels a piece takes of a sample."""
+    return len(piece.ids) - 1
+
+
+def best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Numbers of the items of each bin, by best-fit decreasing; bins in the order of their first items.
+
+    Args:
+        sizes: of the items, `room` at most.
+        room: of a bin.
+    """
+    bins: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # what is left of a bin, and its number; in ascending order
+    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
+        place = bisect.bisect_left(free, (sizes[item], 0))
+        left, number = free.pop(place) if place < len(free) else (room, len(bins))
+        if number == len(bins):
+            bins.append([])
+        bins[number].append(item)
+        if left > sizes[item]:
+            bisect.insort(free, (left - sizes[item], number))
+    return sorted(sorted(items) for items in bins)
+
+
+def padding(samples: SampleSet) -> float:
+    """The share of padding in samples: their labels' places that no piece takes."""
+    taken = sum(labels_of(piece) for number in range(len(samples)) for piece in samples[number])
+    return 1 - taken / (len(samples) * samples.length)
+
+
 class Passes:
     """Pass after pass over `count` samples, each pass in an order of its own; the same whatever was read before."""
 
@@ -142,5 +199,7 @@ class Once:
         return number if number < self.count else None
 
 
-#: From the number of a sample in a run to its number in the set; None: nothing, a sample that weighs nothing.
-Order = Passes | Once
+class Order(Protocol):
+    """From the number of a sample in a run to its number in the set; None: nothing, a sample that weighs nothing."""
+
+    def __getitem__(self, number: int) -> int | None: ...

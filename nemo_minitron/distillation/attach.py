@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.config import KDConfig
-from nemo_minitron.distillation.criteria import OUTPUT_LAYER, hidden_criteria, logits_criterion, vocabulary_group
+from nemo_minitron.distillation.criteria import OUTPUT_LAYER, hidden_criteria, logits_criterion
 from nemo_minitron.distillation.layer_pairs import Pair
 from nemo_minitron.distillation.losses.api import KD_LOSS
 from nemo_minitron.distillation.losses.hidden import loss_name, scaled_weights, with_hidden
+from nemo_minitron.distillation.on_hidden import fused_losses, fuses, pass_hidden_states_on
+from nemo_minitron.megatron.chunks import output_weight
 from nemo_minitron.megatron.weights import build_model
 from nemo_minitron.training.losses import LM_LOSS, Batch, Losses, weighed
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from nemo.collections.llm import GPTConfig
     from torch import Tensor
     from torch.nn import Module
+
+    from nemo_minitron.distillation.kept import KeptTargets
+    from nemo_minitron.distillation.losses.targets import Sparse
 
 #: What ModelOpt, NeMo and this class put on the student itself, much of it over the methods of its class.
 STUDENT_ATTRIBUTES = (
@@ -55,14 +60,23 @@ class Distillation:
         checkpoint: the teacher's.
         kd: the losses, their form and weights.
         pairs: layers of student and teacher whose hidden states are compared.
+        share: of this teacher, where the answers of others are `kept`.
 
     Attributes:
         names: of the losses, in the order in which they are shown.
         weights: of each loss in the sum that is trained on.
     """
 
-    def __init__(self, checkpoint: Checkpoint, kd: KDConfig, pairs: Sequence[Pair] = ()):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        kd: KDConfig,
+        pairs: Sequence[Pair] = (),
+        kept: "KeptTargets | None" = None,
+        share: float = 1.0,
+    ):
         self.checkpoint, self.kd, self.pairs = checkpoint, kd, pairs
+        self.kept, self.share = kept, share
         self.hidden_names = [loss_name(kd.hidden, pair) for pair in pairs]
         self.names = (KD_LOSS, LM_LOSS, *self.hidden_names)
         self.weights = {KD_LOSS: kd.kd_weight, LM_LOSS: kd.lm_weight}
@@ -99,18 +113,13 @@ class Distillation:
         model = mtd.convert(student, mode=[("kd_loss", mode)])
         adjust_distillation_model_for_mcore(model, distill_cfg=settings)
         model.forward = _teacher_then_student(model)
-        fused = model.post_process and self._fuses(sequence_parallel=student.config.sequence_parallel)
+        fused = model.post_process and fuses(self.kd, sequence_parallel=student.config.sequence_parallel)
         if fused:
-            _pass_hidden_states_on(model, model.teacher_model)
+            pass_hidden_states_on(model, model.teacher_model)
         else:
-            model.compute_language_model_loss = _loss_on_a_copy(model, trained_on=self.kd.lm_weight > 0)
+            model.compute_language_model_loss = loss_on_a_copy(model, trained_on=self.kd.lm_weight > 0)
         self._attached = _Attached(model, model.teacher_model, fused)
         return model
-
-    def _fuses(self, *, sequence_parallel: bool) -> bool:
-        """Whether the losses on logits take the output layers' place."""
-        kd = self.kd
-        return kd.form == "fused" or (kd.form == "auto" and kd.top_k is None and not sequence_parallel)
 
     @property
     def attached(self) -> "_Attached":
@@ -129,35 +138,23 @@ class Distillation:
         on_logits, *on_hidden = self.attached.criteria().items()
         hidden = {name: _popped_loss(*criterion) for name, criterion in zip(self.hidden_names, on_hidden)}
         if self.attached.fused:
-            losses = self._fused_losses(batch, mask)
+            losses = self._fused_losses(batch)
         else:
             losses = weighed({KD_LOSS: _popped_loss(*on_logits), LM_LOSS: output}, self.weights, mask)
         return with_hidden(losses, hidden, mask, self.kd.hidden) if hidden else losses
 
-    def _fused_losses(self, batch: Batch, mask: "Tensor") -> Losses:
+    def _fused_losses(self, batch: Batch) -> Losses:
         """The losses on logits from what the output layers were given."""
-        from nemo_minitron.distillation.losses.fused import fused_divergence
         from nemo_minitron.distillation.losses.targets import Dense
 
-        kd, (student, teacher, _) = self.kd, self.attached
-        labels, mask = batch["labels"].t(), mask.t()  # [s, b]
+        student, teacher, _ = self.attached
         hidden, target = (pop_output(one.output_layer)[0] for one in (student, teacher))  # [s, b, h], [s, b, g]
-        factor = kd.temperature**2 if kd.times_t_squared else 1.0
-        fused = fused_divergence(
-            hidden.flatten(0, 1),
-            _output_weight(student),
-            [Dense(target.flatten(0, 1), _output_weight(teacher))],
-            kind=kd.loss,
-            beta=kd.beta,
-            temperature=kd.temperature,
-            kd_weights=(mask * kd.kd_weight * factor).flatten(),
-            labels=labels.flatten(),
-            lm_weights=(mask * kd.lm_weight).flatten() if kd.lm_weight else None,
-            group=vocabulary_group(),
-        )
-        assert fused.lm is not None, "labels are given"
-        shown = {KD_LOSS: fused.kd * factor, LM_LOSS: fused.lm}
-        return Losses(fused.total, {name: value.view(mask.shape).t() for name, value in shown.items()})
+        answers = [Dense(target.flatten(0, 1), output_weight(teacher), self.share)]
+        sparse: list[Sparse] = []
+        if self.kept is not None:
+            answers += self.kept.dense(batch, hidden)
+            sparse = self.kept.sparse(batch)
+        return fused_losses(self.kd, batch, hidden, output_weight(student), answers, sparse)
 
     def detach(self) -> "GPTModel":
         """Takes off all that `attach` put on: the student's own model, with the weights that it has now.
@@ -212,13 +209,6 @@ def _popped_loss(layers: "tuple[Module, Module]", criterion: "Module") -> "Tenso
     return loss
 
 
-def _pass_hidden_states_on(*models: "GPTModel") -> None:
-    """Makes output layers hand on the hidden states that they are given; the student is the first."""
-    for model in models:
-        model.output_layer.forward = lambda hidden, *arguments, **named: (hidden, None)
-    models[0].compute_language_model_loss = lambda labels, hidden: hidden.new_zeros(labels.shape)
-
-
 def _teacher_then_student(model: "GPTModel") -> Callable[..., "Tensor"]:
     """The forward pass in training and validation alike; NeMo's runs the teacher in training only.
 
@@ -237,7 +227,7 @@ def _teacher_then_student(model: "GPTModel") -> Callable[..., "Tensor"]:
     return forward
 
 
-def _loss_on_a_copy(model: "GPTModel", trained_on: bool) -> Callable[..., "Tensor"]:
+def loss_on_a_copy(model: "GPTModel", trained_on: bool) -> Callable[..., "Tensor"]:
     """The student's language-model loss on a copy of its logits.
 
     Megatron's cross entropy works in place on fp32 logits, and the distillation loss puts its gradient in their place.
@@ -250,10 +240,3 @@ def _loss_on_a_copy(model: "GPTModel", trained_on: bool) -> Callable[..., "Tenso
         return value
 
     return loss
-
-
-def _output_weight(model: "GPTModel") -> "Tensor":
-    """The output matrix [v, h], the embedding's where they are tied."""
-    tied = model.share_embeddings_and_output_weights
-    weight: Tensor = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-    return weight

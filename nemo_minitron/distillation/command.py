@@ -2,16 +2,23 @@
 
 import contextlib
 import shutil
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from nemo_minitron.config import DistillConfig
+from nemo_minitron.config import LIVE, AnswersConfig, DistillConfig
 from nemo_minitron.distillation.attach import Distillation
+from nemo_minitron.distillation.kept import KeptDistillation, KeptTargets
 from nemo_minitron.distillation.layer_pairs import Pair, layer_pairs
-from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.distillation.teach.command import answer
+from nemo_minitron.distillation.teach.folder import Kept, Together
+from nemo_minitron.distillation.teach.listing import Listing
+from nemo_minitron.distillation.teachers import check_pair, missing_answers, open_answers
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.launch.ranks import rank
 from nemo_minitron.megatron.layout import check_fits
 from nemo_minitron.packages.versions import check_training
 from nemo_minitron.training.inputs import (
@@ -29,10 +36,15 @@ if TYPE_CHECKING:
     from nemo.collections.llm import GPTModel
 
 
+#: In the partial folder: answers that a teacher gives before the training.
+FILLED = "filled"
+
+
 def distill(config: DistillConfig) -> Manifest:
     """Trains the student on the teacher's logits and writes it to `config.output`, in the format of its name or `to`.
 
-    With kd.kd_weight=0 no teacher is loaded: the language-model loss alone, the control.
+    With kd.kd_weight=0 no teacher is loaded: the language-model loss alone, the control. Nor is one where its
+    answers are kept (kd.teacher): they are read.
 
     Raises:
         ConfigError, CheckpointError, DataError, EngineError: before any work.
@@ -42,33 +54,29 @@ def distill(config: DistillConfig) -> Manifest:
     check_training("minitron distill")
     folders = {"student": stated_path(config.model.restore_from_path, "model.restore_from_path")}
     student, teacher = open_checkpoint(folders["student"], "student"), None
-    if config.kd.kd_weight:
-        folders["teacher"] = stated_path(
-            config.model.kd_teacher_restore_from_path, "model.kd_teacher_restore_from_path"
-        )
+    path = config.model.kd_teacher_restore_from_path
+    if LIVE in config.kd.shares or (config.kd.folders and path):
+        folders["teacher"] = stated_path(path, "model.kd_teacher_restore_from_path")
         teacher = open_checkpoint(folders["teacher"], "teacher")
         check_pair(teacher.architecture, student.architecture)
-    pairs = pairs_of(config, teacher, student)
     inputs = training_inputs(config, student.architecture, student.tokenizer)
+    answers = open_answers(config, student, inputs, teacher)
+    if LIVE not in config.kd.shares and not config.kd.fill:
+        teacher = None
+        folders.pop("teacher", None)
+    pairs = pairs_of(config, teacher, student)
     if teacher is not None:
         check_fits(teacher.architecture, inputs.layout, "teacher")
+    missing = missing_answers(config, inputs, answers) if answers else None
+    kept = {f"answers{number}": folder for number, folder in enumerate(answers)}
     return run_training_stage(
         "distill",
         distill,
         config,
-        folders | inputs.files(),
-        lambda partial: train_student(partial, config, student, teacher, inputs, pairs),
+        folders | kept | inputs.files(),
+        lambda partial: train_student(partial, config, student, teacher, inputs, pairs, answers, missing),
+        sampled=[*kept],
     )
-
-
-def check_pair(teacher: Architecture, student: Architecture) -> None:
-    """Raises ConfigError where the logits of teacher and student cannot be compared."""
-    if teacher.vocab_size != student.vocab_size:
-        raise ConfigError(
-            f"teacher and student have different vocabularies: {teacher.vocab_size} and {student.vocab_size} rows; "
-            "the distillation loss compares their logits, so the student must come from this teacher",
-            "distill",
-        )
 
 
 def pairs_of(config: DistillConfig, teacher: Checkpoint | None, student: Checkpoint) -> list[Pair]:
@@ -89,19 +97,41 @@ def train_student(
     teacher: Checkpoint | None,
     inputs: Inputs,
     pairs: list[Pair],
+    answers: Mapping[str, Kept],
+    missing: Listing | None,
 ) -> dict[str, Any]:
-    """The job's work: attaches the teacher, trains, detaches it, saves the student; every rank calls it."""
+    """The job's work: attaches the teacher, trains, detaches it, saves the student; every rank calls it.
+
+    Args:
+        answers: that are kept, by folder.
+        missing: samples that the teacher answers first.
+    """
     from nemo_minitron.distillation.module import teacher_in_validation
     from nemo_minitron.megatron.session import engine
     from nemo_minitron.megatron.weights import bare, save_checkpoint
     from nemo_minitron.training.loop import train_and_validate
+    from nemo_minitron.training.reference import teacher_reference
 
+    together = {folder: [kept] for folder, kept in answers.items()}
+    if missing is not None and teacher is not None:
+        together[config.kd.folders[0]].append(fill(partial, config, teacher, inputs, answers, missing))
     with engine(config.seed, partial / LOG, cuda=inputs.layout.cuda):
         tokenizer = nemo_tokenizer(inputs.tokenizer)
-        distillation = None if teacher is None else Distillation(teacher, config.kd, pairs)
+        distillation = the_distillation(config, teacher, pairs, together)
         module = student_module(config, student, distillation, inputs, tokenizer)
-        data = build_data(config, inputs, tokenizer, partial)
-        callbacks = [] if distillation is None else [teacher_in_validation()]
+        targets = None if distillation is None else distillation.kept
+        data = build_data(config, inputs, tokenizer, partial, fields=targets.fields if targets else None)
+        if config.model.data.dynamic and config.model.data.reference is None and teacher is not None:
+            data.mixture.reference = teacher_reference(
+                teacher,
+                inputs.layout,
+                data.validation,
+                data.mixture,
+                batch=config.model.micro_batch_size,
+                seed=config.seed,
+                partial=partial,
+            )
+        callbacks = [teacher_in_validation()] if isinstance(distillation, Distillation) else []
         trained = train_and_validate(module, data, config, inputs.layout, partial, callbacks)
         save_checkpoint(
             bare(module) if distillation is None else distillation.detach(),
@@ -113,27 +143,68 @@ def train_student(
             generation=student.generation,
         )
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
-    return trained.result(config, student.architecture)
+        shutil.rmtree(partial / FILLED, ignore_errors=True)
+    return trained.result(config, student.architecture, inputs)
+
+
+def the_distillation(
+    config: DistillConfig, teacher: Checkpoint | None, pairs: list[Pair], answers: Mapping[str, list[Kept]]
+) -> "Distillation | KeptDistillation | None":
+    """The teachers and the losses: one that runs, kept answers, or both; None: the control.
+
+    Args:
+        answers: that are kept, by the name that kd.teachers gives them.
+    """
+    shares = config.kd.shares
+    kept = KeptTargets([Together(each) for each in answers.values()], [shares[name] for name in answers])
+    if LIVE in shares and teacher is not None:
+        return Distillation(teacher, config.kd, pairs, kept if answers else None, shares[LIVE])
+    return KeptDistillation(kept, config.kd) if answers else None
+
+
+def fill(
+    partial: Path,
+    config: DistillConfig,
+    teacher: Checkpoint,
+    inputs: Inputs,
+    answers: Mapping[str, Kept],
+    missing: Listing,
+) -> Kept:
+    """Has the teacher answer what is missing, as the rest was answered, into a folder beside the run; every rank calls
+    it."""
+    header = answers[config.kd.folders[0]].header
+    asked = AnswersConfig(keep=header.keep, precision=header.precision, draws=header.draws, top_k=header.top_k)
+    if rank() == 0:
+        print(f"distill: the teacher answers {len(missing)} samples that {config.kd.folders[0]} lacks", file=sys.stderr)
+    folder = partial / FILLED
+    folder.mkdir(exist_ok=True)
+    answer(folder, config, asked, teacher, inputs, missing)
+    return Kept(folder)
 
 
 def student_module(
-    config: DistillConfig, student: Checkpoint, distillation: Distillation | None, inputs: Inputs, tokenizer: Any
+    config: DistillConfig,
+    student: Checkpoint,
+    distillation: Distillation | KeptDistillation | None,
+    inputs: Inputs,
+    tokenizer: Any,
 ) -> "GPTModel":
     """NeMo's module that trains the student: with a teacher, or on the language-model loss alone."""
-    from nemo_minitron.distillation.module import distillation_module
-    from nemo_minitron.megatron.session import model_config
+    from nemo_minitron.distillation.module import distillation_module, kept_module
     from nemo_minitron.training.loop import optimizer
-    from nemo_minitron.training.model import gpt_module
+    from nemo_minitron.training.model import gpt_module, training_config
 
     optim = optimizer(config.model.optim, config.trainer.max_steps, config.trainer.gradient_clip_val, inputs.layout)
-    student_config = model_config(student.architecture, inputs.layout)
+    student_config = training_config(student.architecture, inputs)
     if distillation is None:
         return gpt_module(student_config, student.architecture, weights=student, optim=optim, tokenizer=tokenizer)
+    if isinstance(distillation, KeptDistillation):
+        return kept_module(student, distillation, student_config=student_config, optim=optim, tokenizer=tokenizer)
     return distillation_module(
         student,
         distillation,
         student_config=student_config,
-        teacher_config=model_config(distillation.checkpoint.architecture, inputs.layout),
+        teacher_config=training_config(distillation.checkpoint.architecture, inputs),
         optim=optim,
         tokenizer=tokenizer,
     )

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.distillation.attach import Distillation
+from nemo_minitron.distillation.kept import KeptDistillation
 from nemo_minitron.megatron.weights import build_model
 from nemo_minitron.training.losses import Batch, Losses, TokenLossesMixin
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-    from nemo.collections.llm import GPTConfig
+    from nemo.collections.llm import GPTConfig, GPTModel
     from nemo.collections.llm.modelopt.distill.model import DistillationGPTModel
     from nemo.lightning import MegatronOptimizerModule
     from torch import Tensor
@@ -52,6 +53,34 @@ def distillation_module(
     module = MinitronDistillationModel(
         student_config, teacher_config=teacher_config, teacher_ckpt_path=teacher, optim=optim, tokenizer=tokenizer
     )
+    module.distillation = distillation
+    module.loss_names, module.loss_weights = distillation.names, distillation.weights
+    return module
+
+
+def kept_module(
+    student: Checkpoint,
+    distillation: KeptDistillation,
+    *,
+    student_config: "GPTConfig",
+    optim: "MegatronOptimizerModule",
+    tokenizer: Any,
+) -> "GPTModel":
+    """A GPTModel of NeMo's that learns from answers that are kept; they are attached when it is configured."""
+    from nemo.collections.llm import GPTModel
+
+    class MinitronStudentModel(TokenLossesMixin, GPTModel):
+        distillation: KeptDistillation
+
+        def configure_model(self, vp_stage: int | None = None) -> None:
+            if not hasattr(self, "module"):
+                model = build_model(self.config, student.architecture, student, self.tokenizer, vp_stage=vp_stage)
+                self.module = self.distillation.attach(model)
+
+        def token_losses(self, batch: Batch, output: "Tensor") -> Losses:
+            return self.distillation.losses(batch, output)
+
+    module = MinitronStudentModel(student_config, optim=optim, tokenizer=tokenizer)
     module.distillation = distillation
     module.loss_names, module.loss_weights = distillation.names, distillation.weights
     return module

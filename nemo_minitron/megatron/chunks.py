@@ -17,7 +17,9 @@ CHUNK = 64 << 20
 
 
 @contextlib.contextmanager
-def output_in_chunks(model: "GPTModel", *, losses: bool = True) -> Iterator[None]:
+def output_in_chunks(
+    model: "GPTModel", *, losses: bool = True, states: "Callable[[Tensor], None] | None" = None
+) -> Iterator[None]:
     """In the body, passes of `model` with labels give the same losses a token [b, s], and keep no logits [s, b, v].
 
     Where the sequence is spread over tensor-parallel ranks, the output layer gathers it, and logits stay whole; each
@@ -25,6 +27,8 @@ def output_in_chunks(model: "GPTModel", *, losses: bool = True) -> Iterator[None
 
     Args:
         losses: whether the losses are wanted; otherwise they are zeros, and the output layer does not run.
+        states: takes what the output layer is given, the last hidden states [s, b, h]; not where the
+            sequence is spread.
     """
     if not model.post_process or (losses and model.config.sequence_parallel):
         yield
@@ -40,6 +44,8 @@ def output_in_chunks(model: "GPTModel", *, losses: bool = True) -> Iterator[None
     def in_chunks(labels: "Tensor", hidden: "Tensor") -> "Tensor":
         import torch
 
+        if states is not None:
+            states(hidden)
         if not losses:
             return hidden.new_zeros(labels.shape)
         rows = max(1, CHUNK // (4 * hidden.shape[1] * layer.output_size_per_partition))
@@ -51,6 +57,13 @@ def output_in_chunks(model: "GPTModel", *, losses: bool = True) -> Iterator[None
 
     with _replaced(layer, "forward", hand_on), _replaced(model, "compute_language_model_loss", in_chunks):
         yield
+
+
+def output_weight(model: "GPTModel") -> "Tensor":
+    """The output matrix [v, h] of the last stage, the embedding's where they are tied."""
+    tied = model.share_embeddings_and_output_weights
+    weight: Tensor = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+    return weight
 
 
 @contextlib.contextmanager

@@ -73,6 +73,7 @@ def run_forward(
     batch: int,
     take: Callable[["Tensor", int], None] | None = None,
     progress: Progress | None = None,
+    states: "Callable[[Tensor], None] | None" = None,
 ) -> None:
     """Runs `model` forward over token sequences through Megatron's schedule, any pipeline layout.
 
@@ -84,6 +85,7 @@ def run_forward(
         take: called on the last stage with (losses a token [b, s], batch's index); s is this rank's share of the
             tokens under context parallel.
         progress: is told of each batch.
+        states: called on the last stage, before `take`, with a batch's last hidden states [s, b, h].
     """
     import torch
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -109,7 +111,7 @@ def run_forward(
         return output, collect
 
     batches = (progress or Silent()).over(sequences.split(batch))
-    with torch.no_grad(), output_in_chunks(model, losses=take is not None):
+    with torch.no_grad(), output_in_chunks(model, losses=take is not None, states=states):
         for index, tokens in enumerate(batches):
             schedule(
                 forward_step_func=step,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     import torch
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer import TransformerConfig
     from torch import Tensor
 
@@ -65,12 +66,14 @@ def engine(seed: int, log: Path | None = None, *, cuda: bool | None = None) -> I
     ):
         reset_parallel_state()
         gc.collect()  # what a stage before this one still holds in cycles
+        gc.freeze()  # the engines' own million objects are not looked through again for what the body leaves
         _seed_everything(seed)
         try:
             yield
         finally:
             reset_parallel_state()
             gc.collect()
+            gc.unfreeze()
 
 
 def _seed_everything(seed: int) -> None:
@@ -248,13 +251,28 @@ def forward_step(model: "GPTModel", batch: Mapping[str, Any]) -> "Tensor":
 
     Without Transformer Engine NeMo's own step insists on a mask in the batch, which Megatron then does not need.
     """
+    packed = {"packed_seq_params": packed_rows(batch)} if "cu_seqlens" in batch else {}
     output: Tensor = model(
         input_ids=batch["tokens"],  # [b, s]
         position_ids=batch["position_ids"],  # [b, s]
         attention_mask=batch.get("attention_mask"),
         labels=batch["labels"],  # [b, s]
+        **packed,
     )
     return output
+
+
+def packed_rows(batch: Mapping[str, Any]) -> "PackedSeqParams":
+    """Where the rows of a packed sequence begin and end, for attention and rotary positions of every layer.
+
+    NeMo's own gives the longest row's length as a tensor, for which Megatron works positions out anew each time.
+    """
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    ends, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"])  # [rows + 1], b = 1
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 def build_trainer(layout: Layout, *, callbacks: "list[pl.Callback] | None" = None, **arguments: Any) -> "pl.Trainer":

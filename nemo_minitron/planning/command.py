@@ -7,10 +7,11 @@ from typing import Any
 
 from nemo_minitron.architecture import Architecture, PruningGrid
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.config import PlanConfig, all_problems
+from nemo_minitron.config import AnswersConfig, PlanConfig, all_problems
 from nemo_minitron.errors import ConfigError, EngineError
 from nemo_minitron.megatron.layout import Layout
 from nemo_minitron.planning import table
+from nemo_minitron.planning.answers import matrix_bytes, token_bytes
 from nemo_minitron.planning.fitting import fits, halves, lengths, peak, with_batch
 from nemo_minitron.planning.flops import forward_flops, stage_flops
 from nemo_minitron.planning.layouts import (
@@ -83,6 +84,7 @@ def work_out(config: PlanConfig) -> dict[str, Any]:
         "instead_of": None if run == asked else _asked(config, models, asked),
         "layout": _layout(run),
         "stages": stages,
+        "teach": _answers(config, models, run),
         "layouts_of": list(training or config.stages),
         "layouts": listed,
     }
@@ -207,6 +209,29 @@ def _stage(config: PlanConfig, models: Models, run: Run, stage: str, limit: floa
         if stage != "prune":
             needs["seconds_per_step"] = run.layout.global_batch_size * run.seq_length / rate
     return needs
+
+
+def _answers(config: PlanConfig, models: Models, run: Run) -> dict[str, Any]:
+    """What the teacher's answers take, kept in each form; with tokens and a rate, in all, and how long a pass takes."""
+    teacher, flops = models.teacher, forward_flops(models.teacher, run.seq_length)
+    kinds = {"hidden": AnswersConfig(), "fp8": AnswersConfig(precision="fp8"), "sampled": AnswersConfig(keep="sampled")}
+    answers: dict[str, Any] = {
+        "flops_per_token": flops,
+        "bytes_per_token": {name: token_bytes(teacher, asked) for name, asked in kinds.items()},
+        "matrix_bytes": matrix_bytes(teacher, kinds["hidden"], bf16=run.layout.bf16),
+    }
+    if config.tokens is not None:
+        sizes = answers["bytes_per_token"]
+        answers["bytes"] = {
+            name: sizes[name] * config.tokens + matrix_bytes(teacher, asked, bf16=run.layout.bf16)
+            for name, asked in kinds.items()
+        }
+    if config.tflops_per_gpu is not None:
+        rate = config.tflops_per_gpu * 1e12 * run.layout.world_size / flops
+        answers["tokens_per_second"] = rate
+        if config.tokens is not None:
+            answers["hours"] = config.tokens / rate / 3600
+    return answers
 
 
 def _memory(rank: RankMemory, limit: float | None) -> dict[str, Any]:

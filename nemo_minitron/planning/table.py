@@ -14,7 +14,7 @@ def render(plan: dict[str, Any]) -> str:
     if plan["student"]:
         share = plan["student"]["parameters"] / plan["teacher"]["parameters"]
         lines.append(f"student  {plan['student']['description']}, {share:.1%} of the teacher")
-    lines += [_hardware(plan), *_instead(plan), "", *_stages(plan)]
+    lines += [_hardware(plan), *_instead(plan), "", *_stages(plan), _teach(plan["teach"])]
     if plan["layouts"]:
         lines += ["", *_layouts(plan)]
     return "\n".join(lines)
@@ -80,6 +80,18 @@ def _stages(plan: dict[str, Any]) -> list[str]:
             step = f", {stage['seconds_per_step']:.3g} s a step" if "seconds_per_step" in stage else ""
             lines.append(f"{name}: {stage['tokens_per_second']:.3g} tokens a second{step}, at the TFLOP/s given")
     return lines
+
+
+def _teach(answers: dict[str, Any]) -> str:
+    """What the teacher's answers take."""
+    kinds = {"hidden": "hidden states in bf16", "fp8": "in fp8", "sampled": "64 draws up to"}
+    if "bytes" in answers:
+        parts = [f"{words} {answers['bytes'][name] / 1e9:,.3g} GB" for name, words in kinds.items()]
+    else:
+        parts = [f"{words} {answers['bytes_per_token'][name]:,} bytes a token" for name, words in kinds.items()]
+    speed = f"; {answers['tokens_per_second']:.3g} tokens a second" if "tokens_per_second" in answers else ""
+    hours = f", {answers['hours']:.3g} hours" if "hours" in answers else ""
+    return f"teach: the teacher's answers, kept: {', '.join(parts)}{speed}{hours}"
 
 
 def _layouts(plan: dict[str, Any]) -> list[str]:

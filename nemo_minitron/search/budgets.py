@@ -1,7 +1,7 @@
-"""What a student may cost: parameters, bytes, operations; each a limit that is compared with the teacher's own."""
+"""What a student may cost: parameters, bytes, operations, time; each a limit, compared with the teacher's own."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from nemo_minitron.architecture import Architecture, human
 from nemo_minitron.config import SearchSettings
@@ -9,6 +9,7 @@ from nemo_minitron.config.schemas.searching import parse_amount
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.planning.deployment import deployment_bytes
 from nemo_minitron.planning.flops import forward_flops
+from nemo_minitron.search.speeds import SpeedTable
 
 #: What a shape costs in some kind.
 Cost = Callable[[Architecture], float]
@@ -36,11 +37,16 @@ class Budget:
 
     def shown(self, value: float) -> str:
         """A value as people read it."""
-        return f"{human(value)}{self.unit}"
+        return f"{human(value) if value >= 1 else format(value, '.3g')}{self.unit}"
 
 
-def budgets_of(settings: SearchSettings, teacher: Architecture) -> list[Budget]:
+def budgets_of(
+    settings: SearchSettings, teacher: Architecture, speeds: Mapping[str, SpeedTable] | None = None
+) -> list[Budget]:
     """The budgets that are given, for this teacher.
+
+    Args:
+        speeds: prefill and decode -> its table; needed where a speed is asked for.
 
     Raises:
         ConfigError: a budget is at or above what the teacher has.
@@ -56,6 +62,8 @@ def budgets_of(settings: SearchSettings, teacher: Architecture) -> list[Budget]:
         "memory": (bytes_of, "B"),
         "flops": (lambda shape: forward_flops(shape, length), " operations a token"),
     }
+    for name, table in (speeds or {}).items():
+        costs[name] = (table.seconds, " s a pass")
     found, problems = [], []
     for name, (cost, unit) in costs.items():
         given = getattr(settings, name)

@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo_minitron import config as c
 from nemo_minitron.artifacts import Manifest, write_json
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.data.module import check_fits as check_data
 from nemo_minitron.data.module import resolve_prefixes
 from nemo_minitron.errors import ConfigError
@@ -16,9 +17,11 @@ from nemo_minitron.search.distilling import distilled, keep
 from nemo_minitron.search.measuring import measured_cuts
 from nemo_minitron.search.result import RESULT, render, told
 from nemo_minitron.search.space import name_of
-from nemo_minitron.search.task import Task, resolved
+from nemo_minitron.search.task import resolved
 from nemo_minitron.training.inputs import data_files, stated_path
 from nemo_minitron.training.stage import NOT_THE_RESULT
+
+SPEEDS = "speeds.json"
 
 
 def search(config: c.SearchConfig) -> Manifest | None:
@@ -29,17 +32,19 @@ def search(config: c.SearchConfig) -> Manifest | None:
         CheckpointError, DataError, EngineError: before any work.
         OutputExistsError: the output was made from something else.
     """
-    task = resolved(config)
-    print(task.describe())
     if config.dry_run:
+        print(resolved(config).describe())
         return None
     check_training("minitron search")
+    teacher = stated_path(config.model.restore_from_path, "model.restore_from_path")
+    sizes = open_checkpoint(teacher, "teacher").architecture
+    if not config.search.speeds:
+        resolved(config)  # what cannot be is said before any work
     prefixes = resolve_prefixes(config.model.data.data_prefix)
     if "validation" not in prefixes:
         raise ConfigError("model.data.data_prefix has no validation split, by which candidates are ranked")
-    length = config.model.data.seq_length or config.model.encoder_seq_length or task.teacher.architecture.seq_length
-    check_data(prefixes, seq_length=length, vocab_size=task.teacher.architecture.vocab_size)
-    teacher = stated_path(config.model.restore_from_path, "model.restore_from_path")
+    length = config.model.data.seq_length or config.model.encoder_seq_length or sizes.seq_length
+    check_data(prefixes, seq_length=length, vocab_size=sizes.vocab_size)
     job = Job(
         stage="search",
         output=Path(config.output),
@@ -50,13 +55,15 @@ def search(config: c.SearchConfig) -> Manifest | None:
         ignore=("output", "dry_run", *NOT_THE_RESULT),
         sampled=("teacher",),
     )
-    manifest = job.run(lambda partial: find(partial, task, prefixes, length), resumable=True)
+    manifest = job.run(lambda partial: find(partial, config, prefixes, length), resumable=True)
     print(render(json.loads((Path(config.output) / RESULT).read_text(encoding="utf-8"))))
     return manifest
 
 
-def find(partial: Path, task: Task, prefixes: dict[str, list], length: int) -> dict[str, Any]:
+def find(partial: Path, config: c.SearchConfig, prefixes: dict[str, list], length: int) -> dict[str, Any]:
     """The job's work: measures cuts, distils candidates in rounds, keeps the best; goes on where it was stopped."""
+    task = resolved(config, partial / SPEEDS)
+    print(task.describe())
     cuts, measured = measured_cuts(partial, task, prefixes, length)
     best = sorted(measured.shapes, key=lambda shape: (measured.losses[name_of(shape)], name_of(shape)))
     history = distilled(partial, task, cuts, best[: task.rounds[0].candidates])

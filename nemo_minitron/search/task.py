@@ -1,13 +1,16 @@
 """A search, resolved against its teacher: what is looked at, and how long. Reads sizes, no weights."""
 
 import dataclasses
+from pathlib import Path
 
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture, PruningGrid, human
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from nemo_minitron.megatron.layout import layout_of
 from nemo_minitron.search.budgets import Budget, budgets_of
 from nemo_minitron.search.rounds import Round, schedule
 from nemo_minitron.search.space import Space, name_of, rivals, sizes_of
+from nemo_minitron.search.speeds import tables_in
 from nemo_minitron.training.inputs import stated_path
 
 
@@ -71,8 +74,14 @@ class Task:
         return [own.with_sizes(**{size: value}) for size, value in sorted(parts)]
 
 
-def resolved(config: c.SearchConfig) -> Task:
-    """Opens the teacher and works out budgets, shapes and rounds; reads no weights."""
+def resolved(config: c.SearchConfig, speeds_file: Path | None = None) -> Task:
+    """Opens the teacher and works out budgets, shapes and rounds; reads no weights.
+
+    Where a speed is asked for, layers of random weights are measured first.
+
+    Args:
+        speeds_file: where their times are kept.
+    """
     path = stated_path(config.model.restore_from_path, "model.restore_from_path")
     teacher = open_checkpoint(path, "teacher")
     cut = config.prune
@@ -82,7 +91,10 @@ def resolved(config: c.SearchConfig) -> Task:
         num_layers=cut.num_layers_divisor,
     )
     space = Space.of(teacher.architecture, grid, config.search)
-    budgets = budgets_of(config.search, teacher.architecture)
+    speeds = None
+    if config.search.speeds:
+        speeds = tables_in(speeds_file, space, config.search, layout_of(config.trainer, config.model), config.seed)
+    budgets = budgets_of(config.search, teacher.architecture, speeds)
     shapes = space.fitting(budgets, config.search.tolerance)
     candidates = min(config.search.candidates, len(shapes))
     finalists = min(config.search.finalists, candidates)

@@ -10,7 +10,6 @@ from nemo_minitron.architecture import Architecture, padded_vocab_size
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.config import FinetuneConfig
-from nemo_minitron.data.instruction_samples import Samples
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.packages.versions import check_training
 from nemo_minitron.published import stated_fields
@@ -79,17 +78,14 @@ def train_model(
 ) -> dict[str, Any]:
     """The job's work: trains the model and saves it; every rank calls it."""
     from nemo_minitron.megatron.lora import reseeding
-    from nemo_minitron.megatron.session import engine, model_config
+    from nemo_minitron.megatron.session import engine
     from nemo_minitron.training.loop import optimizer, train_and_validate
-    from nemo_minitron.training.model import gpt_module
+    from nemo_minitron.training.model import gpt_module, training_config
 
     with engine(config.seed, partial / LOG, cuda=inputs.layout.cuda):
         tokenizer = nemo_tokenizer(inputs.tokenizer)
-        settings = model_config(architecture, inputs.layout)
-        # Answers differ in length: each of their tokens weighs the same, whatever micro batch it is in.
-        settings.calculate_per_token_loss = inputs.samples is not None
         module = gpt_module(
-            settings,
+            training_config(architecture, inputs),
             architecture,
             weights=weights,
             optim=optimizer(
@@ -103,11 +99,7 @@ def train_model(
         trained = train_and_validate(module, data, config, inputs.layout, partial, callbacks)
         _save(module, architecture, config, inputs, partial, weights.generation if weights else None)
         shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
-    result = trained.result(config, architecture)
-    if inputs.samples is not None:
-        result["metrics"] |= row_counts(inputs.samples)
-        result["details"] |= {"notes": inputs.samples.notes}
-    return result
+    return trained.result(config, architecture, inputs)
 
 
 def _save(
@@ -136,10 +128,3 @@ def _save(
         tokenizer=inputs.tokenizer,
         generation=generation,
     )
-
-
-def row_counts(samples: Samples) -> dict[str, Any]:
-    """What became of the rows of instructions, for the manifest's metrics."""
-    total = {name: sum(split[name] for split in samples.counts.values()) for name in samples.counts["train"]}
-    rows = {f"rows_{name}" if name != "rows" else name: count for name, count in total.items()}
-    return {"template": samples.template, **rows, "validation_rows": samples.counts["validation"]["rows"]}

@@ -17,16 +17,20 @@ from nemo_minitron.jobs.progress import Progress
 from nemo_minitron.launch.preemption import StopRequest
 from nemo_minitron.launch.ranks import rank
 from nemo_minitron.training.inputs import CHECKPOINTS, TENSORBOARD
-from nemo_minitron.training.losses import TokenLossesMixin, from_last_stage
+from nemo_minitron.training.losses import LM_LOSS, TokenLossesMixin
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
+    from nemo_minitron.data.blend import Mixture
+
 #: Lightning's number of batches between validations for none of them.
 NEVER = float("inf")
 #: TensorBoard's file is this far behind at most.
 FLUSH_SECONDS = 5
+#: How the shares of a blend's sources are called beside losses: `share/wiki`.
+SHARE = "share"
 
 
 class History(pl.Callback):
@@ -34,8 +38,12 @@ class History(pl.Callback):
 
     Attributes:
         train: a line for each step: step, each loss in nats a token, lr.
-        validation: a line for each validation: step, each loss.
+        validation: a line for each validation: step, each loss; of a blend also each loss by source, `lm_loss/wiki`,
+            and where shares are dynamic those that follow from it, `share/wiki`.
+        mixture: how a blend is read.
     """
+
+    mixture: "Mixture | None" = None
 
     def __init__(self, config: StageConfig, partial: Path):
         self.config, self.partial = config, partial
@@ -54,6 +62,10 @@ class History(pl.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         saved = json.loads(state["history"])
         self.train, self.validation = saved["train"], saved["validation"]
+        if self.mixture is not None and self.mixture.dynamic:
+            for entry in self.validation:
+                shares = [entry[f"{SHARE}/{name}"] for name in self.mixture.names]
+                self.mixture.keep(int(entry["step"]), shares)
 
     def on_train_start(self, trainer: pl.Trainer, module: TokenLossesMixin) -> None:
         self.stop.listen()
@@ -83,17 +95,19 @@ class History(pl.Callback):
         return step % min(settings.val_check_interval, settings.max_steps) == 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: TokenLossesMixin, *args: Any) -> None:
-        means, tokens = self.means(module)
+        sums = module.gathered_sums()
+        means, tokens = step_means(module, sums.tolist())
         step = int(trainer.global_step)
         self.check_finite(means, step, f"step {step} (batch {step - 1})")
         seconds = max(time.perf_counter() - self.started, 1e-9)
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         lr = float(trainer.optimizers[0].param_groups[0]["lr"])
-        self.train.append({"step": step, **means, "lr": lr})
+        by_source = source_means(module, sums.tolist())
+        self.train.append({"step": step, **means, **by_source, "lr": lr})
         if self.progress is not None:
             self.progress.advance(1, step=step, tokens=tokens, seconds=seconds, **shown(means), lr=f"{lr:.1e}")
         if self.writer is not None and (step % self.config.trainer.log_every_n_steps == 0 or step == 1):
-            self.scalars("train", {**means, "lr": lr, "tokens_per_second": tokens / seconds}, step)
+            self.scalars("train", {**means, **by_source, "lr": lr, "tokens_per_second": tokens / seconds}, step)
             self.scalars("weight", module.weights_at(means), step)
         self.stopping = self.stop.asked() and step < trainer.max_steps
         if self.stopping and not self.validates(step):
@@ -123,32 +137,54 @@ class History(pl.Callback):
         self.validation_started = time.perf_counter()
 
     def on_validation_batch_end(self, trainer: pl.Trainer, module: TokenLossesMixin, *args: Any) -> None:
-        sums = from_last_stage(module.sums, len(module.loss_names) + 1).double()
+        sums = module.gathered_sums().double()
         self.sums = sums if self.sums is None else self.sums + sums
 
     def on_validation_end(self, trainer: pl.Trainer, module: TokenLossesMixin) -> None:
         if self.sums is None:
             return
-        means = dict(zip(module.loss_names, (self.sums[:-1] / self.sums[-1]).tolist()))
+        means = self.validation_means(module, self.sums)
         step = int(trainer.global_step)
         if not self.validates(step) or any(entry["step"] == step for entry in self.validation):
             return  # a resumed run validates once more where it goes on
         self.check_finite(means, step, f"the validation after step {step}")
-        self.validation.append({"step": step, **means})
+        shares = self.follow(step, means)
+        self.validation.append({"step": step, **means, **shares})
         if self.progress is not None:
-            self.progress.note(f"validation after step {step}", **shown(means))
+            self.progress.note(f"validation after step {step}", **shown(means), **shown(shares))
         if self.writer is not None:
             seconds = max(time.perf_counter() - self.validation_started, 1e-9)
-            self.scalars("validation", {**means, "tokens_per_second": float(self.sums[-1]) / seconds}, step)
+            tokens = float(self.sums[len(module.loss_names)])
+            self.scalars("validation", {**means, **shares, "tokens_per_second": tokens / seconds}, step)
         if trainer.state.fn == "fit" and step < trainer.max_steps:
             self.save(trainer, step)
             if self.stopping:
                 self.give_way(trainer, step)
 
-    def means(self, module: TokenLossesMixin) -> tuple[dict[str, float], float]:
-        sums = from_last_stage(module.sums, len(module.loss_names) + 1).tolist()
-        tokens = max(sums[-1], 1.0)
-        return {name: value / tokens for name, value in zip(module.loss_names, sums)}, tokens
+    def validation_means(self, module: TokenLossesMixin, sums: "Tensor") -> dict[str, float]:
+        """Each loss a token; of a blend together, as the given shares weigh its sources, and by source."""
+        import torch
+
+        count = len(module.loss_names) + 1
+        if self.mixture is not None:
+            weights = torch.tensor(self.mixture.weights(), dtype=sums.dtype, device=sums.device)
+            sums = torch.cat([weights @ sums[count:].view(-1, count), sums[count:]])
+        means = dict(zip(module.loss_names, (sums[: count - 1] / sums[count - 1]).tolist()))
+        return means | source_means(module, sums.tolist())
+
+    def follow(self, step: int, means: dict[str, float]) -> dict[str, float]:
+        """Lets dynamic shares follow the losses of the validation after `step`; the same on every rank."""
+        import torch
+
+        if self.mixture is None or not self.mixture.dynamic:
+            return {}
+        losses = [means[f"{LM_LOSS}/{name}"] for name in self.mixture.names]
+        shares = torch.tensor(self.mixture.follow(step, losses), dtype=torch.float64)
+        if torch.cuda.is_initialized():
+            shares = shares.cuda()
+        torch.distributed.broadcast(shares, src=0)
+        self.mixture.keep(step, shares.tolist())
+        return {f"{SHARE}/{name}": share for name, share in zip(self.mixture.names, shares.tolist())}
 
     def scalars(self, split: str, values: dict[str, float], step: int) -> None:
         assert self.writer is not None
@@ -185,6 +221,23 @@ class History(pl.Callback):
             if resource is not None:
                 with contextlib.suppress(Exception):
                     resource.close()
+
+
+def step_means(module: TokenLossesMixin, sums: list[float]) -> tuple[dict[str, float], float]:
+    """Each loss a token of a global batch, and its tokens."""
+    tokens = max(sums[len(module.loss_names)], 1.0)
+    return {name: value / tokens for name, value in zip(module.loss_names, sums)}, tokens
+
+
+def source_means(module: TokenLossesMixin, sums: list[float]) -> dict[str, float]:
+    """Each loss a token by source, `lm_loss/wiki`, of the sources that have tokens in the batch."""
+    count = len(module.loss_names) + 1
+    means: dict[str, float] = {}
+    for number, source in enumerate(module.sources, 1):
+        *own, tokens = sums[number * count : (number + 1) * count]
+        if tokens:
+            means |= {f"{name}/{source}": value / tokens for name, value in zip(module.loss_names, own)}
+    return means
 
 
 def shown(losses: dict[str, float]) -> dict[str, str]:

@@ -10,13 +10,14 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.config import OptimConfig, StageConfig
 from nemo_minitron.megatron.layout import Layout
 from nemo_minitron.megatron.session import build_trainer
-from nemo_minitron.training.inputs import CHECKPOINTS
+from nemo_minitron.training.inputs import CHECKPOINTS, Inputs
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from nemo.collections.llm import GPTModel
     from nemo.lightning import MegatronOptimizerModule
 
+    from nemo_minitron.data.blend import Mixture
     from nemo_minitron.training.history import History
 
 #: Fields of a model's config where NeMo and Megatron put methods of the model and the optimizer.
@@ -36,6 +37,7 @@ class Trained:
         result_step: the step whose weights the module has now.
         seconds: of all of it.
         tokens_per_second: of the steps alone.
+        mixture: how a blend was read.
     """
 
     train: list[dict[str, float]]
@@ -44,9 +46,11 @@ class Trained:
     result_step: int
     seconds: float
     tokens_per_second: float
+    mixture: "Mixture | None" = None
 
-    def result(self, config: StageConfig, architecture: Architecture) -> dict[str, Any]:
+    def result(self, config: StageConfig, architecture: Architecture, inputs: Inputs) -> dict[str, Any]:
         """What the stage's manifest says of it: metrics, timings and details, as Job.finish takes them."""
+        notes = {} if inputs.samples is None else {"notes": inputs.samples.notes}
         return {
             "metrics": {
                 "steps": config.trainer.max_steps,
@@ -55,9 +59,11 @@ class Trained:
                 "weights": self.weights,
                 "validation": self.validation,
                 "train": self.train,
-            },
+                **inputs.row_counts(),
+            }
+            | ({} if self.mixture is None else {"blend": self.mixture.told(config.trainer.max_steps)}),
             "timings": {"training_seconds": self.seconds, "tokens_per_second": self.tokens_per_second},
-            "details": {"architecture": architecture.to_dict()},
+            "details": {"architecture": architecture.to_dict(), **notes},
         }
 
 
@@ -111,6 +117,9 @@ def train_and_validate(
     """
     started = time.perf_counter()
     history = history_callback(config, partial)
+    mixture: Mixture | None = getattr(data, "mixture", None)
+    if mixture is not None:
+        history.mixture, module.sources = mixture, mixture.names
     trainer = build_trainer(
         layout,
         callbacks=[history, *callbacks],
@@ -132,6 +141,7 @@ def train_and_validate(
         result_step=used,
         seconds=time.perf_counter() - started,
         tokens_per_second=history.tokens / history.seconds if history.seconds else 0.0,
+        mixture=mixture,
     )
 
 

@@ -1,16 +1,17 @@
 """From losses a token to what Megatron's schedule, the logs and the manifest want.
 
-Legend: b micro batch, s sequence.
+Legend: b micro batch, s sequence, k sources of a blend.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from nemo.lightning.megatron_parallel import MegatronLossReduction
     from torch import Tensor
 
-#: A batch of NeMo's data module by name; it holds `loss_mask` [b, s] in any case.
+#: A batch of NeMo's data module by name; it holds `loss_mask` [b, s] in any case, and in a run on a blend `source`
+#: [b, k], 1 where a sample is of a source.
 Batch = Mapping[str, Any]
 LM_LOSS = "lm_loss"
 
@@ -47,6 +48,19 @@ def masked_sum(losses: "Tensor", mask: "Tensor") -> "Tensor":
     return (losses.float() * mask).sum()
 
 
+def sums_by_source(losses: "Sequence[Tensor]", mask: "Tensor", source: "Tensor") -> "Tensor":
+    """Masked sums of each loss [b, s], then the tokens, of each source [k, losses + 1].
+
+    Args:
+        mask: [b, s], float.
+        source: [b, k], 1 where a sample is of a source.
+    """
+    import torch
+
+    samples = torch.stack([*((loss.float() * mask).sum(dim=1) for loss in losses), mask.sum(dim=1)], dim=1)
+    return source.t().to(samples) @ samples
+
+
 #: The losses of a batch and the model's output.
 LossFunction = Callable[[Batch, "Tensor"], Losses]
 
@@ -57,12 +71,14 @@ class TokenLossesMixin:
     Attributes:
         loss_names: the components, in the order of the sums.
         loss_weights: component -> weight in the loss that is trained on.
+        sources: of a blend, by whose names losses are shown besides.
         sums: of the last global batch, on the last pipeline stage: each component summed over tokens, then the number
-            of tokens [names + 1].
+            of tokens, then the same of each source [(k + 1) (names + 1)].
     """
 
     loss_names: tuple[str, ...]
     loss_weights: dict[str, float]
+    sources: tuple[str, ...] = ()
     sums: "Tensor | None" = None
 
     def token_losses(self, batch: Batch, output: "Tensor") -> Losses:
@@ -75,6 +91,10 @@ class TokenLossesMixin:
 
     def keep_sums(self, sums: "Tensor") -> None:
         self.sums = sums
+
+    def gathered_sums(self) -> "Tensor":
+        """The sums of the last global batch, on every rank; every rank calls it."""
+        return from_last_stage(self.sums, (len(self.sources) + 1) * (len(self.loss_names) + 1))
 
     @property
     def training_loss_reduction(self) -> "MegatronLossReduction":
@@ -98,7 +118,7 @@ def token_loss_reduction(
         weights: component -> weight in the loss that is trained on.
         token_losses: of a batch and the model's output.
         keep_sums: takes, on the last pipeline stage, the tensor [len(names) + 1] of the sums over the global batch:
-            each component's, then the number of tokens.
+            each component's, then the number of tokens; behind it the same of each source of a blend.
     """
     import torch
     from megatron.core import parallel_state
@@ -110,14 +130,17 @@ def token_loss_reduction(
             losses = token_losses(batch, forward_out)
             tokens = mask.sum()
             with torch.no_grad():
-                sums = [masked_sum(losses.shown[name], mask) for name in names]
-            return losses.total, tokens.detach().to(torch.int), {"sums": torch.stack([*sums, tokens.detach()])}
+                sums = torch.stack([*(masked_sum(losses.shown[name], mask) for name in names), tokens.detach()])
+                if "source" in batch:
+                    shown = [losses.shown[name] for name in names]
+                    sums = torch.cat([sums, sums_by_source(shown, mask, batch["source"]).flatten()])
+            return losses.total, tokens.detach().to(torch.int), {"sums": sums}
 
         def reduce(self, outputs: list[dict[str, "Tensor"]]) -> "Tensor":
             sums = torch.stack([output["sums"] for output in outputs]).sum(dim=0)
             torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
             keep_sums(sums)
-            return sum(weights.get(name, 0.0) * sums[i] for i, name in enumerate(names)) / sums[-1]
+            return sum(weights.get(name, 0.0) * sums[i] for i, name in enumerate(names)) / sums[len(names)]
 
     return TokenLossReduction()
 

@@ -7,6 +7,7 @@ from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.config import PeftConfig
 from nemo_minitron.megatron.lora import add_adapters, trained_part
 from nemo_minitron.megatron.weights import bare, build_model
+from nemo_minitron.training.inputs import Inputs
 from nemo_minitron.training.losses import LM_LOSS, Batch, Losses, TokenLossesMixin, weighed
 
 if TYPE_CHECKING:
@@ -14,6 +15,16 @@ if TYPE_CHECKING:
     from nemo.collections.llm import GPTConfig
     from nemo.lightning import MegatronOptimizerModule
     from torch import Tensor
+
+
+def training_config(architecture: Architecture, inputs: Inputs) -> "GPTConfig":
+    """NeMo's config of a model that trains, or teaches, on `inputs`."""
+    from nemo_minitron.megatron.session import model_config
+
+    config = model_config(architecture, inputs.layout)
+    # Answers differ in length: each of their tokens weighs the same, whatever micro batch it is in.
+    config.calculate_per_token_loss = inputs.has_rows
+    return config
 
 
 def gpt_module(

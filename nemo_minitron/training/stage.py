@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ NOT_THE_RESULT = (
     "trainer.log_every_n_steps",
     "model.restore_from_path",
     "model.kd_teacher_restore_from_path",
+    "kd.teacher",
     "model.nemo_path",
     "model.tokenizer",
     "model.data.data_prefix",
@@ -36,6 +37,7 @@ def run_training_stage(
     work: Work,
     *,
     resumable: bool = True,
+    sampled: Sequence[str] = (),
 ) -> Manifest:
     """Runs `work` into the partial folder of `config.output` on every rank, unless the result is there already.
 
@@ -44,6 +46,7 @@ def run_training_stage(
         function: the stage itself, which each further rank calls with `config`.
         inputs: name -> path of each folder or file that is read.
         resumable: whether what is left of a run that died is kept for the next try.
+        sampled: inputs that are told apart by a sample of their bytes.
     """
     job = Job(
         stage=name,
@@ -53,6 +56,7 @@ def run_training_stage(
         seed=config.seed,
         overwrite=config.overwrite,
         ignore=NOT_THE_RESULT,
+        sampled=tuple(sampled),
     )
     entry = f"{function.__module__}:{function.__qualname__}"
     return run_stage(job, work, stage=entry, config=config, trainer=config.trainer, resumable=resumable)

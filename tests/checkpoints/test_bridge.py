@@ -42,6 +42,7 @@ BY_BRIDGE = {
     "mistral": ("Mistral", {"sliding_window": 8, "head_dim": 8}),
     "nemotron": ("Nemotron", {"head_dim": 8, "num_hidden_layers": 3}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True, "rope_theta": 1e6}),
+    "qwen3": ("Qwen3", {"head_dim": 8, "num_hidden_layers": 3, "rope_theta": 1e6}),
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from models import FAMILIES, build, save
+from models import FAMILIES, LLAMA31, build, save
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.checkpoints.formats.huggingface.config import write_config
 from nemo_minitron.checkpoints.transformers_model import load_model
@@ -93,6 +93,11 @@ def test_the_share_of_a_head_that_nemotron_rotates_has_three_names(key, saved):
         ("qwen3", {"head_dim": 128}, {"head_dim": None}),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}, {"attention_bias": None}),
         ("llama3", {}, {"quantization_config": {}}),
+        # As Llama-3.1-Nemotron-70B-Instruct-HF and Nemotron-Mini-4B-Instruct have it.
+        ("llama31", {}, {"head_dim": 16, "pretraining_tp": 1, "attention_bias": False, "mlp_bias": False,
+                         "rope_scaling": {**LLAMA31, "type": "llama3"}}),
+        ("nemotron", {}, {"head_dim": None, "kv_channels": 16, "rope_theta": 10000, "attention_bias": None,
+                          "mlp_bias": None, "attention_dropout": None, "transformers_version": "4.32.0.dev0"}),
         ("llama31", {}, {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0}}),
     ],
 )  # fmt: skip

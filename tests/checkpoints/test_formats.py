@@ -336,6 +336,9 @@ def test_what_transformers_cannot_express_is_refused_before_anything_is_written(
     [
         ({"model_type": "gemma"}, "model_type 'gemma'; known here are llama, mistral, nemotron, qwen2, qwen3"),
         ({"model_type": "qwen3_moe"}, "Qwen3-MoE: not yet"),
+        ({"model_type": "phi3"}, "Phi-4-mini: not yet; Megatron Core has no LongRoPE, .*partial rotary"),
+        ({"model_type": "nemotron-nas"}, "layers of several shapes .*: not yet; .*AutoBridge takes this one"),
+        ({"block_configs": [{"ffn": {"ffn_mult": 2.625}}]}, "layers of several shapes .*block_configs"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling of type 'yarn'"),
         ({"attention_bias": True}, "biases in both or neither"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import gguf
@@ -14,6 +15,7 @@ import torch
 from models import FAMILIES, build, equal, save, stored
 from nemo_minitron.architecture import Architecture, RopeScaling
 from nemo_minitron.artifacts import Manifest
+from nemo_minitron.checkpoints import sentencepiece
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint, write_checkpoint
 from nemo_minitron.checkpoints.formats.base import WriteOptions
 from nemo_minitron.checkpoints.formats.gguf import config, splits
@@ -127,7 +129,9 @@ def test_matrices_are_of_the_type_that_is_wanted(kind, tmp_path):
     assert (again.quantization is not None) == (kind == "Q8_0")
     assert again.stored_precisions[kind] == 16 + 5 * (kind == "F32")
     if kind == "Q8_0":
-        assert "the weights are quantised (Q8_0, by llama.cpp)" in describe(again)["warnings"][0]
+        said = describe(again)["warnings"][0]
+        assert said.startswith("the weights are quantised (Q8_0, by llama.cpp): the file holds weights only")
+        assert "server" not in said and "what quantising lost stays lost" in said
         with pytest.raises(CheckpointError, match="is quantised .Q8_0, by llama.cpp.: give the model"):
             open_checkpoint(file)
         twice = run(file, tmp_path / "twice.gguf", gguf_type=kind)
@@ -291,6 +295,77 @@ def sentencepiece_tokenizer(folder: Path) -> Path:
                 "eos_token": "</s>", "unk_token": "<unk>", "chat_template": TEMPLATE}  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def without_its_model(folder: Path, space_before: bool = True) -> Path:
+    """The same as transformers saves it: a tokenizer.json with merges, and no tokenizer.model."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}  # which takes tokenizer.json as it is
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if not space_before:
+        words = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        words["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        (folder / "tokenizer.json").write_text(json.dumps(words), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_pieces_are_told_from_their_merges(before, tmp_path):
+    """SentencePiece's BPE without tokenizer.model: equal ids to transformers' of the directory, and to the model's own
+    scores in their order."""
+    from transformers import AutoTokenizer
+
+    start = sentencepiece_tokenizer(tmp_path / "t")
+    scores = sentencepiece.read((start / "tokenizer.model").read_bytes()).scores
+    without_its_model(start, before)
+    save("llama2", torch.bfloat16, start, vocab_size=640)
+    file = run(start, tmp_path / "model.gguf")
+    fields = written(file).fields
+    assert fields["tokenizer.ggml.model"].contents() == "llama"
+    assert fields["tokenizer.ggml.add_space_prefix"].contents() == before
+    found = fields["tokenizer.ggml.scores"].contents()[: len(scores)]
+    merged = [number for number, score in enumerate(found) if score > min(found)]
+    assert len(merged) > 100 and sorted(merged, key=lambda n: -scores[n]) == sorted(merged, key=lambda n: -found[n])
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    assert kinds[:4] == [2, 3, 3, 4] and kinds.count(6) == 256
+    assert fields["tokenizer.ggml.unknown_token_id"].contents() == 0
+    end = run(file, tmp_path / "end", to="hf")
+    one, other = (AutoTokenizer.from_pretrained(place) for place in (start, end))
+    assert other(PAGE).input_ids == one(PAGE).input_ids
+    assert len({*one(PAGE).input_ids}) > 200
+
+
+def test_merges_that_no_scores_make_are_refused(tmp_path):
+    start = without_its_model(sentencepiece_tokenizer(tmp_path / "t"))
+    save("llama2", torch.bfloat16, start, vocab_size=640)
+    whole = json.loads((start / "tokenizer.json").read_text(encoding="utf-8"))
+    merges, vocabulary = whole["model"]["merges"], whole["model"]["vocab"]
+    by_whole = Counter("".join(pair) for pair in merges)
+    several = next(number for number, pair in enumerate(merges) if by_whole["".join(pair)] > 1)
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    for change, message in (
+        ({"merges": merges[:several] + merges[several + 1 :]}, "trained by merges and not by scores: it never merges"),
+        ({"merges": [*merges[:several], *merges[several + 1 :], merges[several]]}, "made at several places"),
+        ({"merges": [*merges, ["a", "§"]]}, "not whole: its merges are not of its tokens"),
+        ({"merges": 3}, "not whole: its merges are no pairs"),
+        ({"unk_token": None}, "no unknown token or not all 256 bytes"),
+        ({"vocab": {token: number for token, number in vocabulary.items() if token != "<0x41>"}}, "not all 256 bytes"),
+        ({"vocab": vocabulary | {"new": 2**40}}, "far beyond its tokens"),
+        ({"dropout": 0.5}, "drops or passes over merges"),
+        ({"type": "Unigram", "vocab": [["a", 0.0]]}, "is Unigram .* Unigram takes the likeliest split"),
+    ):
+        (start / "tokenizer.json").write_text(json.dumps({**whole, "model": {**whole["model"], **change}}))
+        with pytest.raises(CheckpointError, match=message):
+            run(start, tmp_path / "model.gguf")
+    for change in ({"normalizer": None, "pre_tokenizer": metaspace}, {"normalizer": {"type": "NFC"}}):
+        (start / "tokenizer.json").write_text(json.dumps({**whole, **change}))
+        with pytest.raises(CheckpointError, match="changes or splits texts otherwise than llama.cpp's `llama`"):
+            run(start, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
 
 
 @pytest.mark.parametrize("kind", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "sentencepiece"])

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from test_gguf import sentencepiece_tokenizer, without_its_model
 
 from models import build, save
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
@@ -56,10 +57,12 @@ def opened(file: Path, **settings):
     ("family", "sizes"),
     [("llama2", {}), ("llama31", {}), ("llama32-tied", {}), ("llama-biases", {}), ("mistral-nemo", {}), ("qwen2", {}),
      ("qwen25-tied", {"head_dim": 16}), ("nemotron", {}), ("minitron-width", {"hidden_size": 128}),
-     ("modelopt-105", {}), ("nemo-14487", {})],
+     ("modelopt-105", {}), ("nemo-14487", {}), ("qwen3", {}), ("qwen3-tied", {}),
+     ("qwen3", {"hidden_size": 40, "intermediate_size": 88, "num_attention_heads": 3, "num_key_value_heads": 1})],
 )  # fmt: skip
 def test_it_computes_what_transformers_does(family, sizes, kind, tmp_path):
-    """Widths that are no multiple of the heads, biases, rotary scaling and partial rotation among them."""
+    """Widths that are no multiple of the heads, biases, norms of query and key, rotary scaling and partial rotation
+    among them; Qwen3 untied, tied, and pruned in width with its head size kept."""
     from transformers import AutoTokenizer
 
     file = written(family, tmp_path, kind, **sizes)
@@ -80,6 +83,20 @@ def test_it_computes_what_transformers_does(family, sizes, kind, tmp_path):
                 torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
             )[0, len(ids) :].tolist()
         )
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_pieces_that_were_told_from_their_merges_are_split_as_transformers_splits(before, tmp_path):
+    """SentencePiece's BPE that only a tokenizer.json is left of."""
+    from transformers import AutoTokenizer
+
+    start = without_its_model(sentencepiece_tokenizer(tmp_path / "start"), before)
+    save("llama2", torch.float32, start, vocab_size=640)
+    convert(validated(ConvertConfig(source=str(start), output=str(tmp_path / "model.gguf"), verify="none")))
+    llama, tokenizer = opened(tmp_path / "model.gguf"), AutoTokenizer.from_pretrained(start)
+    for text in (PAGE, "x", " two  spaces", "Überall 你好 <|tool|>x"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert llama.tokenize(text.encode(), add_bos=False, special=True) == ids
 
 
 def greedy(llama, ids: list[int]) -> list[int]:

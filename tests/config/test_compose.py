@@ -21,6 +21,7 @@ REQUIRED = {
         "model.kd_teacher_restore_from_path=/teacher",
         "model.data.data_prefix=/data",
     ],
+    "teach": ["model.restore_from_path=/teacher", "model.data.data_prefix=/data"],
     "flow": [],
     "convert": ["source=/model.nemo", "output=/out"],
     "inspect": ["source=/model.nemo"],

@@ -283,6 +283,62 @@ def test_a_pass_gives_every_sample_once_and_padding_weighs_nothing(tmp_path, tok
     assert [float(once[number]["loss_mask"].sum()) > 0 for number in range(16)] == [True] * 12 + [False] * 4
 
 
+def test_rows_are_packed_whole_and_each_once(tmp_path, tokenizer):
+    from nemo_minitron.data.sample_module import SampleDataset
+    from nemo_minitron.data.sample_sets import Once, Packed, Rows
+
+    told = [(f"What is {n}?", " ".join(["It is so."] * (1 + n % 7))) for n in range(40)]
+    data = lines([{"input": asked, "output": answer} for asked, answer in told])
+    found = samples(put(tmp_path / "d", training__jsonl=data, validation__jsonl=data), tokenizer, length=96)
+    rows, packed = Rows(found.train, 96, "training"), found.packed(96)["train"]
+    assert sorted(number for sequence in packed.sequences for number in sequence) == list(range(40))
+    assert packed.sequences == sorted(packed.sequences) and packed[0][0] is found.train[0]
+    numbers = [number + 1 for number in packed.sequences[1]]
+    assert packed.place(1) == f"rows {', '.join(map(str, numbers))} of the training split, as they were read"
+    assert Packed(Rows(found.train[::-1], 96, "training")).__len__() == len(packed)
+    read = SampleDataset(packed, Once(len(packed)), len(packed) + 1, padding=7, packed=True)
+    alone = SampleDataset(rows, Once(40), 40, padding=7)
+    for number, sequence in enumerate(packed.sequences):
+        item = read[number]
+        ends = item["cu_seqlens"].tolist()
+        assert ends[0] == 0 and ends[-1] == 96 and int(item["max_seqlen"]) == max(torch.tensor(ends).diff())
+        for row, (start, stop) in zip(sequence, zip(ends, ends[1:]), strict=False):
+            own, count = alone[row], stop - start
+            for field in ("tokens", "labels", "loss_mask", "position_ids"):
+                assert torch.equal(item[field][start:stop], own[field][:count])
+            assert count == len(found.train[row].ids) - 1
+        filled = sum(len(found.train[row].ids) - 1 for row in sequence)
+        assert not item["loss_mask"][filled:].any() and (item["labels"][filled:] == 7).all()
+    empty = read[len(packed)]
+    assert not empty["loss_mask"].any() and empty["cu_seqlens"].tolist() == [0, 96]
+
+
+def test_the_best_fit_leaves_no_more_bins_than_its_bound_and_says_its_padding(tmp_path, tokenizer):
+    """At most 11/9 of the fewest bins and 6/9 more (Johnson 1973, Dosa 2007), of which the sum of sizes is a bound."""
+    import random
+
+    from nemo_minitron.data.instruction_samples import packing_counts, packing_note
+    from nemo_minitron.data.sample_sets import best_fit
+
+    assert best_fit([5, 4, 3, 3, 1], 8) == [[0, 2], [1, 3, 4]]
+    assert best_fit([8, 1, 8], 8) == [[0], [1], [2]] and best_fit([2, 6, 3, 5], 8) == [[0, 1], [2, 3]]
+    for seed in range(20):
+        sizes = [random.Random(seed * 1000 + n).randint(1, 64) for n in range(300)]
+        bins = best_fit(sizes, 64)
+        assert sorted(item for items in bins for item in items) == list(range(300))
+        assert all(sum(sizes[item] for item in items) <= 64 for items in bins)
+        assert len(bins) <= 11 / 9 * -(-sum(sizes) // 64) + 6 / 9
+    found = samples(
+        put(tmp_path / "d", training__jsonl=FILES["nemo"][1], validation__jsonl=FILES["nemo"][1]), tokenizer
+    )
+    counts = packing_counts(found, found.packed(64))
+    labels = sum(len(one.ids) - 1 for one in found.train)
+    assert counts["padding"] == pytest.approx(1 - labels / (counts["sequences"] * 64))
+    assert counts["padding_unpacked"] == pytest.approx(1 - labels / (12 * 64))
+    note = packing_note(412, 512, counts | {"sequences": 57, "padding": 0.034, "padding_unpacked": 0.61})
+    assert note == "packed: 412 rows in 57 sequences of 512: 3% padding, 61% unpacked"
+
+
 def test_files_are_read_compressed_in_any_case_and_as_parquet_and_others_are_named(tmp_path):
     import gzip
 

@@ -193,6 +193,7 @@ def test_different_vocabularies_are_refused(tiny, tmp_path):
         distill(config(tiny, tmp_path / "other", tmp_path / "kd"))
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_pipeline_stages_equal_one(tiny, student, tmp_path):
     """Real gloo ranks; the student's three layers are uneven over two stages. Data and tensor: in test_hidden."""
     one = distill(config(tiny, student, tmp_path / "one", steps=2))

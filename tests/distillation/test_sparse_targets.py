@@ -57,17 +57,19 @@ def plain_sparse(student, teacher):
     return kept + torch.where(rest > 0, rest * (rest.clamp(min=1e-300) / others.clamp(min=1e-300)).log(), 0.0)
 
 
-def test_draws_are_those_of_the_distribution():
+@pytest.mark.parametrize("stratified", [True, False])
+def test_draws_are_those_of_the_distribution(stratified):
     z = teacher_logits()
     z[1, 3:30] = -torch.inf
     z[2, 1:] = -torch.inf
     z[3] = z[3].roll(5) * 20
     n = 20_000
-    kept, p = drawn(z, n, seeded()), z.softmax(-1)
+    kept, p = drawn(z, n, seeded(), stratified=stratified), z.softmax(-1)
     own = dense_p(kept)
     torch.testing.assert_close(own.sum(-1), torch.ones(T, dtype=torch.float64), rtol=1e-6, atol=0.0)
     assert ((own - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-6).all() and (p[own > 0] > 0).all()
     assert (own * n - (own * n).round()).abs().max() < 1e-2
+    assert ((own - p).abs() * n < 2.01).all() == stratified
     torch.testing.assert_close(kept.entropy, torch.distributions.Categorical(p).entropy().float())
     used = kept.probabilities > 0
     assert (kept.entries[:, 1:] > kept.entries[:, :-1])[used[:, 1:]].all() and kept.rest is None
@@ -215,14 +217,17 @@ def test_an_entry_outside_the_vocabulary_costs_infinitely_much():
     assert (value[1:3] == torch.inf).all() and value[[0, *range(3, T)]].isfinite().all()
 
 
-def test_draws_are_unbiased_and_the_largest_are_not():
+@pytest.mark.parametrize("stratified", [True, False])
+def test_draws_are_unbiased_and_the_largest_are_not(stratified):
     """The mean over draws comes within its standard error of the exact loss and gradient; the k largest stay off."""
     count, z = 4000, teacher_logits(1)
     student, _ = logits(1, V)
     many = student.detach().expand(count, V).contiguous().requires_grad_()
     exact = value_and_gradient(plain("forward_kl", student, z), torch.ones(1), student)
     ours = value_and_gradient(
-        losses.sparse_divergence(many, drawn(z.expand(count, V), 8, seeded())), torch.ones(count), many
+        losses.sparse_divergence(many, drawn(z.expand(count, V), 8, seeded(), stratified=stratified)),
+        torch.ones(count),
+        many,
     )
     for own, expected in zip(ours, exact):
         error = own.std(dim=0) / count**0.5

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from activations import moments
-from models import build
+from models import build, equal, stored
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import ImportanceScores
@@ -61,8 +61,8 @@ class Case:
             return float((student(self.tokens).logits - self.model(self.tokens).logits).pow(2).mean())
 
 
-def make_case(name: str, folder) -> Case:
-    model = build(name, torch.float32)
+def make_case(name: str, folder, **sizes: int) -> Case:
+    model = build(name, torch.float32, **sizes)
     model.save_pretrained(folder)
     a = open_checkpoint(folder).architecture
     generator = torch.Generator().manual_seed(7)
@@ -173,20 +173,25 @@ PARTS = {
 }
 
 
+def plain_student(case: Case, place, **targets) -> torch.nn.Module:
+    """The same cut without compensation."""
+    import transformers
+
+    from nemo_minitron.pruning.cut import cut
+
+    plan = plan_cut(case.checkpoint.architecture, PruneTargets(**GRID, **targets), case.scores)
+    kept = choose(case.scores, case.checkpoint.architecture, plan.width)
+    student = Architecture.from_dict(plan.student)
+    write_checkpoint(place, "hf", student, cut(case.checkpoint.tensors, plan, kept), None, {})
+    return transformers.AutoModelForCausalLM.from_pretrained(place, torch_dtype=torch.float32).eval()
+
+
 @pytest.mark.parametrize("name", [*FAMILIES, TIED[0]])
 @pytest.mark.parametrize("part", PARTS)
 def test_what_is_cut_has_the_students_shape_and_loses_less_than_the_plain_cut(cases, name, part, tmp_path):
-    from nemo_minitron.pruning.cut import cut
-
     case = cases(name)
     compensated = case.student(tmp_path / "compensated", **PARTS[part])
-    plan = plan_cut(case.checkpoint.architecture, PruneTargets(**GRID, **PARTS[part]), case.scores)
-    kept = choose(case.scores, case.checkpoint.architecture, plan.width)
-    student = Architecture.from_dict(plan.student)
-    write_checkpoint(tmp_path / "plain", "hf", student, cut(case.checkpoint.tensors, plan, kept), None, {})
-    import transformers
-
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", torch_dtype=torch.float32).eval()
+    plain = plain_student(case, tmp_path / "plain", **PARTS[part])
     shapes = {key: value.shape for key, value in plain.state_dict().items()}
     assert {key: value.shape for key, value in compensated.state_dict().items()} == shapes
     assert case.loss_to(compensated) < case.loss_to(plain)
@@ -206,6 +211,37 @@ def test_rows_columns_and_rotation_commute(cases, tmp_path):
     expected = second.cut()
     for name, tensor in together.cut().items():
         assert torch.allclose(tensor.read(), expected[name].read(), atol=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "targets"),
+    [
+        # Qwen2.5 0.5B: 14 heads in 2 groups, tied.
+        ("qwen25-0.5b", {}, {"hidden_size": 96, "ffn_hidden_size": 480, "num_attention_heads": 8}),
+        # 3B (hidden 2048, FFN 11008, 16 heads in 2 groups, tied), divided by 16.
+        ("qwen25-tied", {"hidden_size": 128, "intermediate_size": 688, "num_attention_heads": 16},
+         {"hidden_size": 96, "ffn_hidden_size": 512, "num_attention_heads": 8}),
+        # 72B (hidden 8192, FFN 29568, 64 heads in 8 groups), divided by 64: an FFN that is on no grid.
+        ("qwen2", {"hidden_size": 128, "intermediate_size": 462, "num_attention_heads": 64, "num_key_value_heads": 8},
+         {"hidden_size": 96, "ffn_hidden_size": 320, "num_attention_heads": 32}),
+    ],
+)  # fmt: skip
+def test_qwen25s_shapes_are_cut_and_converted(name, sizes, targets, tmp_path):
+    from nemo_minitron.conversion.convert import convert
+
+    case = make_case(name, tmp_path / "teacher", **sizes)
+    student = case.student(tmp_path / "student", **targets)
+    said = {"hidden_size": "hidden_size", "ffn_hidden_size": "intermediate_size",
+            "num_attention_heads": "num_attention_heads"}  # fmt: skip
+    assert {key: getattr(student.config, said[key]) for key in targets} == targets
+    assert case.loss_to(student) < case.loss_to(plain_student(case, tmp_path / "plain", **targets))
+    for folder in ("teacher", "student"):
+        source = tmp_path / folder
+        for number, form in enumerate(("bridge", "nemo1", "nemo2", "hf")):
+            output = tmp_path / f"{folder}-{number}{'.nemo' if form == 'nemo1' else ''}"
+            convert(c.validated(c.ConvertConfig(source=str(source), output=str(output), to=form, verify="tensors")))
+            source = output
+        assert equal(stored(tmp_path / folder), stored(source))
 
 
 def test_a_fold_is_a_change_of_the_fc2_before_the_block_alone(cases):

@@ -88,6 +88,7 @@ def test_the_first_matrix_is_the_ridge_least_squares_one(tiny, refitted):
         assert (after - expected).abs().max() < 2e-4 * expected.abs().max(), name
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_ranks_refit_as_one(tiny, refitted, tmp_path):
     config, _, student = refitted
     other = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, devices=2))

@@ -1,6 +1,7 @@
 """Budgets, shapes and their rivals: arithmetic on sizes, without a model."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -8,11 +9,13 @@ from nemo_minitron.architecture import PruningGrid
 from nemo_minitron.config import SearchConfig, SearchSettings, all_problems
 from nemo_minitron.config.schemas.searching import parse_amount
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.evaluation.layers import PartTimes
 from nemo_minitron.planning.deployment import deployment_bytes
 from nemo_minitron.planning.flops import forward_flops
 from nemo_minitron.published import KNOWN
 from nemo_minitron.search.budgets import budgets_of, load
 from nemo_minitron.search.space import Space, name_of, proportional, rivals, sizes_of
+from nemo_minitron.search.speeds import SpeedTable, tables
 
 SMOLLM2, LLAMA = KNOWN["smollm2_135m"], KNOWN["llama31_8b"]
 
@@ -107,6 +110,41 @@ def test_deployment_counts_weights_and_cache_by_hand():
     assert deployment_bytes(windowed, "bf16", batch=1, length=8192) == deployment_bytes(
         LLAMA, "bf16", batch=1, length=1024
     )
+
+
+def test_a_speed_up_is_a_share_of_the_teachers_seconds_and_nothing_else():
+    assert parse_amount("decode", "1.8x", 3.6) == pytest.approx(2.0)
+    for given in ("1x", "0.5x", "50%", "2", 2.0):
+        assert "give 1.8x" in SearchSettings(prefill=given).problems()[0]
+    assert "give 60%, 82M or 4B" in SearchSettings(parameters="2x").problems()[0]
+
+
+def test_times_of_layers_add_up_to_those_of_models():
+    """Every part's time is given: the table finds each pair of sizes, and a shape's time is the sum of its parts."""
+
+    def attention(h, a):
+        return h * a * 1e-6
+
+    def mlp(h, f):
+        return h * f * 1e-7
+
+    def measure(shape):
+        h = shape.hidden_size
+        parts = PartTimes(attention(h, shape.num_attention_heads), mlp(h, shape.ffn_hidden_size), 1e-4, h * 1e-5)
+        return {"prefill": parts, "decode": PartTimes(*(value / 100 for value in parts))}
+
+    found = tables(space(), measure, every=1000)
+    kept = {kind: SpeedTable.from_list(json.loads(json.dumps(table.to_list()))) for kind, table in found.items()}
+    assert kept == found
+    for shape in [*space().shapes()][::503]:
+        layer = attention(shape.hidden_size, shape.num_attention_heads) + mlp(shape.hidden_size, shape.ffn_hidden_size)
+        expected = shape.num_layers * (layer + 1e-4) + shape.hidden_size * 1e-5
+        assert found["prefill"].seconds(shape) == pytest.approx(expected)
+        assert found["decode"].seconds(shape) == pytest.approx(expected / 100)
+    budgets = budgets_of(SearchSettings(decode="2x"), SMOLLM2, found)
+    fitting = space().fitting(budgets, 0.05)
+    own = found["decode"].seconds(SMOLLM2)
+    assert fitting and all(abs(found["decode"].seconds(shape) / own * 2 - 1) <= 0.05 for shape in fitting)
 
 
 def test_a_budget_at_or_above_the_teacher_is_no_cut():

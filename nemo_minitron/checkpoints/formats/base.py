@@ -114,6 +114,7 @@ class Format(abc.ABC):
         engine: whose side it is on: the engine that runs a model of it to check a conversion.
         keeps_precision: whether tensors come back in the precision that they were written in; where not, it is their
             numbers that stay.
+        quantized_remark: what is to be known of a checkpoint of it whose weights are quantised.
     """
 
     name: ClassVar[str]
@@ -122,6 +123,10 @@ class Format(abc.ABC):
     file_mark: ClassVar[str] = ""
     engine: ClassVar[str] = MEGATRON
     keeps_precision: ClassVar[bool] = True
+    quantized_remark: ClassVar[str] = (
+        "for a server; convert and evaluate read them as the numbers that they stand for, without the rounding of "
+        "activations that the server adds"
+    )
 
     @property
     def suffix(self) -> str:

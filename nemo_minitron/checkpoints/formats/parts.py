@@ -157,6 +157,10 @@ class _RowsOf(Lazy):
     last_read: _LastRead
 
     def blocks(self, buffer: memoryview, check: bool = True) -> Iterator[memoryview]:
+        if isinstance(self.whole, Runs):  # rows are where they are: nothing has to be read for the other parts
+            for first, last in self.ranges:
+                yield from self.whole.rows(first, last).blocks(buffer)
+            return
         data = self.last_read.bytes_of(self.name, self.whole)
         for first, last in self.ranges:
             for start in range(first * self.row_bytes, last * self.row_bytes, len(buffer)):

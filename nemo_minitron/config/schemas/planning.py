@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import field
 from typing import Any
 
-from nemo_minitron.config.schemas.base import Config, at_least, one_of
+from nemo_minitron.config.schemas.base import Config, above_zero, at_least, one_of
 from nemo_minitron.config.schemas.hardware import HardwareConfig
 
 #: Samples a rank works on at once where the hardware leaves it open, before they are cut to what fits.
@@ -68,6 +68,8 @@ class PlanConfig(Config):
     """Whether Transformer Engine is installed on the GPUs; without it layers are PyTorch's."""
     tflops_per_gpu: float | None = None
     """TFLOP/s that a rank achieves on your machine, for estimates of time; none: no estimates."""
+    tokens: float | None = None
+    """Tokens of the training split (1e9), for the size of a teacher's answers and the hours of minitron teach."""
     layouts: bool = True
     """Also list every layout of that many ranks, and which fit."""
     json: bool = False
@@ -108,6 +110,7 @@ class PlanConfig(Config):
             )
         if self.stage == "distill" and not self.has_student:
             problems.append("student is missing: give its sizes, student.hidden_size=3072, or student.model=NAME")
+        problems += above_zero(tokens=self.tokens)
         if self.tflops_per_gpu is not None and self.tflops_per_gpu <= 0:
             problems.append(f"tflops_per_gpu = {self.tflops_per_gpu} must be above 0")
         if self.kd_form == "fused" and self.hardware.sequence_parallel:

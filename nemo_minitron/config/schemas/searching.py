@@ -13,23 +13,27 @@ from nemo_minitron.config.schemas.hardware import TrainerConfig
 from nemo_minitron.config.schemas.pruning import CHOICES, METHODS, PruneTargets
 from nemo_minitron.config.schemas.training import ModelConfig, layout_problems, missing_data
 
-BUDGETS = ("parameters", "non_embedding_parameters", "memory", "flops")
+SPEEDS = ("prefill", "decode")
+BUDGETS = ("parameters", "non_embedding_parameters", "memory", "flops", *SPEEDS)
 #: Numbers of each kind in words, for messages.
 EXAMPLES = {
     "parameters": "60%, 82M or 4B",
     "non_embedding_parameters": "50% or 2.6B",
     "memory": "6GB or 60%",
     "flops": "50%",
+    "prefill": "1.8x",
+    "decode": "1.8x",
 }
 #: Number and unit.
-AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?)\s*(%|[KMGT]?B|[KM]|)")
+AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?)\s*(%|x|[KMGT]?B|[KM]|)")
 UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 WEIGHTS = ("fp32", "bf16", "fp8", "int8", "int4")
 RANGES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
 
 def parse_amount(name: str, given: Any, own: float) -> float:
-    """A budget as a number: a share of the teacher's `own` (60%), or a number (82e6, 82M, 6GB).
+    """A budget as a number: a share of the teacher's `own` (60%), a number (82e6, 82M, 6GB), or, for seconds a token,
+    what a multiple of the teacher's speed leaves of them (1.8x).
 
     Raises:
         ValueError: it is neither.
@@ -40,6 +44,8 @@ def parse_amount(name: str, given: Any, own: float) -> float:
     if isinstance(given, int | float):
         return float(given)
     number, unit = chosen_match(given).groups()
+    if unit == "x":
+        return own / float(number)
     return float(number) / 100 * own if unit == "%" else float(number) * UNITS[unit]
 
 
@@ -53,10 +59,10 @@ def chosen_match(given: Any) -> re.Match[str]:
 def _amount_problem(name: str, given: Any) -> str | None:
     """What is wrong with a budget; None: nothing."""
     if isinstance(given, int | float) and not isinstance(given, bool):
-        whole = 0 < given < math.inf
+        whole = 0 < given < math.inf and name not in SPEEDS
     else:
         match = AMOUNT.fullmatch(str(given).strip())
-        whole = match is not None and float(match[1]) > 0
+        whole = match is not None and (match[2] == "x") == (name in SPEEDS) and float(match[1]) > (name in SPEEDS)
     return None if whole else f"{name} = {given!r} is no budget: give {EXAMPLES[name]}"
 
 
@@ -72,12 +78,16 @@ class SearchSettings(Config):
     """Bytes of a deployment: weights and KV cache (weights, batch_size, length), 6GB or a share."""
     flops: Any = None
     """Operations of a token's forward pass among `length`: a share (50%)."""
+    prefill: Any = None
+    """Speed of reading a prompt, as a multiple of the teacher's on this machine: 1.8x, above 1."""
+    decode: Any = None
+    """Speed of making tokens, as a multiple of the teacher's on this machine: 1.8x, above 1."""
     weights: str = "bf16"
     """Of memory: fp32, bf16, or fp8, int8, int4 linear layers with the rest in bf16."""
     batch_size: int = 1
-    """Of memory: sequences at once."""
+    """Of memory and speed: sequences at once."""
     length: int | None = None
-    """Of memory and flops: tokens of a sequence; none: the teacher's."""
+    """Of memory, flops and speed: tokens of a sequence; none: the teacher's, 1024 at most for speed."""
     tolerance: float = 0.05
     """How far a student may lie from the tightest budget, as a share of it."""
     num_layers: Any = None
@@ -103,6 +113,11 @@ class SearchSettings(Config):
     def given(self) -> list[str]:
         """The budgets that are set."""
         return [name for name in BUDGETS if getattr(self, name) is not None]
+
+    @property
+    def speeds(self) -> bool:
+        """Whether a speed is asked for, so that layers have to be measured."""
+        return any(name in SPEEDS for name in self.given())
 
     def problems(self) -> list[str]:
         problems = []

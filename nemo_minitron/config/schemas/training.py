@@ -1,6 +1,7 @@
 """Settings of the stages that train or measure a model; those of distillation alone stand in `distillation`."""
 
 import dataclasses
+import math
 from dataclasses import field
 from typing import Any
 
@@ -59,9 +60,23 @@ class ModelDataConfig(Config):
     """Folder made by `minitron data`, or NeMo 24.07's form, {train:[1.0,prefix],validation:[prefix],test:[prefix]}."""
     instructions: str | None = None
     """finetune, distill: file or folder of instructions and answers, in place of data_prefix (see instruct.format)."""
+    blend: Any = None
+    """finetune, distill, prune: several sources and the weights of their shares of the samples,
+    {wiki:0.3,code:0.5,chat:0.2}. Names are paths, or folders in data_prefix where that is given; each is a folder that
+    `minitron data` made, or a file or folder of instructions."""
+    dynamic: bool = False
+    """With blend: after each validation the shares follow the excess of each source's loss over its reference (Sheared
+    LLaMA's dynamic batch loading); they count from the next validation on."""
+    reference: Any = None
+    """With dynamic: the lm_loss to reach on each source, {wiki:2.1,code:1.2,chat:1.6}; none: distill measures the
+    teacher's once."""
     windows: str = "auto"
     """Of text: `shuffled`, Megatron's, documents shuffled and cut into samples anew in each pass; `fixed`, windows of
-    the text as it lies, the same in each pass, in an order that the seed gives. auto: shuffled."""
+    the text as it lies, the same in each pass, in an order that the seed gives. auto: shuffled, but fixed where a
+    teacher's answers are kept (teach, kd.teacher)."""
+    packing: bool = False
+    """Of instructions: as many whole rows a sample as it has room for, each of which sees itself alone, in place of one
+    row and padding; needs model.micro_batch_size=1."""
     seq_length: int | None = None
     """Tokens a sample; none: model.encoder_seq_length, or else the model's own length."""
     num_workers: int = 2
@@ -71,13 +86,59 @@ class ModelDataConfig(Config):
 
     def problems(self) -> list[str]:
         problems = at_least(0, num_workers=self.num_workers) + at_least(2, seq_length=self.seq_length)
-        return problems + one_of("windows", self.windows, ("auto", "shuffled", "fixed"))
+        problems += one_of("windows", self.windows, ("auto", "shuffled", "fixed"))
+        return problems + (self._no_blend_problems() if self.blend is None else self._blend_problems())
+
+    def _no_blend_problems(self) -> list[str]:
+        return [
+            f"{name} goes with blend: name the sources, blend={{wiki:0.5,code:0.5}}"
+            for name, given in (("dynamic", self.dynamic), ("reference", self.reference is not None))
+            if given
+        ]
+
+    def _blend_problems(self) -> list[str]:
+        """What is wrong with the sources of a blend, their weights and references."""
+        if not isinstance(self.blend, dict) or not self.blend:
+            return [f"blend = {self.blend!r} must be sources with weights, {{wiki:0.3,code:0.7}}"]
+        problems = [
+            f"blend: the weight of {name} is {weight!r}, and must be a number above 0"
+            for name, weight in self.blend.items()
+            if not _is_number(weight) or weight <= 0
+        ]
+        if self.instructions:
+            problems.append("blend and instructions: give one; rows of instructions may be a source of the blend")
+        if self.data_prefix is not None and not isinstance(self.data_prefix, str):
+            problems.append(f"blend: data_prefix = {self.data_prefix!r} must be the folder in which the sources lie")
+        if self.windows == "shuffled":
+            problems.append("windows = shuffled: a blend reads text in fixed windows")
+        if self.dynamic and len(self.blend) < 2:
+            problems.append("dynamic: there is only one source in the blend, whose share is all")
+        if self.reference is not None:
+            problems += self._reference_problems()
+        return problems
+
+    def _reference_problems(self) -> list[str]:
+        if not self.dynamic:
+            return ["reference goes with dynamic=true"]
+        known = isinstance(self.reference, dict) and set(self.reference) == set(self.blend)
+        if not known or not all(map(_is_number, self.reference.values())):
+            named = ",".join(f"{name}:2.0" for name in self.blend)
+            return [f"reference = {self.reference!r} must be a loss for each source of the blend, {{{named}}}"]
+        return []
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def missing_data(data: ModelDataConfig) -> list[str]:
     """A problem unless tokenised data is named, and no other."""
+    if data.blend is not None:
+        return ["model.data.blend is for finetune, distill and prune; name tokenised data, model.data.data_prefix"]
     if data.instructions:
         return ["model.data.instructions is for finetune and distill; name tokenised data, model.data.data_prefix"]
+    if data.packing:
+        return ["model.data.packing packs rows of instructions, and text fills its samples already: leave it out"]
     return [] if data.data_prefix else ["model.data.data_prefix is missing: name the folder that `minitron data` made"]
 
 
@@ -175,6 +236,11 @@ class StageConfig(Config):
         """The format of the result."""
         return output_format(self.output, self.to)
 
+    @property
+    def fixed_windows(self) -> bool:
+        """Whether text is read in windows that are the same in each pass."""
+        return self.model.data.windows == "fixed"
+
     def problems(self) -> list[str]:
         problems = layout_problems(self.trainer, self.model) + self.data_problems()
         return problems + format_problems(self.output, self.to)
@@ -207,6 +273,21 @@ def layout_problems(trainer: TrainerConfig, model: ModelConfig) -> list[str]:
     return problems
 
 
+def packing_problems(model: ModelConfig) -> list[str]:
+    """What keeps samples from being packed."""
+    problems = []
+    if model.micro_batch_size > 1:
+        problems.append(
+            f"model.data.packing needs model.micro_batch_size=1, not {model.micro_batch_size}: a sample holds several "
+            "rows already; raise model.data.seq_length for more"
+        )
+    if model.context_parallel_size > 1:
+        problems.append(
+            "model.data.packing takes no model.context_parallel_size: ranks that share a sequence would cut its rows"
+        )
+    return problems
+
+
 @dataclasses.dataclass(kw_only=True)
 class TrainingConfig(StageConfig):
     """What finetune and distill share: text or instructions to train on."""
@@ -215,9 +296,32 @@ class TrainingConfig(StageConfig):
 
     def data_problems(self) -> list[str]:
         data = self.model.data
+        if data.blend is not None:
+            return self._dynamic_problems() if data.dynamic else []
         if not data.instructions:
             return missing_data(data)
-        return ["model.data.data_prefix and model.data.instructions: give one"] if data.data_prefix else []
+        problems = ["model.data.data_prefix and model.data.instructions: give one"] if data.data_prefix else []
+        return problems + (packing_problems(self.model) if data.packing else [])
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher runs beside the model."""
+        return False
+
+    def _dynamic_problems(self) -> list[str]:
+        problems = []
+        if self.model.data.reference is None and not self.has_teacher:
+            problems.append(
+                "model.data.dynamic needs a loss to reach on each source where there is no teacher to measure: "
+                "model.data.reference={wiki:2.1,code:1.2}"
+            )
+        steps, interval = self.trainer.max_steps, self.trainer.val_check_interval
+        if steps <= 2 * interval:
+            problems.append(
+                f"model.data.dynamic: the first shares that follow a validation count after 2 x val_check_interval = "
+                f"{2 * interval} steps, and trainer.max_steps = {steps}: validate more often, or train longer"
+            )
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -53,25 +53,31 @@ class Sparse(NamedTuple):
     share: float = 1.0
 
 
-def drawn(logits: "Tensor", draws: int, generator: "torch.Generator") -> Sparse:
-    """n independent draws from p = softmax(logits) of each token, with their counts.
+def drawn(logits: "Tensor", draws: int, generator: "torch.Generator", *, stratified: bool = True) -> Sparse:
+    """n draws from p = softmax(logits) of each token, with their counts.
 
     counts / n is p in expectation, and so is what is linear in it: the gradient of the forward KL, and with p's entropy
     beside, its value. The draws are the inverses of p's distribution function at uniform numbers; these come from the
     CPU whatever the device is, token by token, so that blocks and batches do not change them.
 
-    Source: arXiv 2503.16870 (Sparse Logit Sampling, ACL 2025), Random Sampling Knowledge Distillation.
+    Source: arXiv 2503.16870 (Sparse Logit Sampling, ACL 2025), Random Sampling Knowledge Distillation, whose draws are
+    independent.
 
     Args:
         logits: of the whole vocabulary [t, v].
         draws: n.
         generator: of a CPU, such as torch.Generator().manual_seed(seed of the sample) for the tokens of one sample.
+        stratified: one uniform number in each of n equal parts of [0, 1) (stratified sampling): as unbiased, and no
+            count is 2 or more from n p_i. False: independent ones.
     """
     import torch
 
     if draws < 1:
         raise ConfigError(f"draws = {draws} must be at least 1", "teacher's answers")
-    uniforms = torch.rand(len(logits), draws, generator=generator, dtype=torch.float64).to(logits.device)
+    uniforms = torch.rand(len(logits), draws, generator=generator, dtype=torch.float64)
+    if stratified:
+        uniforms = (uniforms + torch.arange(draws)) / draws
+    uniforms = uniforms.to(logits.device)
     entries, entropy = [], []
     for rows, p in _probabilities(logits):
         cumulative = p.cumsum(dim=-1)

@@ -331,6 +331,7 @@ def test_the_first_layers_have_nothing_before_them_to_stand_in(tiny, tmp_path):
     assert torch.equal(student.tensors[name.format(0)].read(), teacher.tensors[name.format(1)].read())
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_data_parallel_ranks_scan_as_one(tiny, scanned, tmp_path):
     config = scanning(tiny, tmp_path, num_layers=2)
     config.trainer.devices = 2
@@ -341,6 +342,7 @@ def test_two_data_parallel_ranks_scan_as_one(tiny, scanned, tmp_path):
         assert block["loss"] == pytest.approx(same["loss"], rel=1e-5)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(
     ("devices", "targets"),
     [(2, {"num_layers": 2}), (4, {"num_layers": 1, "depth_by": "compensated_loss"})],

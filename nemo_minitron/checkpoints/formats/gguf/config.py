@@ -9,6 +9,7 @@ from nemo_minitron.checkpoints import untrusted
 from nemo_minitron.checkpoints.formats.gguf.families import (
     ARCHITECTURES,
     LAYERS,
+    NOT_YET,
     OUTER,
     GgufArchitecture,
     architecture_of,
@@ -79,6 +80,11 @@ def read_architecture(
 def entry_of(metadata: Mapping[str, Any], source: Any) -> tuple[str, GgufArchitecture]:
     """The architecture's name, and its entry in the table."""
     name = metadata.get(ARCHITECTURE)
+    if isinstance(name, str) and name in NOT_YET:
+        raise CheckpointError(
+            f"{source}: {NOT_YET[name]}: not yet; of the family {name} nothing is read, read from GGUF are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise CheckpointError(
             f"{source} holds a model of the family {shown(name)}; read from GGUF are {', '.join(ARCHITECTURES)}"

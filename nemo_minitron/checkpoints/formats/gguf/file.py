@@ -1,12 +1,12 @@
 """GGUF files, whole or split: what llama.cpp, Ollama and LM Studio read."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts.split_files import PART, part
 from nemo_minitron.checkpoints import generation
 from nemo_minitron.checkpoints.file_bytes import whole
 from nemo_minitron.checkpoints.files import refuse_pointer
@@ -21,8 +21,6 @@ from nemo_minitron.errors import CheckpointError
 from nemo_minitron.packages import extras
 
 SUFFIX = ".gguf"
-#: How llama-gguf-split names the parts of a file.
-PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 PART_COUNT, PART_NUMBER, ALL_TENSORS = "split.count", "split.no", "split.tensors.count"
 #: Types that are written, by their names in settings.
 KINDS = {kind.name: kind for kind in (F32, F16, BF16, Q8_0)}
@@ -40,6 +38,10 @@ class Gguf(Format):
     file_mark = "a GGUF file"
     engine = TRANSFORMERS
     keeps_precision = False
+    quantized_remark = (
+        "the file holds weights only, no scales of activations; convert and evaluate read them as the numbers that "
+        "they stand for, in float32, and what quantising lost stays lost"
+    )
 
     def detect(self, path: Path) -> bool:
         if not path.is_file():
@@ -50,8 +52,7 @@ class Gguf(Format):
             return file.read(len(header.MAGIC)) == header.MAGIC
 
     def first_of(self, path: Path) -> Path:
-        named = PART.fullmatch(path.name)
-        return _part(path, named, 1) if named and _part(path, named, 1).exists() else path
+        return part(path, 1) if PART.fullmatch(path.name) and part(path, 1).exists() else path
 
     def read(self, path: Path) -> Contents:
         return read(path)
@@ -82,11 +83,6 @@ class Gguf(Format):
 
 def _wanted(options: WriteOptions) -> Kind | None:
     return KINDS[options.gguf_type] if options.gguf_type else None
-
-
-def _part(path: Path, named: "re.Match[str]", number: int) -> Path:
-    """The part of that number beside a part."""
-    return path.with_name(f"{named['stem']}-{number:05}-of-{named['count']}{SUFFIX}")
 
 
 def read(path: Path) -> Contents:
@@ -128,7 +124,7 @@ def _headers(path: Path) -> tuple[Header, dict[str, FileTensor], int]:
             f"{path} is a part of a GGUF split in {shown(count)}; parts are found by their names, as llama-gguf-split "
             "gives them (NAME-00001-of-00003.gguf): name them so"
         )
-    places = [_part(path, named, number) for number in range(1, count + 1)]
+    places = [part(path, number) for number in range(1, count + 1)]
     missing = [place.name for place in places if not place.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more parts" if len(missing) > 1 else ""
@@ -137,19 +133,19 @@ def _headers(path: Path) -> tuple[Header, dict[str, FileTensor], int]:
         )
     headers = [_header(place) for place in places]
     tensors: dict[str, FileTensor] = {}
-    for number, part in enumerate(headers):
-        if part.metadata.get(PART_NUMBER) != number or part.metadata.get(PART_COUNT) != count:
-            raise CheckpointError(f"{part.path} is not part {number + 1} of {count}, as its name says; copy it again")
-        twice = tensors.keys() & part.tensors.keys()
+    for number, found in enumerate(headers):
+        if found.metadata.get(PART_NUMBER) != number or found.metadata.get(PART_COUNT) != count:
+            raise CheckpointError(f"{found.path} is not part {number + 1} of {count}, as its name says; copy it again")
+        twice = tensors.keys() & found.tensors.keys()
         if twice:
-            raise CheckpointError(f"{part.path} has the tensor {shown(min(twice))}, which another part has as well")
-        tensors |= part.tensors
+            raise CheckpointError(f"{found.path} has the tensor {shown(min(twice))}, which another part has as well")
+        tensors |= found.tensors
     stated = headers[0].metadata.get(ALL_TENSORS, len(tensors))
     if stated != len(tensors):
         raise CheckpointError(
             f"{path}: its {count} parts have {len(tensors)} tensors, not {shown(stated)}; copy them again"
         )
-    return headers[0], tensors, sum(part.size for part in headers)
+    return headers[0], tensors, sum(found.size for found in headers)
 
 
 def _header(path: Path) -> Header:

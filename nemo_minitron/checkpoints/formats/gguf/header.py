@@ -147,24 +147,33 @@ class _Cursor:
         without asking for each."""
         strings: list[str] = []
         while len(strings) < number:
-            read, place = bytes(self.read), self.place
-            while len(strings) < number:
-                start = place + 8
-                end = start + int.from_bytes(read[place:start], "little")
-                if end > len(read) or start > len(read):
-                    break
-                try:
-                    strings.append(read[start:end].decode("utf-8"))
-                except UnicodeDecodeError:
-                    raise self.damaged("a string of it is not UTF-8") from None
-                place = end
-            self.place = place
+            ends = _ends(self.read, self.place, number - len(strings))
+            read, starts = bytes(self.read), (self.place, *ends)
+            try:
+                strings += [read[start + 8 : end].decode() for start, end in zip(starts, ends)]
+            except UnicodeDecodeError:
+                raise self.damaged("a string of it is not UTF-8") from None
+            self.place = starts[-1]
             if len(strings) < number:
                 strings.append(self.text())
         return strings
 
     def damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.file.path} is damaged, or no GGUF file: {what}; copy it again")
+
+
+def _ends(read: bytearray, place: int, number: int) -> list[int]:
+    """Where the strings from `place` on end, of so many at most those that are wholly in `read`."""
+    ends: list[int] = []
+    last, length_at = len(read) - 8, struct.Struct("<Q").unpack_from
+    for _ in range(number):
+        if place > last:
+            break
+        place += 8 + length_at(read, place)[0]
+        ends.append(place)
+    if ends and ends[-1] > len(read):
+        ends.pop()
+    return ends
 
 
 def read(data: Bytes) -> Header:
@@ -273,9 +282,26 @@ def write(
         file.write(bytes(-kind.bytes_of(shape) % ALIGNMENT))
 
 
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{shown(text)} has half a character in it, which no GGUF can hold") from None
+
+
 def _text(text: str) -> bytes:
-    data = text.encode("utf-8")
-    return struct.pack("<Q", len(data)) + data
+    data = _encoded(text)
+    return len(data).to_bytes(8, "little") + data
+
+
+def _texts(texts: list[str]) -> bytes:
+    """Strings, which a vocabulary has in hundreds of thousands."""
+    try:
+        data = [text.encode() for text in texts]
+    except UnicodeEncodeError:
+        data = [_encoded(text) for text in texts]  # which says of which
+    lengths = {length: length.to_bytes(8, "little") for length in {*map(len, data)}}
+    return b"".join([part for text in data for part in (lengths[len(text)], text)])
 
 
 def _value(value: Any) -> bytes:
@@ -283,7 +309,7 @@ def _value(value: Any) -> bytes:
     if isinstance(value, list):
         kind, code = _kind(value[0]) if value else (SIGNED, "i")
         kind, code = (SIGNED, "i") if kind == UNSIGNED else (kind, code)
-        elements = b"".join(map(_text, value)) if kind == STRING else struct.pack(f"<{len(value)}{code}", *value)
+        elements = _texts(value) if kind == STRING else struct.pack(f"<{len(value)}{code}", *value)
         return struct.pack("<IIQ", ARRAY, kind, len(value)) + elements
     kind, code = _kind(value)
     return struct.pack("<I", kind) + (_text(value) if kind == STRING else struct.pack(f"<{code}", value))

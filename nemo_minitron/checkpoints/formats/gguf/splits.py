@@ -58,13 +58,13 @@ def pre_tokenizer(split: Split) -> dict[str, Any]:
 
 def is_byte_level(definition: dict[str, Any]) -> bool:
     """Whether a tokenizer.json merges bytes that are written as characters."""
-    return any(step.get("type") == BYTE_LEVEL for step in _steps(definition.get("pre_tokenizer"), "pretokenizers"))
+    return any(step.get("type") == BYTE_LEVEL for step in steps_of(definition.get("pre_tokenizer"), "pretokenizers"))
 
 
 def named(definition: dict[str, Any]) -> str | None:
     """llama.cpp's name of how a byte-level tokenizer.json splits texts; None where it has none here."""
     patterns: list[str] = []
-    for step in _steps(definition.get("pre_tokenizer"), "pretokenizers"):
+    for step in steps_of(definition.get("pre_tokenizer"), "pretokenizers"):
         kind, pattern = step.get("type"), step.get("pattern")
         if kind == BYTE_LEVEL and not step.get("add_prefix_space"):
             patterns += [_GPT2] if step.get("use_regex", True) else []
@@ -76,18 +76,18 @@ def named(definition: dict[str, Any]) -> str | None:
             patterns.append(str(pattern.get("Regex")))
         else:
             return None
-    kinds = [step.get("type") for step in _steps(definition.get("normalizer"), "normalizers")]
+    kinds = [step.get("type") for step in steps_of(definition.get("normalizer"), "normalizers")]
     if kinds not in ([], ["NFC"]):
         return None
     found = (name for name, split in SPLITS.items() if split.patterns == tuple(patterns))
     return next((name for name in found if SPLITS[name].composed or not kinds), None)
 
 
-def _steps(node: Any, inside: str) -> list[dict[str, Any]]:
+def steps_of(node: Any, inside: str) -> list[dict[str, Any]]:
     """The steps of a node of tokenizer.json: itself, or those of a sequence."""
     if not isinstance(node, dict):
         return []
     steps = node.get(inside)
     if node.get("type") != "Sequence":
         return [node]
-    return [step for child in (steps if isinstance(steps, list) else []) for step in _steps(child, inside)]
+    return [step for child in (steps if isinstance(steps, list) else []) for step in steps_of(child, inside)]

@@ -1,19 +1,20 @@
 """The tokenizer in a GGUF's metadata: rebuilt as the files that transformers reads, and written from such.
 
 `tokenizer.ggml.model` is ``gpt2`` for byte-level BPE (a tokenizer.json: tokens, merges, and a name for how texts are
-split first) and ``llama`` for SentencePiece's BPE (a tokenizer.model: tokens and scores).
+split first) and ``llama`` for SentencePiece's BPE (a tokenizer.model, or a tokenizer.json made of one: tokens and
+scores).
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints import sentencepiece
 from nemo_minitron.checkpoints import tokenizer as tokenizers
 from nemo_minitron.checkpoints.file_bytes import Bytes, InMemory
-from nemo_minitron.checkpoints.formats.gguf import splits
+from nemo_minitron.checkpoints.formats.gguf import pieces, splits
 from nemo_minitron.checkpoints.sentencepiece import CONTROL, NORMAL, UNUSED, USER_DEFINED, SentencePieceModel
 from nemo_minitron.checkpoints.tokenizer import DEFINITION, MODEL, SPECIAL_MAP, TEMPLATES, Tokenizer
 from nemo_minitron.checkpoints.tokenizer_config import CONFIG
@@ -66,6 +67,8 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer | None:
         first, last = (bool(metadata.get(f"{GGML}add_{name}_token", name == "bos")) for name in ("bos", "eos"))
         config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": first, "add_eos_token": last,
                   "clean_up_tokenization_spaces": False}  # fmt: skip
+        if metadata.get(f"{GGML}add_space_prefix") is False:  # transformers does not ask the model for it
+            config["add_prefix_space"] = False
     length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     longest = {"model_max_length": length} if type(length) is int else {}
     files[CONFIG] = _dumped({**config, **longest, **special, "added_tokens_decoder": added})
@@ -91,7 +94,7 @@ def _tokens(metadata: Mapping[str, Any], path: Path) -> tuple[list[str], list[in
 
 def _all_are(values: Any, kind: type) -> bool:
     """Whether it is a list of at least one value, all of that kind."""
-    return isinstance(values, list) and bool(values) and all(type(value) is kind for value in values)
+    return isinstance(values, list) and {*map(type, values)} == {kind}
 
 
 def special_ids(metadata: Mapping[str, Any], tokens: int, path: Path) -> dict[str, int]:
@@ -166,7 +169,7 @@ def _definition(
     }
 
 
-def _is_merge(merge: str, known: set[str]) -> bool:
+def _is_merge(merge: str, known: Set[str]) -> bool:
     """Whether it is two tokens that make a third."""
     first, space, second = merge.partition(" ")
     return bool(space) and {first, second, first + second} <= known
@@ -244,18 +247,18 @@ def write(tokenizer: Tokenizer, rows: int, settings: Mapping[str, Any]) -> dict[
     contents = tokenizer.contents()
     definition, config = (_json(contents, name) for name in (DEFINITION, CONFIG))
     if splits.is_byte_level(definition):
-        made = _write_bytes(definition)
+        made = _write_bytes(definition, rows)
     elif MODEL in contents:
-        made = _write_pieces(contents, definition, config)
+        made = _write_pieces(_piece_model(contents[MODEL]), contents, definition, config, rows)
+    elif pieces.is_pieces(definition):
+        model = pieces.read(definition)
+        made = _write_pieces(model, contents, definition, config, rows)
+        config = {"unk_token": model.pieces[model.ids["unk"]], **config}
     else:
         raise CheckpointError(
             _not_known("neither byte-level BPE (tokenizer.json) nor SentencePiece's (tokenizer.model)")
         )
     tokens = made[f"{GGML}tokens"]
-    if len(tokens) > rows:
-        raise CheckpointError(
-            f"the tokenizer has {len(tokens)} tokens, the embedding only {rows} rows; GGUF lists one a row"
-        )
     filled = [f"[PAD{number}]" for number in range(len(tokens), rows)]
     tokens += filled
     made[f"{GGML}token_type"] += [UNUSED] * len(filled)
@@ -266,6 +269,18 @@ def write(tokenizer: Tokenizer, rows: int, settings: Mapping[str, Any]) -> dict[
 
 def _not_known(what: str) -> str:
     return f"the tokenizer is {what}, for which llama.cpp has no name here; tokenizer=DIR puts another one in"
+
+
+def _check_ids(ids: Iterable[Any], rows: int) -> None:
+    """Raises CheckpointError where ids are none, or beyond the rows: before a list of so many tokens is made."""
+    numbers = [*ids]
+    wrong = [number for number in numbers if type(number) is not int or number < 0]
+    if wrong:
+        raise CheckpointError(f"the tokenizer is not whole: {shown(wrong[0])} is no id of a token")
+    if max(numbers, default=-1) >= rows:
+        raise CheckpointError(
+            f"the tokenizer has {max(numbers) + 1} tokens, the embedding only {rows} rows; GGUF lists one a row"
+        )
 
 
 def _json(contents: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -308,7 +323,7 @@ def _added_tokens(definition: Mapping[str, Any], config: Mapping[str, Any]) -> d
     }
 
 
-def _write_bytes(definition: dict[str, Any]) -> dict[str, Any]:
+def _write_bytes(definition: dict[str, Any], rows: int) -> dict[str, Any]:
     """Of a tokenizer.json of byte-level BPE."""
     model, split = definition.get("model"), splits.named(definition)
     vocabulary, merges = ((model.get(key) if isinstance(model, dict) else None) for key in ("vocab", "merges"))
@@ -319,30 +334,46 @@ def _write_bytes(definition: dict[str, Any]) -> dict[str, Any]:
             f"the tokenizer splits texts in a way for which llama.cpp has no name here; known are "
             f"{', '.join(splits.SPLITS)}"
         )
-    joined = [merge if isinstance(merge, str) else " ".join(map(str, merge)) for merge in merges or []]
-    if any(merge.count(" ") != 1 for merge in joined):
+    joined = [" ".join(pair) for pair in pieces.pairs(merges)] if isinstance(merges, list) else []
+    if any(merge.count(" ") > 1 for merge in joined):
         raise CheckpointError(_not_known("one whose merges have spaces in them"))
+    if not isinstance(merges, list) or not all(_is_merge(merge, vocabulary.keys()) for merge in joined):
+        raise CheckpointError("the tokenizer is not whole: its merges are not of its tokens")
     added = _added_tokens(definition, {})
     ids = {**vocabulary, **{token: number for token, (number, _) in added.items()}}
+    _check_ids(ids.values(), rows)
+    if len({*ids.values()}) != len(ids):
+        raise CheckpointError("the tokenizer is not whole: an id of tokenizer.json stands for two tokens")
     tokens, kinds = _listed(ids, {token: special for token, (_, special) in added.items()})
     return {f"{GGML}model": BYTES, f"{GGML}pre": split, f"{GGML}tokens": tokens, f"{GGML}token_type": kinds,
             f"{GGML}merges": joined}  # fmt: skip
 
 
-def _write_pieces(
-    contents: Mapping[str, bytes], definition: Mapping[str, Any], config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Of a tokenizer.model of SentencePiece's BPE, and tokens that were added to it."""
-    model = sentencepiece.read(contents[MODEL])
+def _piece_model(data: bytes) -> SentencePieceModel:
+    """A tokenizer.model of SentencePiece's BPE."""
+    model = sentencepiece.read(data)
     if model.algorithm != sentencepiece.BPE:
         raise CheckpointError(_not_known("SentencePiece's, but not its BPE"))
     if model.changes_texts:
         raise CheckpointError(_not_known("SentencePiece's, and normalises texts before it splits them"))
+    return model
+
+
+def _write_pieces(
+    model: SentencePieceModel,
+    contents: Mapping[str, bytes],
+    definition: Mapping[str, Any],
+    config: Mapping[str, Any],
+    rows: int,
+) -> dict[str, Any]:
+    """Of SentencePiece's BPE, and tokens that were added to it."""
     tokens, scores, kinds = list(model.pieces), list(model.scores), list(model.kinds)
     added = _added_tokens(definition, config)
+    numbers = [number for number, _ in added.values()]
+    _check_ids([len(tokens) - 1, *numbers, *_json(contents, tokenizers.ADDED).values()], rows)
     beyond = {number: token for token, (number, _) in added.items() if number >= len(tokens)}
     beyond |= {number: token for token, number in _json(contents, tokenizers.ADDED).items()
-               if type(number) is int and number >= len(tokens)}  # fmt: skip
+               if number >= len(tokens)}  # fmt: skip
     for number in range(len(tokens), max(beyond, default=-1) + 1):
         tokens.append(beyond.get(number, f"[PAD{number}]"))
         kinds.append(USER_DEFINED if number in beyond else UNUSED)
@@ -414,8 +445,8 @@ def _written_templates(contents: Mapping[str, bytes], config: Mapping[str, Any])
     stated = config.get("chat_template", _json(contents, "chat_template.json").get("chat_template"))
     named = {"default": stated} if isinstance(stated, str) else {}
     if isinstance(stated, list):
-        named = {entry["name"]: entry["template"] for entry in stated
-                 if isinstance(entry, dict) and {"name", "template"} <= entry.keys()}  # fmt: skip
+        entries = [(entry.get("name"), entry.get("template")) for entry in stated if isinstance(entry, dict)]
+        named = {name: text for name, text in entries if isinstance(name, str) and isinstance(text, str)}
     named |= {
         Path(name).stem: data.decode("utf-8", "replace")
         for name, data in contents.items()
@@ -423,7 +454,7 @@ def _written_templates(contents: Mapping[str, bytes], config: Mapping[str, Any])
     }
     if TEMPLATE_FILE in contents:
         named["default"] = contents[TEMPLATE_FILE].decode("utf-8", "replace")
-    further = {name: text for name, text in named.items() if name != "default" and TEMPLATE_NAME.fullmatch(str(name))}
+    further = {name: text for name, text in named.items() if name != "default" and TEMPLATE_NAME.fullmatch(name)}
     made = {TEMPLATE: named["default"]} if "default" in named else {}
     listed = {TEMPLATE_NAMES: sorted(further)} if further else {}
     return made | listed | {f"{TEMPLATE}.{name}": text for name, text in further.items()}

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nemo_minitron.architecture import Architecture, RopeScaling
-from nemo_minitron.checkpoints import untrusted
+from nemo_minitron.checkpoints import not_yet, untrusted
 from nemo_minitron.checkpoints.files import Files, read_json
 from nemo_minitron.checkpoints.formats.huggingface.families import FAMILIES, NOT_YET, Family
 from nemo_minitron.checkpoints.tokenizer import SPECIAL_TOKENS
@@ -50,14 +50,14 @@ def special_tokens(config: dict[str, Any]) -> dict[str, Any]:
 def family_of(config: dict[str, Any], source: str | Path) -> str:
     """The family of a config.json."""
     kind = config.get("model_type")
+    if config.get("block_configs"):
+        raise CheckpointError(f"{source}: {not_yet.HETEROGENEOUS} (block_configs of config.json)")
     for name, family in FAMILIES.items():
         if family.model_type == kind:
             return name
     known = ", ".join(family.model_type for family in FAMILIES.values())
     if isinstance(kind, str) and kind in NOT_YET:
-        raise CheckpointError(
-            f"{source}: {NOT_YET[kind]}: not yet; of model_type {kind} nothing is read, known here are {known}"
-        )
+        raise CheckpointError(f"{source}: {NOT_YET[kind]} (model_type {kind}; known here are {known})")
     raise CheckpointError(f"{source} is of model_type {shown(kind)}; known here are {known}")
 
 

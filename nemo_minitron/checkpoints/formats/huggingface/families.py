@@ -7,6 +7,8 @@ a gated linear_fc1 has its gate above.
 import dataclasses
 from typing import Any
 
+from nemo_minitron.checkpoints import not_yet
+
 #: Canonical name inside a layer -> Hugging Face names inside a layer. Biases and norm biases follow their weights.
 LLAMA_LAYER: dict[str, tuple[str, ...]] = {
     "self_attention.linear_qkv.layer_norm_": ("input_layernorm.",),
@@ -123,5 +125,9 @@ FAMILIES: dict[str, Family] = {
         written={"attention_bias": False, "use_sliding_window": False},
     ),
 }  # fmt: skip
-#: model_type of what is not read yet -> its name.
-NOT_YET = {"qwen3_moe": "Qwen3-MoE"}
+#: model_type of what is not read yet -> what is said of it.
+NOT_YET = {
+    "qwen3_moe": not_yet.QWEN3_MOE,
+    "nemotron-nas": not_yet.HETEROGENEOUS,
+    "phi3": not_yet.PHI3,
+}

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from nemo_minitron.checkpoints import generation
+from nemo_minitron.checkpoints import generation, not_yet
 
 CONTEXT, WEIGHTS = "context", "weights"
 MODEL_YAML, GENERATION = "model.yaml", f"artifacts/{generation.FILE}"
@@ -20,8 +20,18 @@ FAMILY_OF_CLASS = (
     ("Qwen3", "qwen3"),
     ("GPTConfig", "gpt"),
 )
-#: NeMo's config classes of Qwen3-MoE: Qwen3MoEConfig, Qwen3Config30B_A3B, Qwen3Config235B_A22B.
-QWEN3_MOE = re.compile(r"Qwen3(MoE|Config\d+B_A)")
+#: NeMo's config classes that are no family's here, most of them named like one's -> what is said of them.
+NOT_YET = (
+    (re.compile(r"Qwen3(MoE|Config\d+B_A)"), not_yet.QWEN3_MOE),
+    (re.compile(r"Llama\d*Nemotron(Super|Ultra)"), not_yet.HETEROGENEOUS),
+    (re.compile(r"Llama\d*(Bidirectional|Embedding|Reranker)"), not_yet.BOTH_WAYS),
+    (re.compile(r"Llama4"), not_yet.LLAMA4),
+    (re.compile(r"NemotronH"), not_yet.NEMOTRON_H),
+    (re.compile(r"Qwen2\d?VL"), not_yet.QWEN_VL),
+    (re.compile(r"Phi3"), not_yet.PHI3),
+)
+#: Fields of Megatron's HeterogeneousTransformerConfig.
+HETEROGENEOUS = ("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json")
 #: Family -> (model class, config class) of nemo.collections.llm.
 CLASSES = {
     "llama": ("LlamaModel", "LlamaConfig"),

@@ -7,15 +7,16 @@ import json
 from typing import Any
 
 from nemo_minitron.architecture import SAME_IN_MEGATRON, RopeScaling
+from nemo_minitron.checkpoints import not_yet, untrusted
 from nemo_minitron.checkpoints import tokenizer as tokenizers
-from nemo_minitron.checkpoints import untrusted
 from nemo_minitron.checkpoints.files import Files
 from nemo_minitron.checkpoints.formats.nemo2.classes import (
     DEFAULTS,
     FAMILY_OF_CLASS,
+    HETEROGENEOUS,
     MODEL_YAML,
+    NOT_YET,
     PADDING,
-    QWEN3_MOE,
     ROPE_SCALING,
 )
 from nemo_minitron.errors import CheckpointError
@@ -28,11 +29,13 @@ def read_config(context: Files) -> tuple[str, str, dict[str, Any]]:
         CheckpointError: the context is missing or unreadable, or the family is not a dense one that is known here.
     """
     class_name, values = _model_config(context)
-    if values.get("num_moe_experts") or QWEN3_MOE.match(class_name):
-        name = "Qwen3-MoE" if class_name.startswith("Qwen3") else "mixture of experts"
-        raise CheckpointError(
-            f"{context.where}: {name}: not yet; its config class is {class_name}, dense models are read"
-        )
+    reason = next((reason for pattern, reason in NOT_YET if pattern.match(class_name)), None)
+    if reason is None and values.get("num_moe_experts"):
+        reason = not_yet.QWEN3_MOE if class_name.startswith("Qwen3") else "mixture of experts: not yet"
+    if reason is None and any(values.get(name) for name in HETEROGENEOUS):
+        reason = not_yet.HETEROGENEOUS
+    if reason:
+        raise CheckpointError(f"{context.where}: {reason} (config class {class_name}; dense models are read)")
     family = next((family for prefix, family in FAMILY_OF_CLASS if class_name.startswith(prefix)), None)
     if family is None:
         known = ", ".join(prefix for prefix, _ in FAMILY_OF_CLASS)

@@ -1,0 +1,83 @@
+"""The loss to reach on each source of a blend: a teacher's own, measured once before training."""
+
+import contextlib
+import gc
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.data.blend import Blend, Mixture
+from nemo_minitron.jobs.progress import Progress
+from nemo_minitron.launch.ranks import rank
+from nemo_minitron.megatron.layout import Layout
+from nemo_minitron.training.inputs import CHECKPOINTS
+from nemo_minitron.training.losses import from_last_stage, sums_by_source
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from torch import Tensor
+
+FILE = "reference.json"
+
+
+def teacher_reference(
+    teacher: Checkpoint, layout: Layout, validation: Blend, mixture: Mixture, *, batch: int, seed: int, partial: Path
+) -> list[float]:
+    """The teacher's mean loss in nats a token on the validation samples of each source [k]; every rank calls it.
+
+    It is kept under `partial`, so that a run that is resumed does not measure it again. Call it inside ``engine()``.
+
+    Args:
+        batch: samples a forward pass.
+    """
+    from nemo_minitron.megatron.forward import load_model, parallel_ranks
+
+    file = partial / CHECKPOINTS / FILE
+    with contextlib.suppress(FileNotFoundError):
+        kept: list[float] = json.loads(file.read_text())
+        return kept
+    with parallel_ranks(layout, seed):
+        model = load_model(teacher.architecture, layout, teacher)
+        reference = source_losses(model, validation, mixture, batch)
+    del model
+    gc.collect()
+    if rank() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(reference))
+        os.replace(unfinished, file)
+    return reference
+
+
+def source_losses(model: "GPTModel", validation: Blend, mixture: Mixture, batch: int) -> list[float]:
+    """Mean losses of a model on the samples that `mixture` validates on, by source [k]; on every rank."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    from nemo_minitron.data.sample_module import filled, one_hot
+    from nemo_minitron.megatron.forward import run_forward
+
+    ranks = parallel_state.get_data_parallel_world_size()
+    numbers = mixture.validation.numbers[parallel_state.get_data_parallel_rank() :: ranks]
+    items = [filled(validation[number], validation.length, 0) for number in numbers]
+    device = next(model.parameters()).device
+    sums = torch.zeros(len(mixture.names), 2, dtype=torch.float64, device=device)
+    if items:
+        sequences = torch.stack([torch.cat([item["tokens"], item["labels"][-1:]]) for item in items])  # [n, s + 1]
+        masks = torch.stack([item["loss_mask"] for item in items])
+        sources = torch.stack([one_hot(validation, number) for number in numbers])
+        parts = list(zip(masks.split(batch), sources.split(batch)))
+
+        def take(losses: "Tensor", index: int) -> None:
+            mask, source = (part.to(device) for part in parts[index])
+            mask = get_batch_on_this_cp_rank({"loss_mask": mask})["loss_mask"]
+            sums.add_(sums_by_source([losses], mask, source))
+
+        with Progress("teacher on each source", len(items), unit="sample") as progress:
+            run_forward(model, sequences, batch, take, progress)
+    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    sums = from_last_stage(sums, 2)
+    return (sums[:, 0] / sums[:, 1]).tolist()
