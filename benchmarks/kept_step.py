@@ -7,7 +7,8 @@ The teacher is a checkpoint of any format; its student is the teacher without th
 parameters for SmolLM2-135M. One pass of the teacher keeps its hidden states, another one what is drawn from it
 (minitron teach); then the same student learns from the teacher that runs and from either folder (minitron distill), on
 the same samples. Each run is a process of its own, in rounds. Times are medians over all steps but each run's first
-two, peaks of memory the most that a process held, interpreter and libraries included.
+two: on the clock, and of the processor, which other work on the machine leaves nearly alone. Peaks of memory are the
+most that a process held, interpreter and libraries included.
 """
 
 import argparse
@@ -73,15 +74,17 @@ def distill_once(options: argparse.Namespace, teacher: str, round_: int) -> dict
     from nemo_minitron.training import loop
 
     seconds: list[float] = []
+    processor: list[float] = []
 
     class Stopwatch(pl.Callback):
-        started = 0.0
+        started = (0.0, 0.0)
 
         def on_train_batch_start(self, *arguments: Any) -> None:
-            self.started = time.perf_counter()
+            self.started = time.perf_counter(), time.process_time()
 
         def on_train_batch_end(self, *arguments: Any) -> None:
-            seconds.append(time.perf_counter() - self.started)
+            seconds.append(time.perf_counter() - self.started[0])
+            processor.append(time.process_time() - self.started[1])
 
     build = loop.build_trainer
     loop.build_trainer = lambda layout, callbacks, **given: build(layout, callbacks=[Stopwatch(), *callbacks], **given)
@@ -91,7 +94,7 @@ def distill_once(options: argparse.Namespace, teacher: str, round_: int) -> dict
     kd = c.KDConfig(teacher=None if teacher == "live" else str(options.folder / teacher))
     manifest = distill(c.validated(c.DistillConfig(**fields, kd=kd)))
     losses = [entry["kd_loss"] for entry in manifest.metrics["train"]]
-    return {"seconds": seconds, "peak": manifest.peak_memory_bytes, "losses": losses}
+    return {"seconds": seconds, "processor": processor, "peak": manifest.peak_memory_bytes, "losses": losses}
 
 
 def part(options: argparse.Namespace, *arguments: str) -> dict[str, Any]:
@@ -117,16 +120,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             runs[teacher].append(part(options, f"--part=distill:{teacher}:{round_}"))
     rows = {}
     for teacher, found in runs.items():
-        steps = [second for run in found for second in run["seconds"][WARM_UP:]]
         rows[teacher] = {
-            "step": statistics.median(steps),
-            "least": min(steps),
+            name: statistics.median(second for run in found for second in run[name][WARM_UP:])
+            for name in ("seconds", "processor")
+        } | {
             "peak": max(run["peak"] for run in found),
             "losses": found[0]["losses"],
         }
     for row in rows.values():
-        row["step_ratio"] = row["step"] / rows["live"]["step"]
-        row["peak_ratio"] = row["peak"] / rows["live"]["peak"]
+        row["ratios"] = {name: row[name] / rows["live"][name] for name in ("seconds", "processor", "peak")}
     return {"taught": taught, "rows": rows}
 
 
@@ -142,11 +144,16 @@ def run_part(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def shown(found: dict[str, Any]) -> str:
-    lines = [f"{'teacher':<10}{'step':>10}{'ratio':>8}{'peak':>10}{'ratio':>8}{'first loss':>12}{'last':>9}"]
+    lines = [
+        f"{'teacher':<10}{'a step':>10}{'ratio':>8}{'processor':>12}{'ratio':>8}{'peak':>10}{'ratio':>8}"
+        f"{'first loss':>12}{'last':>9}"
+    ]
     for teacher, row in found["rows"].items():
+        ratios = row["ratios"]
         lines.append(
-            f"{teacher:<10}{row['step']:>8.2f} s{row['step_ratio']:>8.2f}{row['peak'] / 1e9:>7.2f} GB"
-            f"{row['peak_ratio']:>8.2f}{row['losses'][0]:>12.4f}{row['losses'][-1]:>9.4f}"
+            f"{teacher:<10}{row['seconds']:>8.2f} s{ratios['seconds']:>8.2f}{row['processor']:>10.2f} s"
+            f"{ratios['processor']:>8.2f}{row['peak'] / 1e9:>7.2f} GB{ratios['peak']:>8.2f}"
+            f"{row['losses'][0]:>12.4f}{row['losses'][-1]:>9.4f}"
         )
     for keep, one in found["taught"].items():
         lines.append(

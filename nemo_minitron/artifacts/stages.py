@@ -25,6 +25,7 @@ COMMANDS = {
     "scan": "prune",
     "refit": "prune",
     "prune": "prune",
+    "teach": "teach",
     "distill": "distill",
     "evaluate": "evaluate",
 }
@@ -85,6 +86,7 @@ STAGES = {
     "evaluate teacher": evaluation(MODELS["teacher"]),
     "evaluate corrected": evaluation(MODELS["corrected"]),
     "score": Stage("importance", "scores"),
+    "teach": Stage("teacher's answers", "answers"),
     "scan": Stage("scan blocks for {student}"),
     "refit": Stage("refit {student}"),
     "prune": Stage("prune {student}", "{student}-pruned"),

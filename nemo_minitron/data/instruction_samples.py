@@ -38,7 +38,7 @@ class Samples:
         template: the template that was used.
         counts: rows, and what became of those that were too long, by split.
         files: files that were read, for the manifest.
-        notes: what a user should know of files that were not.
+        notes: what a user should know of files that were not, and of packing.
     """
 
     train: list[Piece]

@@ -40,14 +40,24 @@ def random_sequences(prefixes: Sequence[str], count: int, length: int, seed: int
     Raises:
         DataError: there are fewer tokens than one window.
     """
+    return random_windows([token_stream(prefix) for prefix in prefixes], ", ".join(prefixes), count, length, seed)
+
+
+def random_windows(
+    streams: "Sequence[np.ndarray]", name: str, count: int, length: int, seed: int
+) -> "tuple[torch.Tensor, list[int]]":
+    """`random_sequences` of token streams.
+
+    Args:
+        name: of the streams, for messages.
+    """
     import numpy
     import torch
 
-    streams = [token_stream(prefix) for prefix in prefixes]
     starts = [max(0, len(stream) - length) for stream in streams]
     total = sum(starts)
     if total < 1:
-        raise DataError(f"{', '.join(prefixes)}: fewer tokens than one sequence of {length} + 1; give a shorter length")
+        raise DataError(f"{name}: fewer tokens than one sequence of {length} + 1; give a shorter length")
     generator = numpy.random.Generator(numpy.random.PCG64(seed))
     chosen = generator.choice(total, size=min(count, total), replace=False, shuffle=True)
     bounds = numpy.cumsum([0, *starts])

@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,7 @@ from nemo_minitron.distillation.teach.command import answer
 from nemo_minitron.distillation.teach.folder import Kept, Together
 from nemo_minitron.distillation.teach.listing import Listing
 from nemo_minitron.distillation.teachers import check_pair, missing_answers, open_answers
-from nemo_minitron.errors import MinitronError
-from nemo_minitron.launch.ranks import rank
+from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.megatron.layout import check_fits
 from nemo_minitron.packages.versions import check_training
 from nemo_minitron.training.inputs import (
@@ -33,6 +31,7 @@ from nemo_minitron.training.inputs import (
 from nemo_minitron.training.stage import run_training_stage
 
 if TYPE_CHECKING:
+    import lightning.pytorch as pl
     from nemo.collections.llm import GPTModel
 
 
@@ -69,6 +68,7 @@ def distill(config: DistillConfig) -> Manifest:
         check_fits(teacher.architecture, inputs.layout, "teacher")
     missing = missing_answers(config, inputs, answers) if answers else None
     kept = {f"answers{number}": folder for number, folder in enumerate(answers)}
+    check_reference(config, teacher)
     return run_training_stage(
         "distill",
         distill,
@@ -77,6 +77,17 @@ def distill(config: DistillConfig) -> Manifest:
         lambda partial: train_student(partial, config, student, teacher, inputs, pairs, answers, missing),
         sampled=[*kept],
     )
+
+
+def check_reference(config: DistillConfig, teacher: Checkpoint | None) -> None:
+    """Raises ConfigError where shares are to follow losses, and none to reach are given or can be measured."""
+    data = config.model.data
+    if data.dynamic and data.reference is None and teacher is None:
+        raise ConfigError(
+            "model.data.dynamic: no teacher runs whose loss on each source could be measured; give "
+            "model.data.reference={wiki:2.1,code:1.2}",
+            "distill",
+        )
 
 
 def pairs_of(config: DistillConfig, teacher: Checkpoint | None, student: Checkpoint) -> list[Pair]:
@@ -110,7 +121,6 @@ def train_student(
     from nemo_minitron.megatron.session import engine
     from nemo_minitron.megatron.weights import bare, save_checkpoint
     from nemo_minitron.training.loop import train_and_validate
-    from nemo_minitron.training.reference import teacher_reference
 
     together = {folder: [kept] for folder, kept in answers.items()}
     if missing is not None and teacher is not None:
@@ -121,17 +131,9 @@ def train_student(
         module = student_module(config, student, distillation, inputs, tokenizer)
         targets = None if distillation is None else distillation.kept
         data = build_data(config, inputs, tokenizer, partial, fields=targets.fields if targets else None)
+        callbacks: list[pl.Callback] = [teacher_in_validation()] if isinstance(distillation, Distillation) else []
         if config.model.data.dynamic and config.model.data.reference is None and teacher is not None:
-            data.mixture.reference = teacher_reference(
-                teacher,
-                inputs.layout,
-                data.validation,
-                data.mixture,
-                batch=config.model.micro_batch_size,
-                seed=config.seed,
-                partial=partial,
-            )
-        callbacks = [teacher_in_validation()] if isinstance(distillation, Distillation) else []
+            callbacks.append(reference_of(config, teacher, inputs, data, partial))
         trained = train_and_validate(module, data, config, inputs.layout, partial, callbacks)
         save_checkpoint(
             bare(module) if distillation is None else distillation.detach(),
@@ -174,12 +176,19 @@ def fill(
     it."""
     header = answers[config.kd.folders[0]].header
     asked = AnswersConfig(keep=header.keep, precision=header.precision, draws=header.draws, top_k=header.top_k)
-    if rank() == 0:
-        print(f"distill: the teacher answers {len(missing)} samples that {config.kd.folders[0]} lacks", file=sys.stderr)
     folder = partial / FILLED
     folder.mkdir(exist_ok=True)
-    answer(folder, config, asked, teacher, inputs, missing)
+    what = f"{Path(config.output).name}, the teacher answers what {config.kd.folders[0]} lacks"
+    answer(folder, config, asked, teacher, inputs, missing, what)
     return Kept(folder)
+
+
+def reference_of(config: DistillConfig, teacher: Checkpoint, inputs: Inputs, data: Any, partial: Path) -> "pl.Callback":
+    """The callback that measures the losses which dynamic shares of a blend follow."""
+    from nemo_minitron.training.reference import TeacherReference
+
+    batch = config.model.micro_batch_size
+    return TeacherReference(teacher, inputs.layout, data.validation, data.mixture, batch=batch, partial=partial)
 
 
 def student_module(

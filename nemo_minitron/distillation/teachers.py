@@ -8,7 +8,8 @@ from nemo_minitron.config import LIVE, DistillConfig
 from nemo_minitron.distillation.losses.targets import SPARSE_KINDS
 from nemo_minitron.distillation.teach.folder import Kept, Together
 from nemo_minitron.distillation.teach.header import tokenizer_fingerprint
-from nemo_minitron.distillation.teach.listing import Listing, first_pass, list_pieces, read_by_validation
+from nemo_minitron.distillation.teach.listing import Listing
+from nemo_minitron.distillation.teach.reading import what_is_read
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.training.inputs import Inputs
 
@@ -51,7 +52,7 @@ def open_answers(
             raise DataError(
                 f"{folder} has answers to the tokens of another tokenizer than {inputs.tokenizer}; teach again with it"
             )
-        if inputs.samples is None and header.text and header.seq_length != inputs.seq_length:
+        if not inputs.has_rows and header.text and header.seq_length != inputs.seq_length:
             raise DataError(
                 f"{folder} has answers to windows of {header.seq_length} tokens, and this run reads "
                 f"{inputs.seq_length}: give model.data.seq_length={header.seq_length}, or teach again"
@@ -73,16 +74,6 @@ def open_answers(
     return answers
 
 
-def what_is_read(config: DistillConfig, inputs: Inputs) -> Listing:
-    """The samples that the run will read in training and in validation, each once."""
-    sets = inputs.sets()
-    assert sets is not None, "kept answers are of fixed windows or rows"
-    batch = config.model.global_batch_size
-    training = first_pass(len(sets["train"]), config.seed, config.trainer.max_steps * batch)
-    validation = read_by_validation(len(sets["validation"]), batch, config.trainer.limit_val_batches)
-    return list_pieces(sets, {"train": training, "validation": validation})
-
-
 def missing_answers(config: DistillConfig, inputs: Inputs, answers: dict[str, Kept]) -> Listing | None:
     """What the run reads and no answer is kept of, to be filled (kd.fill); None: nothing.
 
@@ -91,7 +82,7 @@ def missing_answers(config: DistillConfig, inputs: Inputs, answers: dict[str, Ke
     """
     import numpy
 
-    listing = what_is_read(config, inputs)
+    listing = what_is_read(config, inputs, config.trainer.max_steps * config.model.global_batch_size)
     for folder, kept in answers.items():
         missing: np.ndarray = numpy.flatnonzero(~Together([kept]).found(listing.keys))
         if len(missing) and config.kd.fill:

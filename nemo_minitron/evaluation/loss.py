@@ -43,25 +43,47 @@ def evaluate_loss(config: LossConfig) -> Manifest:
 
 def measure_splits(partial: Path, config: LossConfig, checkpoint: Checkpoint, inputs: Inputs) -> dict[str, Any]:
     """The job's work: the loss on each split; every rank calls it."""
-    from nemo_minitron.data.samples import consecutive_sequences
     from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
 
-    limit = config.limit_batches * config.model.global_batch_size
     metrics: dict[str, Any] = {}
     started = time.perf_counter()
     with engine(config.seed, partial / LOG, cuda=inputs.layout.cuda), parallel_ranks(inputs.layout, config.seed):
         model = load_model(checkpoint.architecture, inputs.layout, checkpoint)
         for split in config.splits:
-            sequences = consecutive_sequences(paths(inputs.prefixes[split]), inputs.seq_length, limit)
-            loss = mean_loss(model, sequences, config.model.micro_batch_size, _progress(config, split))
-            metrics[split] = {
-                "loss": loss,
-                "perplexity": math.exp(min(loss, 700.0)),
-                "tokens": int(sequences[:, 1:].numel()),
-            }
+            if inputs.sources:
+                metrics[split] = _blended(model, config, inputs, split)
+            else:
+                metrics[split] = _measured(model, config, inputs, split, paths(inputs.prefixes[split]))
     metrics["parameters"] = checkpoint.architecture.parameters()
     return {"metrics": metrics, "timings": {"evaluation_seconds": time.perf_counter() - started}}
+
+
+def _measured(
+    model: "GPTModel", config: LossConfig, inputs: Inputs, split: str, prefixes: list[str], source: str = ""
+) -> dict[str, Any]:
+    """Loss, perplexity and tokens of the first windows of a split's datasets."""
+    from nemo_minitron.data.samples import consecutive_sequences
+
+    limit = config.limit_batches * config.model.global_batch_size
+    sequences = consecutive_sequences(prefixes, inputs.seq_length, limit)
+    told = f"{split} of {source}" if source else split
+    loss = mean_loss(model, sequences, config.model.micro_batch_size, _progress(config, told))
+    return _said(loss, int(sequences[:, 1:].numel()))
+
+
+def _blended(model: "GPTModel", config: LossConfig, inputs: Inputs, split: str) -> dict[str, Any]:
+    """The same of each source of a blend, `by_source`, and of all as their shares weigh them."""
+    parts = {
+        source.name: _measured(model, config, inputs, split, paths(source.prefixes[split]), source.name)
+        for source in inputs.sources
+    }
+    loss = math.fsum(source.share * parts[source.name]["loss"] for source in inputs.sources)
+    return _said(loss, sum(part["tokens"] for part in parts.values())) | {"by_source": parts}
+
+
+def _said(loss: float, tokens: int) -> dict[str, Any]:
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
 
 
 def _progress(config: LossConfig, split: str) -> Callable[[int], Progress]:

@@ -1,10 +1,12 @@
 """From a flow's configuration to those of its steps."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron import config as c
 from nemo_minitron.artifacts.stages import MODELS
+from nemo_minitron.flow.answers import answered_tokens, keeps_answers
 from nemo_minitron.flow.models import (
     checkpoint_place,
     chosen,
@@ -25,7 +27,18 @@ def data_config(config: c.FlowConfig) -> c.DataConfig:
     tokenizer = config.data.tokenizer
     if pretrains_on_broad(config):
         tokenizer = tokenizer or str(place(config, "broad") / "tokenizer")
-    return _corpus(config, place(config, "data"), config.data.words, tokenizer)
+    corpus = _corpus(config, place(config, "data"), config.data.words, tokenizer)
+    if config.data.sources is not None:
+        corpus.source, corpus.sources = c.DataConfig.source, dict(config.data.sources)
+    return corpus
+
+
+def read_data(config: c.FlowConfig, data: Path) -> c.ModelDataConfig:
+    """What a stage reads of a folder that the flow made."""
+    blend = config.data.blend if data == place(config, "data") else None
+    return c.ModelDataConfig(
+        data_prefix=str(data), blend=None if blend is None else dict(blend), seq_length=config.model.seq_length
+    )
 
 
 def _corpus(
@@ -60,7 +73,7 @@ def training_fields(config: c.FlowConfig, recipe: c.RecipeConfig, data: Path, ou
         nemo_path=str(output),
         **hardware.model(),
         global_batch_size=chosen(recipe.global_batch_size),
-        data=c.ModelDataConfig(data_prefix=str(data), seq_length=config.model.seq_length, **hardware.loader()),
+        data=dataclasses.replace(read_data(config, data), **hardware.loader()),
         optim=c.OptimConfig(
             lr=recipe.lr, sched=c.SchedConfig(warmup_steps=chosen(recipe.warmup_steps), min_lr=recipe.min_lr)
         ),
@@ -83,7 +96,7 @@ def cut_config(config: c.FlowConfig, name: str) -> c.PruneConfig:
         model=c.PruneModelConfig(
             restore_from_path=str(place(config, "correct")),
             **config.hardware.model(c.SCORING),
-            data=c.ModelDataConfig(data_prefix=str(place(config, "data")), seq_length=config.model.seq_length),
+            data=read_data(config, place(config, "data")),
         ),
         inference=c.InferenceConfig(batch_size=chosen(config.prune.batch_size)),
         prune=student_targets(config, name),
@@ -111,9 +124,18 @@ def score_config(config: c.FlowConfig) -> c.PruneConfig:
     return cut_config(config, next(iter(config.prune.students)))
 
 
+def teach_config(config: c.FlowConfig) -> c.TeachConfig:
+    """The corrected teacher's answers to what a student reads."""
+    fields = training_fields(config, config.distill, place(config, "data"), place(config, "teach"))
+    fields["model"].restore_from_path = str(place(config, "correct"))
+    return c.TeachConfig(**fields, teach=c.AnswersConfig(tokens=answered_tokens(config)))
+
+
 def distill_config(config: c.FlowConfig, name: str) -> c.DistillConfig:
     """The distillation of the pruned student `name`."""
-    return _student_training(config, name, "distill", config.distill.kd)
+    distill = _student_training(config, name, "distill", config.distill.kd)
+    distill.model.data.dynamic = config.data.dynamic
+    return distill
 
 
 def retrain_config(config: c.FlowConfig, name: str) -> c.DistillConfig:
@@ -124,7 +146,12 @@ def retrain_config(config: c.FlowConfig, name: str) -> c.DistillConfig:
 def _student_training(config: c.FlowConfig, name: str, kind: str, kd: c.KDConfig) -> c.DistillConfig:
     fields = training_fields(config, config.distill, place(config, "data"), place(config, kind, name))
     fields["model"].restore_from_path = str(place(config, "prune", name))
-    if kd.kd_weight:
+    kept = keeps_answers(config)
+    if kept:
+        fields["model"].data.windows = "fixed"
+    if kd.kd_weight and kept:
+        kd = dataclasses.replace(kd, teacher=str(place(config, "teach")))
+    elif kd.kd_weight:
         fields["model"].kd_teacher_restore_from_path = str(place(config, "correct"))
     return c.DistillConfig(**fields, kd=kd)
 
@@ -133,7 +160,8 @@ def instruct_config(config: c.FlowConfig, name: str) -> c.FinetuneConfig:
     """The instruction tuning of the distilled student `name`."""
     fields = training_fields(config, config.instruct, place(config, "data"), place(config, "instruct", name))
     fields["model"].restore_from_path = str(place(config, "distill", name))
-    fields["model"].data.data_prefix, fields["model"].data.instructions = None, config.instruct.data
+    data = fields["model"].data
+    data.data_prefix, data.blend, data.instructions = None, None, config.instruct.data
     return c.FinetuneConfig(**fields, instruct=config.instruct.rows, peft=config.instruct.peft)
 
 
@@ -143,6 +171,8 @@ def loss_config(config: c.FlowConfig, student: str | None = None, *, model: str)
     fields = training_fields(config, config.distill, place(config, "data"), output)
     fields["model"].restore_from_path = str(checkpoint_place(config, model, student))
     fields["trainer"].max_steps = fields["trainer"].val_check_interval = 1
+    if config.data.blend is not None:
+        fields["model"].data.blend = {name: config.data.blend[name] for name in config.data.sources}
     return c.LossConfig(**fields, limit_batches=chosen(config.limit_test_batches))
 
 

@@ -20,7 +20,8 @@ def nothing(flow: c.FlowConfig, teacher: Architecture, step: "Step[Any]") -> str
 
 def source(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.DataConfig]") -> str:
     """Where the text comes from."""
-    return step.config.source
+    sources = step.config.sources
+    return step.config.source if sources is None else ", ".join(f"{name}: {path}" for name, path in sources.items())
 
 
 def training(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.FinetuneConfig] | Step[c.DistillConfig]") -> str:
@@ -33,6 +34,13 @@ def training(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.FinetuneCo
         f"tensor {model.tensor_model_parallel_size} x pipeline {model.pipeline_model_parallel_size}, "
         f"precision {trainer.precision}"
     )
+
+
+def teaching(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.TeachConfig]") -> str:
+    """How many tokens, and why once."""
+    from nemo_minitron.flow.answers import decided
+
+    return f"to {human(chosen(step.config.teach.tokens))} tokens, once for all students ({decided(flow).why})"
 
 
 def tuning(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.FinetuneConfig]") -> str:

@@ -4,6 +4,7 @@ import dataclasses
 
 import yaml
 
+from nemo_minitron.flow.answers import decided
 from nemo_minitron.flow.models import student_architecture
 from nemo_minitron.flow.settle import Settled
 from nemo_minitron.flow.steps import steps
@@ -23,6 +24,9 @@ def describe(settled: Settled) -> str:
         lines += [f"  {choice.setting} = {choice.value}: {choice.why}" for choice in settled.choices]
     lines += ["", f"stages, under {config.output_dir}:"]
     lines += [f"  {step.describe(config, teacher)}" for step in steps(config)]
+    answers = decided(config)
+    if not answers.keeps and config.distill.teach == "auto":
+        lines.append(f"  (the teacher's answers are not kept: {answers.why})")
     lines.append("then the table, report.json and report.html")
     lines += ["", *times(settled)]
     lines += ["", "configuration:", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip()]

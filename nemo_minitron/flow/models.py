@@ -51,7 +51,7 @@ def given_checkpoint(config: c.FlowConfig) -> str | None:
 
 def pretrains_on_broad(config: c.FlowConfig) -> bool:
     """Whether the teacher is made here, on a corpus of its own."""
-    return config.model.init == "random" and config.data.source == "embedded"
+    return config.model.init == "random" and config.data.source == "embedded" and config.data.sources is None
 
 
 def check_teacher(config: c.FlowConfig) -> None:

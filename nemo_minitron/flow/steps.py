@@ -2,7 +2,8 @@
 
     data -> teacher -> teacher correction -> importance -> prune -> distil, with a control beside it -> table
 
-Where there are instructions, the distilled students are tuned on them at the end.
+Where the teacher's answers are kept (flow.answers), it gives them once, before any student is cut. Where there are
+instructions, the distilled students are tuned on them at the end.
 
 The run, its dry run, its estimates of time, its report and the notebooks read this list. A new step is an entry of the
 tables below; its name and its folder stand in artifacts.stages, where a report finds them again.
@@ -20,6 +21,7 @@ from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import MANIFEST, Manifest
 from nemo_minitron.artifacts.stages import STAGES
 from nemo_minitron.flow import configs, details, work
+from nemo_minitron.flow.answers import keeps_answers
 from nemo_minitron.flow.models import chosen, has_control, needs_scores, place, pretrains_on_broad, with_own_tokenizer
 from nemo_minitron.planning.pace import Work
 
@@ -118,6 +120,7 @@ def ask(config: c.EvaluateConfig) -> Manifest:
 PREPARE = "nemo_minitron.data.command:prepare"
 FINETUNE = "nemo_minitron.training.finetune:finetune"
 DISTILL = "nemo_minitron.distillation.command:distill"
+TEACH = "nemo_minitron.distillation.teach.command:teach"
 IMPORTANCE = "nemo_minitron.pruning.importance"
 
 #: Text and teacher, and what all students need of it.
@@ -135,6 +138,7 @@ TEACHER = {
     "evaluate teacher": evaluation("teacher"),
     "evaluate corrected": evaluation("corrected"),
     "score": Kind(f"{IMPORTANCE}.scoring:score", configs.score_config, work.score_work, details.scoring, needs_scores),
+    "teach": Kind(TEACH, configs.teach_config, work.teach_work, details.teaching, keeps_answers),
 }
 #: From the teacher to each student.
 STUDENT = {
@@ -177,7 +181,7 @@ KNOWLEDGE = {
         configs.facts_config,
         work.facts_work,
         details.questions,
-        lambda flow: flow.data.source == "embedded" and flow.facts > 0,
+        lambda flow: flow.data.source == "embedded" and flow.data.sources is None and flow.facts > 0,
     ),
 }
 KINDS = TEACHER | STUDENT | TUNING | KNOWLEDGE

@@ -3,6 +3,8 @@
 Every estimate takes the flow's configuration, the teacher's sizes and the step.
 """
 
+import dataclasses
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -32,15 +34,25 @@ def text_work(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.DataConfi
 def training_work(
     flow: c.FlowConfig, teacher: Architecture, step: "Step[c.FinetuneConfig] | Step[c.DistillConfig]"
 ) -> Work:
-    """Steps and validations; the teacher's forward pass beside them where it teaches."""
+    """Steps and validations; the teacher's forward pass beside them where it teaches, or of kept answers its output
+    layer's alone."""
     trainer, model = step.config.trainer, step.config.model
     length, sizes = _length(flow), model_architecture(flow, teacher, step.student)
     beside = forward_flops(teacher, length) if getattr(model, "kd_teacher_restore_from_path", None) else 0.0
+    if isinstance(step.config, c.DistillConfig) and step.config.kd.folders:
+        beside = 2.0 * teacher.vocab_size * teacher.hidden_size
     validations = trainer.max_steps // min(trainer.val_check_interval, trainer.max_steps) * trainer.limit_val_batches
     trained = length * trainer.max_steps * model.global_batch_size
     validated = length * validations * model.global_batch_size
     forward, training = forward_flops(sizes, length), training_flops(sizes, length)
     return Work("train", trained * (training + beside) + validated * (forward + beside))
+
+
+def teach_work(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.TeachConfig]") -> Work:
+    """A forward pass over what a student reads, and validates on."""
+    length, trainer = _length(flow), step.config.trainer
+    tokens = chosen(step.config.teach.tokens) + trainer.limit_val_batches * step.config.model.global_batch_size * length
+    return Work("run", tokens * forward_flops(teacher, length))
 
 
 def loss_work(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.LossConfig]") -> Work:
@@ -91,6 +103,9 @@ def _length(flow: c.FlowConfig) -> int:
 
 def text_bytes(data: c.FlowDataConfig | c.DataConfig) -> float | None:
     """Bytes of the text, all splits, decompressed at a guess; None: not known."""
+    if data.sources is not None:
+        sizes = [text_bytes(dataclasses.replace(data, source=path, sources=None)) for path in data.sources.values()]
+        return None if None in sizes else math.fsum(size for size in sizes if size)
     if data.source == "embedded":
         return WORD_BYTES * 1.2 * data.words
     if data.source == "wikitext103":

@@ -171,6 +171,8 @@ class Tutorial:
         self.fetch_teacher()
         check_teacher(self.config)
         self.settled.keep()
+        if "distill" in kinds:
+            kinds = ("teach", *kinds)  # where the teacher's answers are kept, students read them
         owners = (None, student) if student else (None, *self.config.prune.students)
         steps = [step for step in steps_to_run(self.config) if step.kind in kinds and step.student in owners]
         with watching(self.folder):

@@ -5,6 +5,7 @@ Without NeMo models run forward, by Megatron Core alone (megatron.config).
 """
 
 import contextlib
+import functools
 import gc
 import importlib
 import logging
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer import TransformerConfig
+    from nemo import lightning as nl
     from torch import Tensor
 
 #: Fields of NeMo's configs that need Transformer Engine or CUDA kernels, and their values without them.
@@ -284,7 +286,7 @@ def build_trainer(layout: Layout, *, callbacks: "list[pl.Callback] | None" = Non
     from megatron.core.distributed import DistributedDataParallelConfig
     from nemo import lightning as nl
 
-    strategy = nl.MegatronStrategy(
+    strategy = _strategy_class()(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         context_parallel_size=layout.context_parallel,
@@ -313,6 +315,26 @@ def build_trainer(layout: Layout, *, callbacks: "list[pl.Callback] | None" = Non
             num_sanity_val_steps=arguments.pop("num_sanity_val_steps", 0),
             **arguments,
         )
+
+
+@functools.cache
+def _strategy_class() -> "type[nl.MegatronStrategy]":
+    """NeMo's strategy, which sets Megatron up on ranks that are joined already, too: NeMo's own stops there."""
+    import torch
+    from nemo import lightning as nl
+    from nemo.lightning._strategy_lib import init_model_parallel
+
+    class Strategy(nl.MegatronStrategy):
+        def setup_distributed(self) -> None:
+            joined = torch.distributed.is_initialized()
+            super().setup_distributed()
+            if not joined:
+                return
+            init_model_parallel(self.model)
+            if self.data_sampler:
+                self.data_sampler.setup(self.cluster_environment.global_rank())
+
+    return Strategy
 
 
 @contextlib.contextmanager

@@ -133,8 +133,8 @@ def check_training(what: str) -> None:
             f"{what} trains with NeMo's LLM collection (nemo.collections.llm), which is not installed here: it ended "
             "with NeMo 2.7, and NVIDIA's containers from 26.04 on have none. Train in a NeMo container up to 26.02 "
             "(nvcr.io/nvidia/nemo:26.02), or where requirements.txt is installed; checkpoints go from one to the other "
-            "as they are. What trains nothing works here: data, plan, inspect, convert, prune, evaluate, generate, "
-            "benchmark, quantize"
+            "as they are. What trains nothing works here: data, plan, inspect, convert, prune, teach, evaluate, "
+            "generate, benchmark, quantize"
         )
 
 

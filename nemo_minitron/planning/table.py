@@ -86,7 +86,7 @@ def _teach(answers: dict[str, Any]) -> str:
     """What the teacher's answers take."""
     kinds = {"hidden": "hidden states in bf16", "fp8": "in fp8", "sampled": "64 draws up to"}
     if "bytes" in answers:
-        parts = [f"{words} {answers['bytes'][name] / 1e9:,.3g} GB" for name, words in kinds.items()]
+        parts = [f"{words} {answers['bytes'][name] / 1e9:,.1f} GB" for name, words in kinds.items()]
     else:
         parts = [f"{words} {answers['bytes_per_token'][name]:,} bytes a token" for name, words in kinds.items()]
     speed = f"; {answers['tokens_per_second']:.3g} tokens a second" if "tokens_per_second" in answers else ""

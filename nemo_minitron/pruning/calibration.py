@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.artifacts import MANIFEST, Manifest
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.config import PruneConfig, missing_data
+from nemo_minitron.data.blend_sources import Source, drawn_windows, open_sources
 from nemo_minitron.data.module import check_fits as check_data
 from nemo_minitron.data.module import paths, resolve_prefixes
 from nemo_minitron.errors import ConfigError, EngineError
 from nemo_minitron.jobs.job import Job
 from nemo_minitron.launch.ranks import run_stage
 from nemo_minitron.megatron.layout import Layout
-from nemo_minitron.training.inputs import data_files
+from nemo_minitron.training.inputs import data_files, data_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,7 @@ HOLD_OUT = 4
 
 def given(config: PruneConfig, folder: Path) -> bool:
     """Whether what lies in `folder` is to be used as it is: it is there, and no data is named to make it from."""
-    return not config.model.data.data_prefix and (folder / MANIFEST).is_file()
+    return not config.model.data.names_text and (folder / MANIFEST).is_file()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,15 +38,29 @@ class Calibration:
     Attributes:
         files: the training split's datasets, weights before them as Megatron writes blends.
         length: tokens a sample.
+        sources: of a blend, in place of `files`.
     """
 
     files: list
     length: int
+    sources: Sequence[Source] = ()
+
+    def inputs(self) -> dict[str, str]:
+        """Name -> file that is read, for the manifest."""
+        files = data_files({"data": self.files})
+        for source in self.sources:
+            files |= source.files()
+        return files
 
     def sequences(self, count: int, seed: int) -> tuple[Any, dict[str, Any]]:
         """Random windows of full length [n, length + 1], and what names them."""
         from nemo_minitron.data.samples import random_sequences
 
+        if self.sources:
+            sequences, named = drawn_windows(self.sources, count, self.length, seed)
+            shares = {source.name: source.share for source in self.sources}
+            drawn = {"data": list(shares), "shares": shares, "seed": seed, "seq_length": self.length}
+            return sequences, {**drawn, "tokens": int(sequences[:, :-1].numel()), **named}
         prefixes = paths(self.files)
         sequences, starts = random_sequences(prefixes, count, self.length, seed)
         tokens = int(sequences[:, :-1].numel())
@@ -60,6 +75,19 @@ def calibration_of(config: PruneConfig, teacher: Checkpoint) -> Calibration:
     Raises:
         ConfigError, DataError: none is named, or it does not fit.
     """
+    length = config.model.data.seq_length or config.model.encoder_seq_length or teacher.architecture.seq_length
+    if config.model.data.blend is not None:
+        sources = open_sources(
+            config.model.data,
+            config.instruct,
+            teacher.tokenizer or data_tokenizer(config),
+            seq_length=length,
+            vocab_size=teacher.architecture.vocab_size,
+            seed=config.seed,
+            splits=["train"],
+            whole_rows=True,
+        )
+        return Calibration(files=[], length=length, sources=sources)
     problems = missing_data(config.model.data)
     if problems:
         raise ConfigError(
@@ -70,7 +98,6 @@ def calibration_of(config: PruneConfig, teacher: Checkpoint) -> Calibration:
             "prune",
         )
     prefixes = resolve_prefixes(config.model.data.data_prefix)
-    length = config.model.data.seq_length or config.model.encoder_seq_length or teacher.architecture.seq_length
     check_data({"train": prefixes["train"]}, seq_length=length, vocab_size=teacher.architecture.vocab_size)
     return Calibration(files=prefixes["train"], length=length)
 
@@ -123,10 +150,11 @@ def run_on_samples(
             **settings,
             "seq_length": calibration.length,
             "bf16": layout.bf16,
+            **({"blend": {one.name: one.share for one in calibration.sources}} if calibration.sources else {}),
             "layout": dataclasses.asdict(layout),
             "command": dataclasses.asdict(config),
         },
-        inputs={"teacher": config.teacher, **data_files({"data": calibration.files})},
+        inputs={"teacher": config.teacher, **calibration.inputs()},
         seed=config.seed,
         overwrite=config.overwrite,
         ignore=("overwrite", "layout", "command"),

@@ -32,6 +32,8 @@ MAX_POINTS = 1200
 #: Above this ratio of the largest to the least, an axis is logarithmic.
 LOG_FROM = 4.0
 MAX_TITLE = 48
+#: How a history calls the loss and the share of a source of a blend, before its name.
+SOURCE_LOSS, SOURCE_SHARE = "lm_loss/", "share/"
 
 
 def loss_names(history: Mapping[str, Any]) -> list[str]:
@@ -73,6 +75,36 @@ def losses(history: Mapping[str, Any], title: str, *, theme: Theme) -> "Figure":
     grid[-1, 0].set_xlabel("step (updates of the weights)")
     grid[0, 0].set_title(short(title, MAX_TITLE))
     grid[0, 0].legend(loc="upper right")
+    return made
+
+
+def source_names(history: Mapping[str, Any]) -> list[str]:
+    """Names of the sources of a blend whose LM loss a history has, in order."""
+    names = (name for line in history.get("validation", ()) for name in line if name.startswith(SOURCE_LOSS))
+    return list(dict.fromkeys(name.removeprefix(SOURCE_LOSS) for name in names))
+
+
+@picture
+def sources(history: Mapping[str, Any], title: str, *, theme: Theme) -> "Figure":
+    """Validation losses of the sources of a blend by step, and the shares that follow from them where they do."""
+    names = source_names(history)
+    lines = history["validation"]
+    dynamic = any(f"{SOURCE_SHARE}{name}" in line for line in lines for name in names)
+    made, grid = new_panels(NARROW, 4.6 if dynamic else 3.1, rows=2 if dynamic else 1, sharex=True)
+    for number, name in enumerate(names):
+        mark = tuple(MARKS.values())[(3, 4, 2, 1, 0)[number % 5]]
+        look = {"color": theme.colours()[number % 5], "linestyle": mark.dash, "marker": mark.marker, "zorder": 3}
+        grid[0, 0].plot(*points(lines, f"{SOURCE_LOSS}{name}"), label=short(name), **look)
+        if dynamic:
+            steps, shares = points(lines, f"{SOURCE_SHARE}{name}")
+            grid[1, 0].plot(steps, [100 * share for share in shares], label=short(name), **look)
+    _loss_axis(grid[0, 0], "LM loss")
+    if dynamic:
+        grid[1, 0].set_ylabel("share that follows\n(% of samples)")
+        grid[1, 0].set_ylim(bottom=0)
+    grid[-1, 0].set_xlabel("step (updates of the weights)")
+    grid[0, 0].set_title(short(title, MAX_TITLE))
+    grid[0, 0].legend(loc="upper right", title="validation", title_fontsize=8)
     return made
 
 

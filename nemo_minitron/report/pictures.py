@@ -240,7 +240,33 @@ def _trainings(run: Mapping[str, Any]) -> list[Picture]:
                 lambda theme, history=history, title=title: figures.losses(history, title, theme=theme),
             )  # fmt: skip
         )
+        if figures.source_names(history):
+            pictures.append(
+                Picture(
+                    f"sources-{slug(folder) or 'stage'}",
+                    "training",
+                    f"Sources: {title}",
+                    "Each source of the blend on its own validation samples. Shares that follow from a validation "
+                    "count from the next one on.",
+                    sources_in_words(title, history),
+                    lambda theme, history=history, title=title: figures.sources(history, title, theme=theme),
+                )  # fmt: skip
+            )
     return pictures
+
+
+def sources_in_words(title: str, history: Mapping[str, Any]) -> str:
+    """First and last losses and shares of the sources of a blend."""
+    parts = []
+    for name in figures.source_names(history):
+        for key, what, form in (
+            (f"{figures.SOURCE_LOSS}{name}", "LM loss", ".4f"),
+            (f"{figures.SOURCE_SHARE}{name}", "share", ".1%"),
+        ):
+            known = [line[key] for line in history["validation"] if key in line]
+            if known:
+                parts.append(f"{name}: {what} from {known[0]:{form}} to {known[-1]:{form}}")
+    return f"{title}: " + ", ".join(parts)
 
 
 def history_in_words(title: str, history: Mapping[str, Any]) -> str:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.tokenizer import loadable
-from nemo_minitron.config import StageConfig, TrainingConfig
+from nemo_minitron.config import LossConfig, PruneConfig, StageConfig, TrainingConfig
 from nemo_minitron.data.blend import Blend, Mixture
-from nemo_minitron.data.blend_sources import Source, blend_of, common_length, open_sources, source_places
+from nemo_minitron.data.blend_sources import SPLITS, Source, blend_of, common_length, open_sources, source_places
 from nemo_minitron.data.instruction_samples import (
     Samples,
     check_vocabulary,
@@ -46,7 +46,7 @@ class Inputs:
         seq_length: tokens a sample.
         tokenizer: directory or hub name.
         samples: of instructions, in place of prefixes.
-        packing: what packing the samples came to; None: they are not packed.
+        packing: what packing the samples came to, of a blend by source; None: they are not packed.
         fixed: whether text is read in windows as it lies, in place of Megatron's samples.
         sources: of a blend, in place of prefixes and samples.
     """
@@ -78,7 +78,7 @@ class Inputs:
     def row_counts(self) -> dict[str, Any]:
         """What became of the rows of instructions, for the manifest's metrics; nothing where there are none."""
         if self.samples is None:
-            return {}
+            return {} if self.packing is None else {"packing": self.packing}
         counts = self.samples.counts
         total = {name: sum(split[name] for split in counts.values()) for name in counts["train"]}
         rows = {f"rows_{name}" if name != "rows" else name: count for name, count in total.items()}
@@ -102,7 +102,7 @@ def data_files(prefixes: dict[str, list[str]]) -> dict[str, str]:
     }
 
 
-def data_tokenizer(config: StageConfig) -> str | None:
+def data_tokenizer(config: StageConfig | PruneConfig) -> str | None:
     """The tokenizer that lies in the data folder that `minitron data` made, if it is one."""
     data = config.model.data
     folders = [Path(data.data_prefix)] if isinstance(data.data_prefix, str) else []
@@ -132,11 +132,16 @@ def training_inputs(config: StageConfig, architecture: Architecture, own_tokeniz
     if tokenizer is None:
         raise ConfigError("no tokenizer: neither checkpoint nor data folder has one; give model.tokenizer=DIR")
     length = config.model.data.seq_length or config.model.encoder_seq_length or architecture.seq_length
-    if config.model.data.blend and isinstance(config, TrainingConfig):
+    if config.model.data.blend and isinstance(config, TrainingConfig | LossConfig):
         sources = blend_sources(config, architecture, tokenizer, length)
+        if config.model.data.packing:
+            sources = [dataclasses.replace(source, packed=source.rows is not None) for source in sources]
         length = common_length(sources, length)
         check_length(length, layout)
-        return Inputs(prefixes={}, seq_length=length, tokenizer=tokenizer, layout=layout, sources=sources)
+        packing = _packing_of(sources, length) if config.model.data.packing else None
+        return Inputs(
+            prefixes={}, seq_length=length, tokenizer=tokenizer, layout=layout, sources=sources, packing=packing
+        )
     if config.model.data.instructions and isinstance(config, TrainingConfig):
         samples = _samples(config, config.model.data.instructions, architecture, tokenizer, length)
         packing = _packing(samples, length) if config.model.data.packing else None
@@ -154,22 +159,25 @@ def training_inputs(config: StageConfig, architecture: Architecture, own_tokeniz
     return Inputs(prefixes=prefixes, seq_length=length, tokenizer=tokenizer, layout=layout, fixed=config.fixed_windows)
 
 
-def blend_sources(config: TrainingConfig, architecture: Architecture, tokenizer: str, length: int) -> list[Source]:
+def blend_sources(
+    config: TrainingConfig | LossConfig, architecture: Architecture, tokenizer: str, length: int
+) -> list[Source]:
     """The sources of model.data.blend, checked to fit the model and the run.
 
     Raises:
         ConfigError, DataError: before any long work.
     """
-    from nemo_minitron.data.tokenizer import load_tokenizer
-
     sources = open_sources(
         config.model.data,
-        config.instruct,
-        load_tokenizer(tokenizer),
+        config.instruct if isinstance(config, TrainingConfig) else None,
+        tokenizer,
         seq_length=length,
         vocab_size=architecture.vocab_size,
         seed=config.seed,
+        splits=SPLITS if isinstance(config, TrainingConfig) else config.splits,
     )
+    if isinstance(config, LossConfig):
+        return sources
     validated = config.trainer.limit_val_batches * config.model.global_batch_size
     if validated < len(sources):
         raise ConfigError(
@@ -189,6 +197,11 @@ def _samples(
     samples = make_samples(rows, config.instruct, load_tokenizer(tokenizer), length)
     check_vocabulary(samples, architecture.vocab_size)
     return samples
+
+
+def _packing_of(sources: Sequence[Source], length: int) -> dict[str, Any]:
+    """What packing the rows of a blend comes to, by source."""
+    return {source.name: _packing(source.rows, length) for source in sources if source.rows is not None}
 
 
 def _packing(samples: Samples, length: int) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The loss to reach on each source of a blend: a teacher's own, measured once before training."""
+"""The loss to reach on each source of a blend: a teacher's own, measured once before training.
+
+Import it late: it imports Lightning.
+"""
 
 import contextlib
 import gc
@@ -7,59 +10,66 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import lightning.pytorch as pl
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
+
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.data.blend import Blend, Mixture
+from nemo_minitron.data.sample_module import filled, one_hot
 from nemo_minitron.jobs.progress import Progress
 from nemo_minitron.launch.ranks import rank
+from nemo_minitron.megatron.forward import load_model, run_forward
 from nemo_minitron.megatron.layout import Layout
 from nemo_minitron.training.inputs import CHECKPOINTS
 from nemo_minitron.training.losses import from_last_stage, sums_by_source
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
-    from torch import Tensor
 
 FILE = "reference.json"
 
 
-def teacher_reference(
-    teacher: Checkpoint, layout: Layout, validation: Blend, mixture: Mixture, *, batch: int, seed: int, partial: Path
-) -> list[float]:
-    """The teacher's mean loss in nats a token on the validation samples of each source [k]; every rank calls it.
+class TeacherReference(pl.Callback):
+    """Measures the reference of a mixture, unless it is kept under `partial` from before a run was resumed.
 
-    It is kept under `partial`, so that a run that is resumed does not measure it again. Call it inside ``engine()``.
+    It does so once Megatron's groups are there, and before there is a model beside the teacher.
 
     Args:
+        validation: the samples that `mixture` validates on.
         batch: samples a forward pass.
     """
-    from nemo_minitron.megatron.forward import load_model, parallel_ranks
 
-    file = partial / CHECKPOINTS / FILE
-    with contextlib.suppress(FileNotFoundError):
-        kept: list[float] = json.loads(file.read_text())
-        return kept
-    with parallel_ranks(layout, seed):
-        model = load_model(teacher.architecture, layout, teacher)
-        reference = source_losses(model, validation, mixture, batch)
-    del model
-    gc.collect()
-    if rank() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(reference))
-        os.replace(unfinished, file)
-    return reference
+    def __init__(
+        self, teacher: Checkpoint, layout: Layout, validation: Blend, mixture: Mixture, *, batch: int, partial: Path
+    ):
+        self.teacher, self.layout, self.batch = teacher, layout, batch
+        self.validation, self.mixture, self.file = validation, mixture, partial / CHECKPOINTS / FILE
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.mixture.reference = json.loads(self.file.read_text())
+            return
+        self.mixture.reference = self.measured()
+        if rank() == 0:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = self.file.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(self.mixture.reference))
+            os.replace(unfinished, self.file)
+
+    def measured(self) -> list[float]:
+        """The teacher's mean loss in nats a token on each source [k]."""
+        with torch.random.fork_rng():
+            model = load_model(self.teacher.architecture, self.layout, self.teacher)
+        reference = source_losses(model, self.validation, self.mixture, self.batch)
+        del model
+        gc.collect()
+        return reference
 
 
 def source_losses(model: "GPTModel", validation: Blend, mixture: Mixture, batch: int) -> list[float]:
     """Mean losses of a model on the samples that `mixture` validates on, by source [k]; on every rank."""
-    import torch
-    from megatron.core import parallel_state
-    from megatron.core.utils import get_batch_on_this_cp_rank
-
-    from nemo_minitron.data.sample_module import filled, one_hot
-    from nemo_minitron.megatron.forward import run_forward
-
     ranks = parallel_state.get_data_parallel_world_size()
     numbers = mixture.validation.numbers[parallel_state.get_data_parallel_rank() :: ranks]
     items = [filled(validation[number], validation.length, 0) for number in numbers]
@@ -71,7 +81,7 @@ def source_losses(model: "GPTModel", validation: Blend, mixture: Mixture, batch:
         sources = torch.stack([one_hot(validation, number) for number in numbers])
         parts = list(zip(masks.split(batch), sources.split(batch)))
 
-        def take(losses: "Tensor", index: int) -> None:
+        def take(losses: torch.Tensor, index: int) -> None:
             mask, source = (part.to(device) for part in parts[index])
             mask = get_batch_on_this_cp_rank({"loss_mask": mask})["loss_mask"]
             sums.add_(sums_by_source([losses], mask, source))

@@ -4,11 +4,15 @@ import json
 import math
 import random
 
+import numpy
 import pytest
+import torch
 
-from nemo_minitron.config import DistillConfig, FinetuneConfig, InstructConfig, ModelDataConfig, validated
+from nemo_minitron.artifacts import Manifest
+from nemo_minitron.config import DataConfig, DistillConfig, FinetuneConfig, InstructConfig, ModelDataConfig, validated
 from nemo_minitron.data.blend import Blend, Drawn, Mixture, Shares, Turns, followed, normalised
-from nemo_minitron.data.blend_sources import open_sources
+from nemo_minitron.data.blend_sources import drawn_windows, open_sources
+from nemo_minitron.data.module import resolve_prefixes
 from nemo_minitron.data.sample_sets import Passes, Piece, Rows
 from nemo_minitron.errors import ConfigError, DataError
 
@@ -119,19 +123,29 @@ def test_dynamic_shares_need_more_than_two_intervals():
     config = DistillConfig()
     config.model.data = ModelDataConfig(blend=TWO, dynamic=True)
     config.trainer.max_steps = 2 * config.trainer.val_check_interval
-    with pytest.raises(ConfigError, match="count after 2 x val_check_interval = 20 steps"):
+    with pytest.raises(ConfigError, match="count after 2 x val_check_interval = 20 steps, and max_steps = 20"):
         validated(config)
+
+
+def text(path, name, count) -> str:
+    path.mkdir()
+    for split in ("train", "validation", "test"):
+        documents = [f"{split} {name} number {number} of {count}, {number * number}." for number in range(count)]
+        (path / f"{split}.txt").write_text("\n\n".join(documents))
+    return str(path)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """data/wiki and data/novalid of text, data/chat of rows, and data/tokenizer."""
-    from nemo_minitron.config import DataConfig
+    """data/wiki, data/code and data/novalid of text, data/chat of rows, data/empty, and data/tokenizer."""
     from nemo_minitron.data.command import prepare
 
+    texts = tmp_path_factory.mktemp("texts")
     root = tmp_path_factory.mktemp("blend") / "data"
-    prepare(DataConfig(output=str(root / "wiki"), words=3000, vocab_size=300))
-    (root / "wiki" / "tokenizer").rename(root / "tokenizer")
+    sources = {"wiki": text(texts / "a", "article", 80), "code": text(texts / "b", "function", 120)}
+    manifest = prepare(validated(DataConfig(output=str(root), sources=sources, vocab_size=300)))
+    assert manifest.metrics["sources"]["code"]["train"]["documents"] == 120
+    assert {"wiki-file0", "code-file2"} < set(manifest.inputs)
     (root / "novalid").mkdir()
     for name in ("train.bin", "train.idx"):
         (root / "novalid" / name).write_bytes((root / "wiki" / name).read_bytes())
@@ -142,12 +156,56 @@ def folder(tmp_path_factory):
     return root
 
 
-def opened(folder, blend, vocab_size=300):
-    from nemo_minitron.data.tokenizer import load_tokenizer
+def test_each_of_several_sources_is_a_folder_of_its_own(folder, tmp_path):
+    """With the common tokenizer each is, byte for byte, what its source alone becomes."""
+    from nemo_minitron.data.command import prepare
 
+    source = Manifest.read(folder).config["sources"]["code"]
+    prepare(DataConfig(output=str(tmp_path / "alone"), source=source, tokenizer=str(folder / "tokenizer")))
+    names = [f"{split}.{kind}" for split in ("train", "validation", "test") for kind in ("bin", "idx")]
+    for name in (*names, "tokenizer/tokenizer.json"):
+        assert (folder / "code" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert resolve_prefixes(str(folder / "wiki")).keys() == {"train", "validation", "test"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sources": {}}, "must be names with paths"),
+        ({"sources": "wiki"}, "must be names with paths"),
+        ({"sources": {"tokenizer": "a"}}, "'tokenizer' cannot be the name"),
+        ({"sources": {"a/b": "a"}}, "'a/b' cannot be the name"),
+        ({"sources": {"wiki": 1}}, "wiki is 1, and must be a path"),
+        ({"sources": {"wiki": "a"}, "source": "b"}, "source and sources: give one"),
+    ],
+)
+def test_sources_that_are_none_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        validated(DataConfig(output="data", **fields))
+
+
+def test_calibration_draws_exact_shares_of_text_and_rows(folder):
+    sources = opened(folder, {"wiki": 0.5, "code": 0.3, "chat": 0.2}, splits=["train"], whole_rows=True)
+    tokens, named = drawn_windows(sources, 20, 16, 1)
+    assert tokens.shape == (20, 17)
+    assert {name: named["sources"].count(name) for name in ("wiki", "code", "chat")} == {
+        "wiki": 10,
+        "code": 6,
+        "chat": 4,
+    }
+    streams = {source.name: numpy.concatenate(source.streams()) for source in sources}
+    for row, name, start in zip(tokens, named["sources"], named["starts"], strict=True):
+        assert row.tolist() == streams[name][start : start + 17].tolist()
+    assert sum(len(row.ids) for row in sources[2].rows.train) == len(streams["chat"])
+    assert torch.equal(drawn_windows(sources, 20, 16, 1)[0], tokens)
+    with pytest.raises(DataError, match="wiki: [0-9]+ different windows, and its share are 2500"):
+        drawn_windows(sources, 5000, 16, 1)
+
+
+def opened(folder, blend, vocab_size=300, **options):
     data = ModelDataConfig(data_prefix=str(folder), blend=blend)
-    tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    return open_sources(data, InstructConfig(), tokenizer, seq_length=32, vocab_size=vocab_size, seed=1)
+    tokenizer = str(folder / "tokenizer")
+    return open_sources(data, InstructConfig(), tokenizer, seq_length=32, vocab_size=vocab_size, seed=1, **options)
 
 
 def test_text_and_rows_stand_in_one_blend(folder):
@@ -162,7 +220,7 @@ def test_text_and_rows_stand_in_one_blend(folder):
 @pytest.mark.parametrize(
     ("blend", "message"),
     [
-        ({"wiki": 1, "news": 1}, "names news, but .*news is not there: .* it holds chat, empty, novalid"),
+        ({"wiki": 1, "news": 1}, "names news, but .*news is not there: .* it holds chat, code, empty"),
         ({"novalid": 1}, "model.data.blend, novalid: .* has no validation split"),
         ({"empty": 1}, "model.data.blend, empty: .* has no training data"),
         ({"wiki": 1, "./wiki/": 1}, "two sources that are called wiki"),

@@ -175,6 +175,43 @@ def test_entries_of_distributions_equal_float64_arithmetic(tiny, student, kept, 
     assert got == pytest.approx(float(exactly), abs=0.05) and manifest.metrics["bytes_per_token"] < 300
 
 
+@pytest.mark.parametrize("blend", [False, True])
+def test_rows_of_instructions_have_answers_too(tiny, student, tmp_path, blend):
+    """Rows of several lengths, with padding behind them, alone and beside text; validation fills no batch. Packed they
+    have the answers that were given to each alone."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"input": f"Say {n}", "output": f"{n} " * (n % 7 + 1)}) for n in range(40)))
+
+    def on_rows(config):
+        named = {"blend": {str(tiny.data): 0.25, str(rows): 0.75}} if blend else {"instructions": str(rows)}
+        config.model.data = c.ModelDataConfig(**named, seq_length=LENGTH, num_workers=0)
+        return c.validated(config)
+
+    runs = {"live": distill(on_rows(distilling(tiny, student, tmp_path / "live", live=True)))}
+    for keep in ("hidden", "sampled"):
+        tokens = STEPS * 8 * LENGTH if blend else None
+        teach(on_rows(teaching(tiny, tmp_path / keep, keep=keep, tokens=tokens, precision="fp32", draws=200)))
+        kd = {"teacher": str(tmp_path / keep)}
+        runs[keep] = distill(on_rows(distilling(tiny, student, tmp_path / f"{keep}-student", kd=kd)))
+    assert losses(runs["hidden"]) == pytest.approx(losses(runs["live"]), abs=1e-5)
+    assert losses(runs["sampled"]) == pytest.approx(losses(runs["live"]), abs=0.05)
+    if blend:
+        return
+
+    def packed(config):
+        config.model.micro_batch_size, config.model.data.packing = 1, True
+        return c.validated(config)
+
+    runs = {
+        "live": distill(packed(on_rows(distilling(tiny, student, tmp_path / "live-packed", live=True)))),
+        "hidden": distill(
+            packed(on_rows(distilling(tiny, student, tmp_path / "packed", kd={"teacher": str(tmp_path / "hidden")})))
+        ),
+    }
+    assert runs["hidden"].metrics["padding"] < runs["hidden"].metrics["padding_unpacked"]
+    assert losses(runs["hidden"]) == pytest.approx(losses(runs["live"]), abs=1e-5)
+
+
 def test_entries_come_back_as_they_were_written():
     """Vocabularies and draws that need more than a byte, tokens with one entry and with many."""
     logits = torch.randn(7, 70_000, dtype=torch.float64) * 3
@@ -241,7 +278,7 @@ def test_what_is_missing_is_named_or_filled(tiny, student, live, tmp_path, capfd
     filled = distilling(tiny, student, tmp_path / "kd", live=True, kd=kd | {"fill": True})
     filled.trainer.devices, filled.model.micro_batch_size = 2, 2
     assert losses(distill(filled)) == pytest.approx(losses(live[1]), abs=2e-4)
-    assert "the teacher answers 14 samples" in capfd.readouterr().err
+    assert f"the teacher answers what {tmp_path / 'few'} lacks: sample 14 of 14" in capfd.readouterr().err
     assert not (tmp_path / "kd" / "filled").exists()
 
 

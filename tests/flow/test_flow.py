@@ -29,7 +29,7 @@ SMALL = [
 ]  # fmt: skip
 STAGES = (
     "data-broad", "data", "teacher-pretrained", "teacher", "scores", "depth-pruned", "depth-distilled", "depth-control",
-    "width-pruned", "width-distilled", "width-control",
+    "width-pruned", "width-distilled", "width-control", "answers",
 )  # fmt: skip
 
 #: The command line, killed as soon as the teacher's training has left its first checkpoint. The group is killed:

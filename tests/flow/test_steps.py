@@ -3,12 +3,15 @@
 import dataclasses
 import pkgutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nemo_minitron.artifacts.stages import COMMANDS, MODELS, STAGES, TRAININGS, model_name, stage_name
 from nemo_minitron.config import commands
 from nemo_minitron.config.compose import compose
+from nemo_minitron.config.schemas.base import all_problems
+from nemo_minitron.errors import ConfigError
 from nemo_minitron.flow.models import MADE_BY
 from nemo_minitron.flow.settle import settle
 from nemo_minitron.flow.steps import KINDS, steps
@@ -74,7 +77,7 @@ def paths(value) -> list[Path]:
 
 
 def test_the_control_differs_from_the_distillation_by_its_losses_alone():
-    by_kind = {step.kind: step.config for step in planned() if step.student == "width"}
+    by_kind = {step.kind: step.config for step in planned("distill.teach=never") if step.student == "width"}
     distilled, control = by_kind["distill"], by_kind["retrain"]
     assert control.kd.kd_weight == 0.0 and control.model.kd_teacher_restore_from_path is None
     assert distilled.model.kd_teacher_restore_from_path == "run/teacher"
@@ -85,3 +88,51 @@ def test_the_control_differs_from_the_distillation_by_its_losses_alone():
         kd_teacher_restore_from_path=distilled.model.kd_teacher_restore_from_path,
     )
     assert same == distilled
+
+
+def test_the_teacher_answers_once_where_that_pays(monkeypatch):
+    """For two students and more, or several epochs, if the disk has room; distill.teach says otherwise."""
+    one = ["~prune.students.depth", "~prune.students.third", "data.words=2000000", "distill.max_steps=10"]
+    for settings, keeps in (
+        ([], True),
+        (["distill.teach=never"], False),
+        (one, False),
+        ([*one, "distill.teach=always"], True),
+        ([*one, "distill.max_steps=100000"], True),
+        (["distill.kd.hidden.weight=1"], False),
+        (["distill.kd.teacher=elsewhere"], False),
+    ):
+        made = planned(*settings)
+        assert ("teach" in [step.kind for step in made]) is keeps, settings
+        (distilled,) = (step.config for step in made if step.kind == "distill" and step.student == "width")
+        assert (distilled.kd.teacher == "run/answers") is keeps
+        assert (distilled.model.kd_teacher_restore_from_path is None) is keeps
+        control = next(step.config for step in made if step.kind == "retrain")
+        assert control.model.data.windows == distilled.model.data.windows == ("fixed" if keeps else "auto")
+    monkeypatch.setattr("nemo_minitron.flow.answers.shutil.disk_usage", lambda place: SimpleNamespace(free=10**7))
+    assert "teach" not in [step.kind for step in planned()]
+
+
+def test_a_flow_on_a_blend_reads_it_in_every_stage(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.txt").write_text("some text\n" * 400)
+    sources = {"wiki": str(tmp_path / "a"), "code": str(tmp_path / "b")}
+    named = ",".join(f"{name}:{path}" for name, path in sources.items())
+    blend = {"wiki": 1, "code": 2, "rows.jsonl": 1}
+    settings = [f"data.sources={{{named}}}", "data.blend={wiki:1,code:2,rows.jsonl:1}", "data.dynamic=true"]
+    with pytest.raises(ConfigError, match="distill: dynamic shares .* after 2 x val_check_interval = 150 steps"):
+        planned(*settings)
+    of = {step.kind: step.config for step in planned(*settings, "distill.val_check_interval=50")}
+    assert not {"broad", "facts"} & set(of) and of["data"].sources == sources and of["data"].source == "embedded"
+    for kind in ("pretrain", "correct", "score", "scan", "refit", "prune", "distill", "retrain"):
+        assert of[kind].model.data.blend == blend, kind
+        assert of[kind].model.data.dynamic == (kind == "distill"), kind
+    for kind in (kind for kind in of if kind.startswith("evaluate")):
+        assert of[kind].model.data.blend == {"wiki": 1, "code": 2}, kind
+    assert of["instruct"].model.data.instructions == "rows.jsonl" and of["instruct"].model.data.blend is None
+    assert not [problem for config in of.values() for problem in all_problems(config)]
+    with pytest.raises(ConfigError, match="gives code of sources no weight"):
+        planned(settings[0], "data.blend={wiki:1}")
+    with pytest.raises(ConfigError, match="sources and blend go together"):
+        planned(settings[1])

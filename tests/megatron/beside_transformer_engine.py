@@ -7,12 +7,13 @@ and with files written without Transformer Engine. Says what it found.
 import json
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.launch.ranks import _load, from_dict
+from nemo_minitron.launch.ranks import from_dict
 from nemo_minitron.megatron.forward import load_model, parallel_ranks
 from nemo_minitron.megatron.session import engine
 from nemo_trainer import CPU, restore, train_and_save, weights_of
@@ -21,7 +22,7 @@ from nemo_trainer import CPU, restore, train_and_save, weights_of
 def stages(wanted: dict[str, list[Any]]) -> dict[str, Any]:
     """Runs each (function, configuration class, configuration); their metrics."""
     return {
-        name: _load(function)(from_dict(_load(kind), values)).metrics
+        name: resolve_name(function)(from_dict(resolve_name(kind), values)).metrics
         for name, (function, kind, values) in wanted.items()
     }
 
@@ -84,7 +85,7 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
     results = stages(settings["stages"])
     if "plain" in settings:
         plain = settings["plain"]
-        config = from_dict(_load("nemo_minitron.config:FinetuneConfig"), plain["fields"])
+        config = from_dict(resolve_name("nemo_minitron.config:FinetuneConfig"), plain["fields"])
         fields = {name: getattr(config, name) for name in ("trainer", "model")}
         folder, zarr = Path(plain["folder"]), Path(plain["zarr"])
         loaded = plain_nemo(folder, fields, config.model.restore_from_path, plain["paths"], plain["others"], zarr)

@@ -28,6 +28,13 @@ def commands(tiny, tmp_path_factory):
     asked = {
         "width": [*pruning, "prune.hidden_size=96", "prune.ffn_hidden_size=128", f"export.save_path={folder}/width"],
         "depth": [*pruning, "prune.num_layers=2", "prune.depth_by=block_loss", f"export.save_path={folder}/depth.nemo"],
+        "teach": ["teach", teacher, data, "teach.tokens=128", f"model.nemo_path={folder}/teach"]
+        + [
+            "model.data.seq_length=64",
+            "model.global_batch_size=4",
+            "trainer.limit_val_batches=1",
+            "trainer.accelerator=cpu",
+        ],
         "hf": ["convert", f"{folder}/width", f"{folder}/hf", "--to", "hf"],
         "nemo2": ["convert", f"{folder}/depth.nemo", f"{folder}/nemo2"],
         "inspect": ["inspect", f"{folder}/depth.nemo"],

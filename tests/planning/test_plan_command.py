@@ -76,6 +76,16 @@ def test_time_is_estimated_only_where_the_speed_is_given(capsys):
     assert distill["seconds_per_step"] == pytest.approx(128 * 8192 / distill["tokens_per_second"])
 
 
+def test_a_teachers_answers_have_a_size_and_take_a_pass(capsys):
+    sizes = planned(capsys, "llama31_8b", *WIDTH)["teach"]
+    assert sizes["bytes_per_token"] == {"hidden": 8194, "fp8": 4102, "sampled": 260} and "hours" not in sizes
+    whole = planned(capsys, "llama31_8b", *WIDTH, "tokens=1e9", "tflops_per_gpu=400")["teach"]
+    assert whole["bytes"]["hidden"] == 8194e9 + 2 * 128256 * 4096
+    assert whole["hours"] == pytest.approx(1e9 * whole["flops_per_token"] / (8 * 400e12) / 3600)
+    assert cli.main(["plan", "llama31_8b", "tokens=1e9", "layouts=false"]) == 0
+    assert "hidden states in bf16 8,195.1 GB" in capsys.readouterr().out
+
+
 def test_a_student_may_be_a_known_model_or_drop_layers(capsys):
     by_name = planned(capsys, "llama31_8b", "student.model=llama31_minitron_4b_depth", "layouts=false")
     by_size = planned(capsys, "llama31_8b", "student.num_layers=16", "layouts=false")

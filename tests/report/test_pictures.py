@@ -78,6 +78,22 @@ def test_losses_are_the_manifests(run, pictures):
         assert list(shown["result: step 20"].get_xdata()) == [20, 20]
 
 
+def test_sources_of_a_blend_are_drawn_with_their_shares(run, pictures):
+    from nemo_minitron.report.pictures import pictures_of, sources_in_words
+
+    assert not any(name.startswith("sources") for name in pictures)
+    line = {"lm_loss": 2.5, "lm_loss/wiki": 3.0, "lm_loss/code": 2.0, "share/wiki": 0.5, "share/code": 0.5}
+    later = {**line, "step": 4, "lm_loss/wiki": 2.5, "share/wiki": 0.75, "share/code": 0.25}
+    history = {"stage": "student", "train": [], "validation": [{**line, "step": 2}, later], "result_step": 4}
+    drawn = {one.name: one for one in pictures_of({**run, "histories": {"student": history}})}["sources-student"]
+    losses, shares = drawn.draw(theme=LIGHT).axes
+    assert [list(one.get_ydata()) for one in losses.lines] == [[3.0, 2.5], [2.0, 2.0]]
+    assert [list(one.get_ydata()) for one in shares.lines] == [[50.0, 75.0], [50.0, 25.0]]
+    assert drawn.alt == sources_in_words("student", history) and "wiki: share from 50.0% to 75.0%" in drawn.alt
+    fixed = {**history, "validation": [{"step": 2, "lm_loss": 2.5, "lm_loss/wiki": 3.0}]}
+    assert len(figures.sources(fixed, "student", theme=LIGHT).axes) == 1
+
+
 def test_a_long_history_is_drawn_as_means_of_equal_stretches():
     train = [{"step": step, "lm_loss": float(step % 2)} for step in range(1, 10_001)]
     steps, values = figures.points(train, "lm_loss")

@@ -13,6 +13,9 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.data.command import prepare
 from nemo_minitron.distillation.command import distill
+from nemo_minitron.errors import ConfigError, DataError
+from nemo_minitron.evaluation.loss import evaluate_loss
+from nemo_minitron.pruning.command import prune
 from nemo_minitron.training import loop
 from nemo_minitron.training.finetune import finetune
 
@@ -117,18 +120,30 @@ def test_the_manifest_and_tensorboard_tell_of_each_source(trained):
     assert events.Scalars("train/lm_loss/chat")
 
 
-def test_workers_micro_batches_and_ranks_read_the_same(tiny, sources, trained, tmp_path):
-    others = {}
-    for name, devices, micro, workers in (("micro", 1, 2, 2), ("ranks", 2, 4, 0)):
-        config = c.FinetuneConfig(**settings(tiny, sources, tmp_path / name))
-        config.monitor, config.model.micro_batch_size, config.model.data.num_workers = "last", micro, workers
-        config.trainer.devices = devices
-        others[name] = finetune(c.validated(config)).metrics
-    for metrics in others.values():
-        for split in ("train", "validation"):
-            for one, other in zip(metrics[split], trained[1].metrics[split], strict=True):
-                assert one == pytest.approx(other, abs=3e-5)
-        assert metrics["blend"] == trained[1].metrics["blend"]
+def test_rows_of_a_blend_are_packed_beside_text(tiny, sources, tmp_path):
+    """A learning rate of nothing leaves the teacher: losses by source are those of its unpacked samples."""
+    config = c.FinetuneConfig(**settings(tiny, sources, tmp_path / "run", steps=1))
+    config.model.micro_batch_size, config.model.data.packing, config.monitor = 1, True, "last"
+    config.model.optim.lr = config.model.optim.sched.min_lr = 1e-12
+    metrics = finetune(c.validated(config)).metrics
+    packed = metrics["packing"]["chat"]
+    assert packed["sequences"] < 40 and packed["padding"] < packed["padding_unpacked"]
+    assert metrics["blend"]["chat"]["validation_samples"] == packed["validation_sequences"] < 10
+    total, tokens, rows = float64_losses(tiny.teacher, config)["chat"]
+    assert rows == 10 and metrics["validation"][-1]["lm_loss/chat"] == pytest.approx(total / tokens, abs=2e-5)
+    config.model.micro_batch_size = 4
+    with pytest.raises(ConfigError, match="packing needs model.micro_batch_size=1"):
+        c.validated(config)
+
+
+def test_any_workers_and_micro_batch_read_the_same(tiny, sources, trained, tmp_path):
+    config = c.FinetuneConfig(**settings(tiny, sources, tmp_path / "run"))
+    config.monitor, config.model.micro_batch_size, config.model.data.num_workers = "last", 2, 2
+    metrics = finetune(c.validated(config)).metrics
+    for split in ("train", "validation"):
+        for one, other in zip(metrics[split], trained[1].metrics[split], strict=True):
+            assert one == pytest.approx(other, abs=3e-5)
+    assert metrics["blend"] == trained[1].metrics["blend"]
 
 
 def test_dynamic_shares_follow_the_losses_for_any_workers_and_resume_in_the_same_bits(
@@ -190,5 +205,30 @@ def test_distilling_measures_the_teacher_once_and_two_ranks_agree(tiny, sources,
         assert manifest.metrics["blend"][name]["reference"] == pytest.approx(total / tokens, abs=2e-5)
         assert two.metrics["blend"][name]["reference"] == pytest.approx(total / tokens, abs=2e-5)
         assert f"kd_loss/{name}" in manifest.metrics["validation"][0]
-    for one, other in zip(manifest.metrics["train"], two.metrics["train"], strict=True):
-        assert one == pytest.approx(other, abs=3e-5)
+    for split in ("train", "validation"):
+        for one, other in zip(manifest.metrics[split], two.metrics[split], strict=True):
+            assert one == pytest.approx(other, abs=3e-5)
+
+
+def test_a_cut_is_scored_on_the_shares_of_a_blend(tiny, sources, tmp_path):
+    config = tiny.pruning(tmp_path / "student", hidden_size=96, scores_path=str(tmp_path / "scores"))
+    config.model.data = c.ModelDataConfig(data_prefix=str(sources), blend=dict(SHARES), seq_length=SEQ_LENGTH)
+    prune(c.validated(config))
+    scores = Manifest.read(tmp_path / "scores")
+    drawn = scores.details["samples"]
+    assert {name: drawn["sources"].count(name) for name in SHARES} == {"wiki": 8, "news": 5, "chat": 3}
+    assert {"wiki-train0", "chat-instructions-train0"} < set(scores.inputs) and scores.metrics["samples"] == 16
+
+
+def test_the_loss_of_a_blend_is_that_of_its_sources_as_they_are_shared(tiny, sources, tmp_path):
+    def measured(name: str, **data) -> dict:
+        fields = tiny.training(tmp_path / name, restore_from_path=str(tiny.teacher))
+        fields["model"].data = c.ModelDataConfig(seq_length=SEQ_LENGTH, **data)
+        return evaluate_loss(c.validated(c.LossConfig(**fields, splits=["test"], limit_batches=2))).metrics["test"]
+
+    both = measured("both", data_prefix=str(sources), blend={"wiki": 1, "news": 3})
+    alone = {name: measured(name, data_prefix=str(sources / name)) for name in ("wiki", "news")}
+    assert both["by_source"] == alone and both["tokens"] == sum(one["tokens"] for one in alone.values())
+    assert both["loss"] == pytest.approx(0.25 * alone["wiki"]["loss"] + 0.75 * alone["news"]["loss"])
+    with pytest.raises(DataError, match="chat: .* measured on text alone"):
+        measured("rows", data_prefix=str(sources), blend={"wiki": 1, "chat": 1})

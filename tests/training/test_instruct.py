@@ -1,16 +1,18 @@
-"""Instruction tuning: the loss of answers, adapters on frozen weights, and what is merged from them."""
+"""Training on instructions: the loss of answers, adapters on frozen weights and what is merged from them, distillation,
+and rows packed into sequences."""
 
 import json
 
 import pytest
 import torch
 
-from hf import read_weights
+from hf import llama, read_weights
 from models import SMALL
 from nemo_minitron import config as c
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.conversion.convert import convert
+from nemo_minitron.distillation.command import distill
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.megatron import lora, weights
 from nemo_minitron.pruning.command import prune
@@ -255,8 +257,218 @@ def test_settings_that_cannot_be_are_refused(tiny, rows, tmp_path, change, messa
         c.validated(config)
 
 
-def test_distill_takes_no_instructions(tiny, rows, tmp_path):
-    fields = tiny.training(tmp_path / "x", restore_from_path="s", kd_teacher_restore_from_path="t")
-    fields["model"].data.instructions = rows
-    with pytest.raises(ConfigError, match="model.data.instructions is for finetune"):
-        c.validated(c.DistillConfig(**fields))
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+#: Eight to train on, which are one step, and three to validate on: a system's words, two answers, of any length.
+TALKS = [
+    [
+        *([("system", f"Say {n}.")] if n % 3 == 0 else []),
+        ("user", "Where?"), ("assistant", "By river " + "and hill " * (n % 4)),
+        *([("user", f"Town {n}?"), ("assistant", "Old.")] if n % 2 else []),
+    ]
+    for n in range(11)
+]  # fmt: skip
+#: The sequences of 160 tokens that the eight are packed into.
+PACKED = 4
+HIDDEN = c.HiddenLossConfig(weight=0.5, pairs=[[3, 4]])
+
+
+@pytest.fixture(scope="module")
+def talks(tiny, tmp_path_factory) -> dict:
+    """Folders: chats, a tokenizer with a template for them, and a student that is a layer less than the teacher."""
+    import transformers
+
+    root = tmp_path_factory.mktemp("talks")
+    for split, chats in (("train", TALKS[:8]), ("validation", TALKS[8:])):
+        messages = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+        (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, messages)))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.data / "tokenizer")
+    tokenizer.chat_template = CHAT
+    student = tmp_path_factory.mktemp("talkers")
+    tokenizer.save_pretrained(student / "tokenizer")
+    prune(tiny.pruning(student / "student", drop_layers=[3]))
+    return {"rows": str(root), "tokenizer": str(student / "tokenizer"), "student": str(student / "student")}
+
+
+def distilling(tiny, talks, output, steps=1, packing=False, kd=None, **model) -> c.DistillConfig:
+    """Each step has all rows: a global batch of eight, or of the four sequences that they are packed into."""
+    fields = tiny.training(output, steps, restore_from_path=talks["student"], tokenizer=talks["tokenizer"])
+    fields["model"].kd_teacher_restore_from_path = str(tiny.teacher)
+    fields["model"].data = c.ModelDataConfig(instructions=talks["rows"], seq_length=160, num_workers=0, packing=packing)
+    for name, value in ({"micro_batch_size": 1, "global_batch_size": PACKED} if packing else {}).items():
+        setattr(fields["model"], name, value)
+    for name, value in model.items():
+        setattr(fields["model"], name, value)
+    fields["trainer"].devices = model.get("tensor_model_parallel_size", 1) * model.get(
+        "pipeline_model_parallel_size", 1
+    )
+    return c.validated(c.DistillConfig(**fields, kd=kd or c.KDConfig(lm_weight=0.5, hidden=HIDDEN), monitor="last"))
+
+
+def answers(talks, chats, *, whole=False):
+    """Tokens of each chat, and which of them are an answer's, from texts put together here."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(talks["tokenizer"])
+    for chat in chats:
+        ids, learnt, prompt = [], [], ""
+        for role, text in chat:
+            parts = [(f"{prompt}<assistant>", False), (f"{text}</assistant>\n", True)] if role == "assistant" else []
+            prompt = "" if parts else f"{prompt}<{role}>{text}</{role}>\n"
+            for part, answer in parts:
+                piece = tokenizer(part, add_special_tokens=False)["input_ids"]
+                ids, learnt = ids + piece, learnt + [answer or whole] * len(piece)
+        yield torch.tensor(ids), torch.tensor(learnt)
+
+
+def losses_of(tiny, talks, student, chats, *, whole=False) -> dict[str, float]:
+    """Each loss a learnt token of row after row alone, in float64, from transformers' logits of both models."""
+    from torch.nn.functional import cosine_similarity, cross_entropy
+
+    models = [llama(path, open_checkpoint(path).architecture).double() for path in (student, tiny.teacher)]
+    states: list = []
+    for model, layer in zip(models, (3, 4)):  # a block's own output: transformers' last hidden state is behind the norm
+        model.model.layers[layer - 1].register_forward_hook(
+            lambda _, __, output: states.append(output[0] if isinstance(output, tuple) else output)
+        )
+    sums = torch.zeros(4, dtype=torch.float64)
+    for ids, learnt in answers(talks, chats, whole=whole):
+        states.clear()
+        with torch.no_grad():
+            own, target = (model(ids[None, :-1]).logits[0].log_softmax(-1) for model in models)
+        each = (
+            (target.exp() * (target - own)).sum(-1),
+            cross_entropy(own, ids[1:], reduction="none"),
+            1 - cosine_similarity(*(state.reshape(len(own), -1) for state in states), dim=-1),
+            torch.ones(len(own)),
+        )
+        sums += torch.stack([(value * learnt[1:]).sum() for value in each])
+    return dict(zip(("kd_loss", "lm_loss", "cosine_3-4"), (sums[:3] / sums[3]).tolist()))
+
+
+@pytest.fixture(scope="module")
+def distilled(tiny, talks, tmp_path_factory) -> dict:
+    """Distilled on rows each on its own, and packed: packing -> folder and manifest."""
+    root = tmp_path_factory.mktemp("distilled")
+    found = {}
+    for packing in (False, True):
+        found[packing] = (root / str(packing), distill(distilling(tiny, talks, root / str(packing), 4, packing)))
+    return found
+
+
+def close_runs(one, other, weights=2e-4) -> bool:
+    """Whether two runs' losses of each step and validation, and their weights, are equal within rounding."""
+    (first, mine), (second, others) = one, other
+    for kind in ("train", "validation"):
+        for expected, got in zip(mine.metrics[kind], others.metrics[kind], strict=True):
+            assert got == pytest.approx(expected, abs=2e-5)
+    expected, got = read_weights(first), read_weights(second)
+    return all(torch.allclose(got[name], value, atol=weights) for name, value in expected.items())
+
+
+def test_distillation_learns_the_answers_of_chats(tiny, talks, distilled):
+    """The first step's losses, and the last validation's, which is of the result."""
+    output, manifest = distilled[False]
+    metrics = manifest.metrics
+    assert (metrics["template"], metrics["rows"], metrics["validation_rows"]) == ("chat", 11, 3)
+    first = {name: metrics["train"][0][name] for name in ("kd_loss", "lm_loss", "cosine_3-4")}
+    assert first == pytest.approx(losses_of(tiny, talks, talks["student"], TALKS[:8]), abs=1e-5)
+    last = {name: value for name, value in metrics["validation"][-1].items() if name != "step"}
+    assert last == pytest.approx(losses_of(tiny, talks, output, TALKS[8:]), abs=2e-5)
+    assert metrics["train"][-1]["lm_loss"] < first["lm_loss"] - 0.5
+
+
+def test_prompts_are_learnt_where_they_are_asked_for(tiny, talks, tmp_path):
+    config = distilling(tiny, talks, tmp_path / "all", packing=True)
+    config.instruct.answers_only = False
+    first = distill(config).metrics["train"][0]
+    expected = losses_of(tiny, talks, talks["student"], TALKS[:8], whole=True)
+    assert {name: first[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+
+
+def test_packed_rows_distil_as_each_on_its_own(distilled):
+    """And a token weighs the same in a micro batch of four rows as in one packed sequence."""
+    assert close_runs(distilled[False], distilled[True])
+    metrics = distilled[True][1].metrics
+    assert (metrics["sequences"], metrics["validation_sequences"]) == (PACKED, 2)
+    assert metrics["padding"] < 0.3 < metrics["padding_unpacked"]
+    assert distilled[True][1].details["notes"][-1].startswith(f"packed: 8 rows in {PACKED} sequences of 160: ")
+
+
+def test_a_packed_run_that_was_stopped_goes_on_bit_for_bit(tiny, talks, distilled, tmp_path, monkeypatch):
+    from nemo_minitron.training import loop
+
+    make = loop.history_callback
+
+    def stopping(*arguments):
+        history = make(*arguments)
+        end = history.on_train_batch_end
+
+        def on_train_batch_end(trainer, *rest):
+            end(trainer, *rest)
+            if trainer.global_step == 3:
+                raise KeyboardInterrupt
+
+        history.on_train_batch_end = on_train_batch_end
+        return history
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "history_callback", stopping)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            distill(distilling(tiny, talks, tmp_path / "stopped", 4, packing=True))
+    resumed = distill(distilling(tiny, talks, tmp_path / "stopped", 4, packing=True))
+    output, whole = distilled[True]
+    assert resumed.metrics["train"] == whole.metrics["train"]
+    assert resumed.metrics["validation"] == whole.metrics["validation"]
+    weights, others = read_weights(output), read_weights(tmp_path / "stopped")
+    assert all(torch.equal(others[name], value) for name, value in weights.items())
+
+
+def test_the_control_is_finetune_and_packing_changes_neither(tiny, talks, tmp_path):
+    runs = {}
+    for packing in (False, True):
+        config = distilling(
+            tiny, talks, tmp_path / f"control{packing}", 2, packing, kd=c.KDConfig(kd_weight=0, lm_weight=1)
+        )
+        config.model.kd_teacher_restore_from_path = None
+        runs[packing] = (tmp_path / f"control{packing}", distill(config))
+    fields = {name: getattr(config, name) for name in ("trainer", "model", "monitor")}
+    fields["model"].nemo_path = str(tmp_path / "tuned")
+    tuned = finetune(c.validated(c.FinetuneConfig(**fields)))
+    assert tuned.metrics["train"] == runs[True][1].metrics["train"]
+    assert close_runs(runs[False], runs[True])
+
+
+def test_two_data_parallel_ranks_distil_packed_rows_as_one(tiny, talks, distilled, tmp_path):
+    config = distilling(tiny, talks, tmp_path / "two", 4, packing=True)
+    config.trainer.devices = 2
+    assert close_runs(distilled[True], (tmp_path / "two", distill(config)), weights=5e-4)
+
+
+def test_two_pipeline_stages_distil_packed_rows_as_one(tiny, talks, tmp_path):
+    """Without losses on hidden states, which need one stage."""
+    runs = []
+    for ranks in (1, 2):
+        kd, folder = c.KDConfig(lm_weight=0.5), tmp_path / str(ranks)
+        config = distilling(tiny, talks, folder, 4, packing=True, kd=kd, pipeline_model_parallel_size=ranks)
+        runs.append((folder, distill(config)))
+    assert close_runs(*runs, weights=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"micro_batch_size": 2}, "model.data.packing needs model.micro_batch_size=1, not 2"),
+        (
+            {"context_parallel_size": 2, "global_batch_size": 4},
+            "model.data.packing takes no model.context_parallel_size",
+        ),
+        ({"data": c.ModelDataConfig(data_prefix="d", packing=True)}, "text fills its samples already"),
+        ({"data": c.ModelDataConfig(data_prefix="d", instructions="i")}, "give one"),
+    ],
+)
+def test_packing_that_cannot_be_is_refused(tiny, talks, tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        distilling(tiny, talks, tmp_path / "x", packing=True, **change)

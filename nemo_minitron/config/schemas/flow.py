@@ -5,9 +5,11 @@ from dataclasses import field
 from typing import Any
 
 from nemo_minitron.config.schemas.base import Config, above_zero, at_least, one_of, text_key_problems
+from nemo_minitron.config.schemas.data import DataConfig
 from nemo_minitron.config.schemas.distillation import KDConfig
 from nemo_minitron.config.schemas.hardware import HardwareConfig
 from nemo_minitron.config.schemas.instructions import InstructConfig, PeftConfig
+from nemo_minitron.config.schemas.training import ModelDataConfig, dynamic_problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -46,6 +48,13 @@ class FlowDataConfig(Config):
 
     source: str = "embedded"
     """`embedded`, `prose`, `wikitext103`, or a path, as in `minitron data`."""
+    sources: Any = None
+    """Several of them in place of source, {wiki:PATH,code:PATH}, as in `minitron data`; with blend."""
+    blend: Any = None
+    """With sources: their weights, and those of files or folders of rows, {wiki:0.3,code:0.5,rows.jsonl:0.2}, as
+    in model.data.blend. All stages that train or score read it; losses in the table are of its text."""
+    dynamic: bool = False
+    """With blend: shares follow the losses while students are distilled, as in model.data.dynamic."""
     text_key: str = "text"
     """With a path: field or column that holds the text, as in `minitron data`."""
     pretrain_words: int = 2_000_000
@@ -63,9 +72,20 @@ class FlowDataConfig(Config):
 
     def problems(self) -> list[str]:
         problems = at_least(1, words=self.words, pretrain_words=self.pretrain_words, workers=self.workers)
-        if self.source == "???":
+        if self.source == "???" and self.sources is None:
             problems.append("source is missing: name the text to teach on, data.source=PATH")
-        return problems + text_key_problems(self.text_key)
+        return problems + text_key_problems(self.text_key) + self._blend_problems()
+
+    def _blend_problems(self) -> list[str]:
+        """What is wrong with several sources and their blend."""
+        if self.sources is None and self.blend is None:
+            return ["dynamic goes with blend and sources"] if self.dynamic else []
+        if not isinstance(self.sources, dict) or not isinstance(self.blend, dict):
+            return ["sources and blend go together, 'data.sources={wiki:PATH,code:PATH}' 'data.blend={wiki:1,code:2}'"]
+        problems = DataConfig(output="data", sources=self.sources).problems()
+        problems += ModelDataConfig(blend=self.blend, dynamic=self.dynamic).problems()
+        left = [str(name) for name in self.sources if name not in self.blend]
+        return problems + ([f"blend gives {', '.join(left)} of sources no weight"] if left else [])
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -107,8 +127,18 @@ class DistillRecipeConfig(RecipeConfig):
     """Distillation of each student."""
 
     kd: KDConfig = field(default_factory=KDConfig)
+    teach: str = "auto"
+    """`always`: the teacher answers once (minitron teach), and every student reads its answers; `never`: it runs beside
+    each student. auto: always for two students or more, or where the text is read more than once, and a quarter of the
+    free disk holds the answers."""
     control: bool = True
     """Also retrain each student with the LM loss alone for the same steps, to compare with."""
+
+    def problems(self) -> list[str]:
+        problems = super().problems() + one_of("teach", self.teach, ("auto", "always", "never"))
+        if self.teach == "always" and (self.kd.hidden.weight or self.kd.top_k is not None or self.kd.folders):
+            problems.append("teach = always goes with no kd.hidden.weight, kd.top_k or kd.teacher: give teach=never")
+        return problems
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -227,4 +257,7 @@ class FlowConfig(Config):
 
     def problems(self) -> list[str]:
         problems = at_least(1, limit_test_batches=self.limit_test_batches) + at_least(0, facts=self.facts)
+        if self.data.dynamic and self.distill.max_steps and self.distill.val_check_interval:
+            steps = dynamic_problems(self.distill.max_steps, self.distill.val_check_interval)
+            problems += [f"distill: {problem}" for problem in steps]
         return problems + above_zero(minutes=self.minutes)

@@ -7,6 +7,7 @@ from typing import Any
 from nemo_minitron.config.schemas.base import Config, at_least, one_of
 from nemo_minitron.config.schemas.formats import format_problems, output_format
 from nemo_minitron.config.schemas.hardware import TrainerConfig
+from nemo_minitron.config.schemas.instructions import InstructConfig
 from nemo_minitron.config.schemas.training import ModelDataConfig
 
 METHODS = ("minitron", "compensated")
@@ -193,6 +194,7 @@ class PruneConfig(Config):
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     model: PruneModelConfig = field(default_factory=PruneModelConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
+    instruct: InstructConfig = field(default_factory=InstructConfig)
     prune: PruneTargets = field(default_factory=PruneTargets)
     export: ExportConfig = field(default_factory=ExportConfig)
 
@@ -218,14 +220,14 @@ class PruneConfig(Config):
         if self.prune.method:
             return self.prune.method
         layers_alone = not self.prune.width and self.prune.num_layers is None
-        return "minitron" if layers_alone and not self.model.data.data_prefix else "compensated"
+        return "minitron" if layers_alone and not self.model.data.names_text else "compensated"
 
     @property
     def refits(self) -> bool:
         """Whether the student is refitted layer by layer before it is written."""
         if self.method != "compensated":
             return False
-        return self.prune.refit == "sequential" or (self.prune.refit is None and bool(self.model.data.data_prefix))
+        return self.prune.refit == "sequential" or (self.prune.refit is None and self.model.data.names_text)
 
     @property
     def needs_scan(self) -> bool:
@@ -235,11 +237,13 @@ class PruneConfig(Config):
 
     def problems(self) -> list[str]:
         problems = [] if self.output == "???" else format_problems(self.output, self.to)
+        if self.model.data.dynamic:
+            problems.append("model.data.dynamic is for finetune and distill")
         if self.prune.refit == "sequential" and self.method == "minitron":
             problems.append(
                 "prune.refit=sequential is part of prune.method=compensated; method=minitron refits nothing"
             )
-        elif self.prune.refit == "sequential" and not self.model.data.data_prefix:
+        elif self.prune.refit == "sequential" and not self.model.data.names_text:
             problems.append(
                 "prune.refit=sequential needs text to run on, model.data.data_prefix; prune.refit=once needs none"
             )

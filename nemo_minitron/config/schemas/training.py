@@ -61,7 +61,7 @@ class ModelDataConfig(Config):
     instructions: str | None = None
     """finetune, distill: file or folder of instructions and answers, in place of data_prefix (see instruct.format)."""
     blend: Any = None
-    """finetune, distill, prune: several sources and the weights of their shares of the samples,
+    """finetune, distill, prune, loss: several sources and the weights of their shares of the samples,
     {wiki:0.3,code:0.5,chat:0.2}. Names are paths, or folders in data_prefix where that is given; each is a folder that
     `minitron data` made, or a file or folder of instructions."""
     dynamic: bool = False
@@ -75,14 +75,19 @@ class ModelDataConfig(Config):
     the text as it lies, the same in each pass, in an order that the seed gives. auto: shuffled, but fixed where a
     teacher's answers are kept (teach, kd.teacher)."""
     packing: bool = False
-    """Of instructions: as many whole rows a sample as it has room for, each of which sees itself alone, in place of one
-    row and padding; needs model.micro_batch_size=1."""
+    """Of instructions, in a blend too: as many whole rows a sample as it has room for, each of which sees itself alone,
+    in place of one row and padding; needs model.micro_batch_size=1."""
     seq_length: int | None = None
     """Tokens a sample; none: model.encoder_seq_length, or else the model's own length."""
     num_workers: int = 2
     """Processes of the data loader."""
     index_mapping_dir: str | None = None
     """Where Megatron keeps the sample order; none: inside the output folder."""
+
+    @property
+    def names_text(self) -> bool:
+        """Whether there is text to run a model on."""
+        return bool(self.data_prefix or self.blend)
 
     def problems(self) -> list[str]:
         problems = at_least(0, num_workers=self.num_workers) + at_least(2, seq_length=self.seq_length)
@@ -99,7 +104,10 @@ class ModelDataConfig(Config):
     def _blend_problems(self) -> list[str]:
         """What is wrong with the sources of a blend, their weights and references."""
         if not isinstance(self.blend, dict) or not self.blend:
-            return [f"blend = {self.blend!r} must be sources with weights, {{wiki:0.3,code:0.7}}"]
+            return [
+                f"blend = {self.blend!r} must be sources with weights; quoted, since shells take braces apart: "
+                "'model.data.blend={wiki:0.3,code:0.7}'"
+            ]
         problems = [
             f"blend: the weight of {name} is {weight!r}, and must be a number above 0"
             for name, weight in self.blend.items()
@@ -297,7 +305,8 @@ class TrainingConfig(StageConfig):
     def data_problems(self) -> list[str]:
         data = self.model.data
         if data.blend is not None:
-            return self._dynamic_problems() if data.dynamic else []
+            packing = packing_problems(self.model) if data.packing else []
+            return packing + (self._dynamic_problems() if data.dynamic else [])
         if not data.instructions:
             return missing_data(data)
         problems = ["model.data.data_prefix and model.data.instructions: give one"] if data.data_prefix else []
@@ -315,13 +324,17 @@ class TrainingConfig(StageConfig):
                 "model.data.dynamic needs a loss to reach on each source where there is no teacher to measure: "
                 "model.data.reference={wiki:2.1,code:1.2}"
             )
-        steps, interval = self.trainer.max_steps, self.trainer.val_check_interval
-        if steps <= 2 * interval:
-            problems.append(
-                f"model.data.dynamic: the first shares that follow a validation count after 2 x val_check_interval = "
-                f"{2 * interval} steps, and trainer.max_steps = {steps}: validate more often, or train longer"
-            )
-        return problems
+        return problems + dynamic_problems(self.trainer.max_steps, self.trainer.val_check_interval)
+
+
+def dynamic_problems(max_steps: int, val_check_interval: int) -> list[str]:
+    """A problem where a run ends before any shares that follow a validation count."""
+    if max_steps > 2 * val_check_interval:
+        return []
+    return [
+        f"dynamic shares that follow a validation first count after 2 x val_check_interval = {2 * val_check_interval} "
+        f"steps, and max_steps = {max_steps}: validate more often, or train longer"
+    ]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -351,7 +364,13 @@ class LossConfig(StageConfig):
     splits: list[str] = field(default_factory=lambda: ["validation", "test"])
     """Splits to measure."""
     limit_batches: int = 32
-    """Global batches of each split, from its start."""
+    """Global batches of each split, from its start; of a blend, whose sources are text, as many windows of each."""
+
+    def data_problems(self) -> list[str]:
+        data = self.model.data
+        if data.blend is None:
+            return missing_data(data)
+        return ["model.data.dynamic is for finetune and distill"] if data.dynamic else []
 
     def problems(self) -> list[str]:
         problems = super().problems() + at_least(1, limit_batches=self.limit_batches)

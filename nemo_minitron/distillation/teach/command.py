@@ -10,10 +10,10 @@ from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.config import AnswersConfig, TeachConfig, TrainingConfig
 from nemo_minitron.distillation.teach.forms import form_of
 from nemo_minitron.distillation.teach.header import Header, tokenizer_fingerprint
-from nemo_minitron.distillation.teach.listing import Listing, first_pass, list_pieces, read_by_validation
+from nemo_minitron.distillation.teach.listing import Listing
+from nemo_minitron.distillation.teach.reading import what_is_read
 from nemo_minitron.launch.ranks import rank
-from nemo_minitron.packages.versions import check_training
-from nemo_minitron.training.inputs import LOG, Inputs, nemo_tokenizer, stated_path, training_inputs
+from nemo_minitron.training.inputs import LOG, Inputs, stated_path, training_inputs
 from nemo_minitron.training.stage import run_training_stage
 
 
@@ -25,7 +25,6 @@ def teach(config: TeachConfig) -> Manifest:
         OutputExistsError: the output was made from something else.
         MinitronError: the disk is full; what is whole stays, and the same command goes on.
     """
-    check_training("minitron teach")
     path = stated_path(config.model.restore_from_path, "model.restore_from_path")
     teacher = open_checkpoint(path, "teacher")
     inputs = training_inputs(config, teacher.architecture, teacher.tokenizer)
@@ -43,8 +42,8 @@ def keep_answers(partial: Path, config: TeachConfig, teacher: Checkpoint, inputs
     from nemo_minitron.distillation.teach.writer import measured
 
     started = time.perf_counter()
-    listing = to_answer(config, inputs)
-    header, speed = answer(partial, config, config.teach, teacher, inputs, listing)
+    listing = what_is_read(config, inputs, None, config.teach.tokens)
+    header, speed = answer(partial, config, config.teach, teacher, inputs, listing, f"teach {Path(config.output).name}")
     return {
         "metrics": measured(partial, header, listing) if rank() == 0 else {},
         "timings": {"teaching_seconds": time.perf_counter() - started, "tokens_per_second": speed},
@@ -59,12 +58,17 @@ def answer(
     teacher: Checkpoint,
     inputs: Inputs,
     listing: Listing,
+    what: str,
 ) -> tuple[Header, float]:
     """Has the teacher answer a listing into `folder`, as far as it is not there yet; every rank calls it.
+
+    Args:
+        what: the work, as progress shows it.
 
     Returns:
         the folder's header, and tokens a second.
     """
+    from nemo_minitron.data.tokenizer import load_tokenizer
     from nemo_minitron.distillation.teach.writer import write_answers
     from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.session import engine
@@ -80,23 +84,13 @@ def answer(
             listing,
             model,
             batch=config.model.micro_batch_size,
-            padding=nemo_tokenizer(inputs.tokenizer).eos_id,
+            padding=load_tokenizer(inputs.tokenizer).eos_token_id,
             seed=config.seed,
-            what=f"teach {Path(config.output).name}",
+            what=what,
             every=config.trainer.log_every_n_steps,
         )
         seconds = time.perf_counter() - begun
     return header, tokens / max(seconds, 1e-9)
-
-
-def to_answer(config: TeachConfig, inputs: Inputs) -> Listing:
-    """The samples that are answered: training's first pass, or the start of it, then validation's."""
-    sets = inputs.sets()
-    assert sets is not None, "teach reads fixed windows or rows"
-    training = first_pass(len(sets["train"]), config.seed)
-    batches, batch = config.trainer.limit_val_batches, config.model.global_batch_size
-    validation = read_by_validation(len(sets["validation"]), batch, batches)
-    return list_pieces(sets, {"train": training, "validation": validation}, config.teach.tokens)
 
 
 def header_of(asked: AnswersConfig, teacher: Checkpoint, inputs: Inputs, listing: Listing, batch: int) -> Header:
@@ -109,7 +103,7 @@ def header_of(asked: AnswersConfig, teacher: Checkpoint, inputs: Inputs, listing
         "hidden_size": teacher.architecture.hidden_size,
         "vocab_size": teacher.architecture.vocab_size,
         "seq_length": inputs.seq_length,
-        "text": inputs.samples is None,
+        "text": not inputs.has_rows,
         "teacher": teacher.content,
         "tokenizer": tokenizer_fingerprint(inputs.tokenizer),
         "data": {name: sampled_fingerprint(path) for name, path in inputs.files().items() if name != "tokenizer"},

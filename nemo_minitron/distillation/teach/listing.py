@@ -2,10 +2,10 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from nemo_minitron.data.sample_sets import Passes, Piece, SampleSet
+from nemo_minitron.data.sample_sets import Piece, SampleSet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,17 +99,6 @@ def list_pieces(sets: dict[str, SampleSet], numbers: dict[str, Iterable[int]], t
                     counts.append(len(piece.ids) - 1)
     table = numpy.frombuffer(b"".join(keys), dtype=numpy.uint8).reshape(-1, KEY_BYTES)
     return Listing(sets, places, table, numpy.array(counts, dtype=numpy.int64))
-
-
-def first_pass(count: int, seed: int, limit: int | None = None) -> Iterator[int]:
-    """The samples of a run's first pass in their order, at most `limit`."""
-    order = Passes(count, seed)
-    return (order[number] for number in range(count if limit is None else min(count, limit)))
-
-
-def read_by_validation(count: int, batch: int, batches: int) -> range:
-    """The samples that SampleDataModule's validation reads."""
-    return range(min(count, batches * batch))
 
 
 def several(keys: "Sequence[np.ndarray]") -> "np.ndarray":

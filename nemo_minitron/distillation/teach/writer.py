@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.storage import safetensors
 from nemo_minitron.checkpoints.tensors import in_memory
-from nemo_minitron.data.sample_module import filled
 from nemo_minitron.distillation.losses.targets import Sparse, drawn, joined, largest
 from nemo_minitron.distillation.teach.forms import ENDS, ENTRY_ENDS, ERROR, KEYS, LOSS, Entries, Hidden, form_of
 from nemo_minitron.distillation.teach.header import OUTPUT, SHARDS, Header, shard_path
@@ -94,8 +93,8 @@ def _padded(listing: Listing, number: int, length: int, padding: int) -> "Tensor
     """A piece as tokens [s + 1], padded as in training; the last one is only a label."""
     import torch
 
-    sample = filled((listing.piece(number),), length, padding)
-    return torch.cat([sample["tokens"], sample["labels"][-1:]])
+    ids = torch.as_tensor(listing.piece(number).ids)
+    return torch.nn.functional.pad(ids, (0, length + 1 - len(ids)), value=padding)
 
 
 class _Answers:

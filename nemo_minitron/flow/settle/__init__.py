@@ -93,7 +93,8 @@ def settle(config: c.FlowConfig, machine: Machine | None = None) -> Settled:
 def _check_inputs(config: c.FlowConfig) -> None:
     check_teacher(config)
     if text_bytes(config.data) is None:
-        raise DataError(f"data.source = {config.data.source} does not exist: name a file or a folder of text")
+        named = f"source = {config.data.source}" if config.data.sources is None else f"sources = {config.data.sources}"
+        raise DataError(f"data.{named} does not exist: name a file or a folder of text")
 
 
 def _check_batches(state: State) -> None:
