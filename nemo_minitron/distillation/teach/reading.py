@@ -21,7 +21,8 @@ def what_is_read(config: TrainingConfig, inputs: Inputs, samples: int | None, to
     assert sets is not None, "kept answers are of fixed windows or rows"
     limit = config.trainer.limit_val_batches * config.model.global_batch_size
     every = len(sets["train"])
-    in_passes: Iterable[int] = (Passes(every, config.seed)[number] for number in range(min(every, samples or every)))
+    order = Passes(every, config.seed)
+    in_passes: Iterable[int] = (order[number] for number in range(min(every, samples or every)))
     if not inputs.sources:
         numbers = {"train": in_passes, "validation": range(min(len(sets["validation"]), limit))}
         return list_pieces(sets, numbers, tokens)
