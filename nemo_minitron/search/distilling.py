@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.checkpoints.checkpoint import place_in, write_checkpoint
 from nemo_minitron.conversion.writing import check_room
@@ -13,6 +14,7 @@ from nemo_minitron.search.measuring import Cuts
 from nemo_minitron.search.rounds import Round, reached, round_config
 from nemo_minitron.search.space import name_of
 from nemo_minitron.search.task import Task
+from nemo_minitron.search.teaching import ANSWERS, answered, keeps
 
 CANDIDATES, ROUNDS, STUDENT, FINALISTS = "candidates", "rounds", "student", "finalists"
 #: The format of checkpoints between rounds.
@@ -38,13 +40,14 @@ class Standing:
 def distilled(partial: Path, task: Task, cuts: Cuts, candidates: list[Architecture]) -> list[Standing]:
     """Distils the candidates in the task's rounds; finished distillations are found, and not run again."""
     shapes = {name_of(shape): shape for shape in candidates}
+    answers = answered(partial, task) if keeps(task.config) else None
     weights = {name: written(partial / CANDIDATES / name, shape, cuts) for name, shape in shapes.items()}
     history: list[Standing] = []
     for number, one in enumerate(task.rounds):
         folder = partial / ROUNDS / str(one.number)
         losses, seconds = {}, 0.0
         for name in weights:
-            config = round_config(task.config, one, weights[name], folder / name)
+            config = c.validated(round_config(task.config, one, weights[name], folder / name, answers))
             manifest = distill(config)
             losses[name] = reached(manifest, "kd_loss" if config.kd.kd_weight else "lm_loss")
             seconds += manifest.timings["total_seconds"]
@@ -83,5 +86,5 @@ def keep(partial: Path, task: Task, history: list[Standing]) -> None:
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             (folder / name).rename(place)
-    for name in (CANDIDATES, ROUNDS):
+    for name in (CANDIDATES, ROUNDS, ANSWERS):
         shutil.rmtree(partial / name, ignore_errors=True)

@@ -51,24 +51,36 @@ def total_steps(rounds: Sequence[Round]) -> int:
     return sum(one.candidates * one.steps for one in rounds)
 
 
-def round_config(config: c.SearchConfig, one: Round, student: Path, output: Path) -> c.DistillConfig:
+def round_seed(one: Round, seed: int) -> int:
+    """Of the order of a round's samples; no other round has it."""
+    return seed + one.number
+
+
+def round_config(
+    config: c.SearchConfig, one: Round, student: Path, output: Path, answers: Path | None
+) -> c.DistillConfig:
     """The distillation of one candidate in one round.
 
     Args:
         student: its weights so far.
+        answers: the teacher's, kept; None: the teacher runs.
     """
+    kd, teacher = config.kd, config.model.restore_from_path
+    if answers is not None:
+        kd, teacher = dataclasses.replace(kd, teacher=str(answers)), None
     return c.DistillConfig(
-        seed=config.seed + one.number,
+        seed=round_seed(one, config.seed),
         trainer=dataclasses.replace(config.trainer, max_steps=one.steps, val_check_interval=one.steps),
         model=dataclasses.replace(
             config.model,
             restore_from_path=str(student),
-            kd_teacher_restore_from_path=config.model.restore_from_path,
+            kd_teacher_restore_from_path=teacher,
             nemo_path=str(output),
+            data=dataclasses.replace(config.model.data, windows="fixed"),
             optim=with_steps(config.model.optim, one.steps),
         ),
         monitor="last",
-        kd=config.kd,
+        kd=kd,
     )
 
 
