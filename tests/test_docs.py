@@ -1,6 +1,7 @@
 """What README, CONTRIBUTING and docs/ name is there: files, modules, pages, commands and targets of make."""
 
 import importlib.util
+import itertools
 import re
 from pathlib import Path
 
@@ -65,3 +66,15 @@ def _is_module(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".rst"], ids=lambda page: page.name)
+def test_titles_are_underlined_whole(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    short = [
+        title
+        for title, under in itertools.pairwise(lines)
+        if title.strip() and re.fullmatch(r"={3,}|-{3,}|~{3,}", under) and not re.fullmatch(r"[=~ -]+", title)
+        and len(under) < len(title)
+    ]  # fmt: skip
+    assert short == []

@@ -68,7 +68,7 @@ def distill(config: DistillConfig) -> Manifest:
         check_fits(teacher.architecture, inputs.layout, "teacher")
     missing = missing_answers(config, inputs, answers) if answers else None
     kept = {f"answers{number}": folder for number, folder in enumerate(answers)}
-    check_reference(config, teacher)
+    check_reference(config, teacher, answers)
     return run_training_stage(
         "distill",
         distill,
@@ -79,10 +79,10 @@ def distill(config: DistillConfig) -> Manifest:
     )
 
 
-def check_reference(config: DistillConfig, teacher: Checkpoint | None) -> None:
+def check_reference(config: DistillConfig, teacher: Checkpoint | None, answers: Mapping[str, Kept]) -> None:
     """Raises ConfigError where shares are to follow losses, and none to reach are given or can be measured."""
     data = config.model.data
-    if data.dynamic and data.reference is None and teacher is None:
+    if data.dynamic and data.reference is None and teacher is None and not answers:
         raise ConfigError(
             "model.data.dynamic: no teacher runs whose loss on each source could be measured; give "
             "model.data.reference={wiki:2.1,code:1.2}",
@@ -132,8 +132,12 @@ def train_student(
         targets = None if distillation is None else distillation.kept
         data = build_data(config, inputs, tokenizer, partial, fields=targets.fields if targets else None)
         callbacks: list[pl.Callback] = [teacher_in_validation()] if isinstance(distillation, Distillation) else []
-        if config.model.data.dynamic and config.model.data.reference is None and teacher is not None:
-            callbacks.append(reference_of(config, teacher, inputs, data, partial))
+        if config.model.data.dynamic and config.model.data.reference is None:
+            if isinstance(distillation, KeptDistillation):
+                numbers = data.mixture.validation.numbers
+                data.mixture.reference = distillation.kept.losses_by_source(data.validation, numbers)
+            elif teacher is not None:
+                callbacks.append(reference_of(config, teacher, inputs, data, partial))
         trained = train_and_validate(module, data, config, inputs.layout, partial, callbacks)
         save_checkpoint(
             bare(module) if distillation is None else distillation.detach(),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import KDConfig
+from nemo_minitron.data.blend import Blend
 from nemo_minitron.data.sample_sets import Piece
 from nemo_minitron.distillation.attach import loss_on_a_copy
 from nemo_minitron.distillation.criteria import vocabulary_group
@@ -85,6 +86,22 @@ class KeptTargets:
             part = teacher.output_matrix(rows * parallel_state.get_tensor_model_parallel_rank(), rows)
             self._matrices[number] = part.to(device=like.device, dtype=like.dtype)
         return self._matrices[number]
+
+    def losses_by_source(self, validation: Blend, numbers: Sequence[int]) -> list[float]:
+        """The teachers' own mean loss of the learnt labels of these samples, by source [k], in nats.
+
+        Of several teachers it is the mean by their shares.
+        """
+        import torch
+
+        sums = torch.zeros(len(validation.names), 2, dtype=torch.float64)
+        for number in numbers:
+            for piece in validation[number]:
+                learnt = torch.as_tensor(piece.learnt)[1:].double()
+                losses = [teacher.loss(piece) * share for teacher, share in zip(self.teachers, self.shares)]
+                loss = torch.stack(losses).sum(0) / sum(self.shares)
+                sums[validation.source(number)] += torch.stack([(loss * learnt).sum(), learnt.sum()])
+        return (sums[:, 0] / sums[:, 1]).tolist()
 
     def let_go(self) -> None:
         """Frees what lies on the device."""

@@ -5,7 +5,6 @@ Without NeMo models run forward, by Megatron Core alone (megatron.config).
 """
 
 import contextlib
-import functools
 import gc
 import importlib
 import logging
@@ -317,24 +316,17 @@ def build_trainer(layout: Layout, *, callbacks: "list[pl.Callback] | None" = Non
         )
 
 
-@functools.cache
 def _strategy_class() -> "type[nl.MegatronStrategy]":
-    """NeMo's strategy, which sets Megatron up on ranks that are joined already, too: NeMo's own stops there."""
+    """NeMo's strategy, or where ranks are joined already one that sets Megatron up all the same."""
     import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from nemo_minitron.megatron.joined import JoinedStrategy
+
+        return JoinedStrategy
     from nemo import lightning as nl
-    from nemo.lightning._strategy_lib import init_model_parallel
 
-    class Strategy(nl.MegatronStrategy):
-        def setup_distributed(self) -> None:
-            joined = torch.distributed.is_initialized()
-            super().setup_distributed()
-            if not joined:
-                return
-            init_model_parallel(self.model)
-            if self.data_sampler:
-                self.data_sampler.setup(self.cluster_environment.global_rank())
-
-    return Strategy
+    return nl.MegatronStrategy
 
 
 @contextlib.contextmanager

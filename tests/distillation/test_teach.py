@@ -212,6 +212,32 @@ def test_rows_of_instructions_have_answers_too(tiny, student, tmp_path, blend):
     assert losses(runs["hidden"]) == pytest.approx(losses(runs["live"]), abs=1e-5)
 
 
+@pytest.mark.usefixtures("forked_ranks")
+@pytest.mark.parametrize("share", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
+def test_two_ranks_that_share_a_model_write_and_read_what_one_does(tiny, student, kept, tmp_path, share):
+    """Of the vocabulary's rows each tensor rank reads its own; the last pipeline stage writes and reads."""
+
+    def on_two(config):
+        setattr(config.model, share, 2)
+        config.trainer.devices = 2
+        return c.validated(config)
+
+    tokens = STEPS * 8 * LENGTH
+    teach(on_two(teaching(tiny, tmp_path / "answers", precision="fp32", tokens=tokens)))
+    teach(teaching(tiny, tmp_path / "alone", precision="fp32", tokens=tokens))
+    two, one = Kept(tmp_path / "answers"), Kept(tmp_path / "alone")
+    assert two.header == one.header
+    torch.testing.assert_close(two.output_matrix(0, 512), one.output_matrix(0, 512), rtol=0, atol=0)
+    piece = Windows([f"{tiny.data}/train"], LENGTH)[Passes(len(Windows([f"{tiny.data}/train"], LENGTH)), 1234)[0]][0]
+    torch.testing.assert_close(two.fields(piece)["hidden"], one.fields(piece)["hidden"], rtol=1e-5, atol=1e-5)
+    kd = {"teacher": str(tmp_path / "answers")}
+    runs = [
+        distill(distilling(tiny, student, tmp_path / "run-alone", kd=kd)),
+        distill(on_two(distilling(tiny, student, tmp_path / "run-on-two", kd=kd))),
+    ]
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), abs=5e-5)
+
+
 def test_entries_come_back_as_they_were_written():
     """Vocabularies and draws that need more than a byte, tokens with one entry and with many."""
     logits = torch.randn(7, 70_000, dtype=torch.float64) * 3

@@ -13,6 +13,7 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.data.command import prepare
 from nemo_minitron.distillation.command import distill
+from nemo_minitron.distillation.teach.command import teach
 from nemo_minitron.errors import ConfigError, DataError
 from nemo_minitron.evaluation.loss import evaluate_loss
 from nemo_minitron.pruning.command import prune
@@ -192,14 +193,22 @@ def test_dynamic_shares_follow_the_losses_for_any_workers_and_resume_in_the_same
     assert all(torch.equal(other[name], value) for name, value in one.items())
 
 
-def test_distilling_measures_the_teacher_once_and_two_ranks_agree(tiny, sources, tmp_path, monkeypatch):
-    def run(name: str, devices: int) -> Manifest:
-        fields = settings(tiny, sources, tmp_path / name, steps=3, kd_teacher_restore_from_path=str(tiny.teacher))
+@pytest.mark.usefixtures("forked_ranks")
+def test_distilling_measures_the_teacher_once_and_two_ranks_agree(tiny, sources, tmp_path):
+    """A teacher whose answers are kept has kept its losses, too."""
+
+    def run(name: str, devices: int = 1, **kd) -> Manifest:
+        named = {} if kd else {"kd_teacher_restore_from_path": str(tiny.teacher)}
+        fields = settings(tiny, sources, tmp_path / name, steps=3, **named)
         fields["trainer"].val_check_interval, fields["trainer"].devices = 1, devices
         fields["model"].data.dynamic = True
-        return distill(c.validated(c.DistillConfig(**fields)))
+        return distill(c.validated(c.DistillConfig(**fields, kd=c.KDConfig(**kd))))
 
-    manifest, two = run("one", 1), run("two", 2)
+    manifest, two = run("one"), run("two", 2)
+    teach(c.validated(c.TeachConfig(**settings(tiny, sources, tmp_path / "answers", steps=3))))
+    kept = run("kept", teacher=str(tmp_path / "answers"))
+    for name, entry in kept.metrics["blend"].items():
+        assert entry["reference"] == pytest.approx(manifest.metrics["blend"][name]["reference"], abs=1e-3)  # in fp16
     config = c.FinetuneConfig(**settings(tiny, sources, tmp_path / "one"))
     for name, (total, tokens, _) in float64_losses(tiny.teacher, config).items():
         assert manifest.metrics["blend"][name]["reference"] == pytest.approx(total / tokens, abs=2e-5)

@@ -3,9 +3,9 @@
 Folders are untrusted: every size is checked before it is believed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from nemo_minitron.checkpoints.file_bytes import whole
 from nemo_minitron.checkpoints.storage import safetensors
@@ -20,8 +20,17 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+T = TypeVar("T")
 #: Dtypes that NumPy has not, as what has the same size.
 CARRIERS = {"bfloat16": "int16", "float8_e4m3fn": "uint8"}
+
+
+class _Place(NamedTuple):
+    """Where the answers to a piece lie: the shard, and its rows of tokens and of entries there."""
+
+    shard: int
+    tokens: slice
+    entries: slice
 
 
 class Kept:
@@ -61,6 +70,22 @@ class Kept:
 
     def fields(self, piece: Piece) -> "dict[str, Tensor] | None":
         """The answers to a piece, each [n, ..]; None: they are not there."""
+        place = self._place(piece)
+        if place is None:
+            return None
+        return self.form.decode(
+            {
+                name: self._tensor(place.shard, name, column.dtype, place.entries if column.by_entry else place.tokens)
+                for name, column in self.form.columns.items()
+            }
+        )
+
+    def loss(self, piece: Piece) -> "Tensor | None":
+        """The teacher's own loss of each label of a piece [n], in nats; None: it is not there."""
+        place = self._place(piece)
+        return None if place is None else self._tensor(place.shard, LOSS, "float16", place.tokens).double()
+
+    def _place(self, piece: Piece) -> "_Place | None":
         import numpy
 
         row = int(self._rows(numpy.frombuffer(key_of(piece), dtype=numpy.uint8).reshape(1, KEY_BYTES))[0])
@@ -69,24 +94,17 @@ class Kept:
         tokens, entries = slice(*self._tokens[row]), slice(*self._entries[row])
         if tokens.stop - tokens.start != len(piece.ids) - 1:
             raise self._cut_short(f"a sample of {len(piece.ids) - 1} tokens has {tokens.stop - tokens.start} answers")
-        shard = int(self._shard[row])
-        return self.form.decode(
-            {
-                name: self._tensor(shard, name, entries if column.by_entry else tokens)
-                for name, column in self.form.columns.items()
-            }
-        )
+        return _Place(int(self._shard[row]), tokens, entries)
 
     def output_matrix(self, first: int, rows: int) -> "Tensor":
         """Rows of the output matrix [rows, g]; of hidden states only."""
         assert self._output is not None, "only hidden states have an output matrix"
         return self._output.rows(first, first + rows).read()
 
-    def _tensor(self, shard: int, name: str, rows: slice) -> "Tensor":
+    def _tensor(self, shard: int, name: str, dtype: str, rows: slice) -> "Tensor":
         """Rows of a shard's tensor, copied."""
         import torch
 
-        dtype = self.form.columns[name].dtype
         return torch.from_numpy(self._map(shard, name, dtype)[rows].copy()).view(getattr(torch, dtype))
 
     def _map(self, shard: int, name: str, dtype: str) -> "np.ndarray":
@@ -202,14 +220,18 @@ class Together:
         start = 0
         for piece in pieces:
             stop = start + len(piece.ids) - 1
-            for name, value in self._fields(piece).items():
+            for name, value in self._first(piece, Kept.fields).items():
                 fields[name][start:stop] = value
             start = stop
         return fields
 
-    def _fields(self, piece: Piece) -> "dict[str, Tensor]":
+    def loss(self, piece: Piece) -> "Tensor":
+        """The teacher's own loss of each label of a piece [n], in nats."""
+        return self._first(piece, Kept.loss)
+
+    def _first(self, piece: Piece, read: "Callable[[Kept, Piece], T | None]") -> "T":
         for folder in self.folders:
-            fields = folder.fields(piece)
-            if fields is not None:
-                return fields
+            found = read(folder, piece)
+            if found is not None:
+                return found
         raise DataError(f"{self.folders[0].folder} lacks the answers to a sample of {len(piece.ids) - 1} tokens")
