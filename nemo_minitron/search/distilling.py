@@ -2,14 +2,17 @@
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
+from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import place_in, write_checkpoint
 from nemo_minitron.conversion.writing import check_room
 from nemo_minitron.distillation.command import distill
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.launch.ranks import first_makes
 from nemo_minitron.search.measuring import Cuts
 from nemo_minitron.search.rounds import Round, reached, round_config
 from nemo_minitron.search.space import name_of
@@ -48,7 +51,8 @@ def distilled(partial: Path, task: Task, cuts: Cuts, candidates: list[Architectu
         losses, seconds = {}, 0.0
         for name in weights:
             config = c.validated(round_config(task.config, one, weights[name], folder / name, answers))
-            manifest = distill(config)
+            distill(config)
+            manifest = Manifest.read(folder / name)
             losses[name] = reached(manifest, "kd_loss" if config.kd.kd_weight else "lm_loss")
             seconds += manifest.timings["total_seconds"]
         left = task.rounds[number + 1].candidates if number + 1 < len(task.rounds) else task.finalists
@@ -60,8 +64,12 @@ def distilled(partial: Path, task: Task, cuts: Cuts, candidates: list[Architectu
 
 def written(place: Path, shape: Architecture, cuts: Cuts) -> Path:
     """The cut of a shape as a checkpoint at `place`, made beside and renamed unless it is there."""
-    if place.is_dir():
-        return place
+    first_makes(place, lambda: write_cut(place, shape, cuts))
+    return place
+
+
+def write_cut(place: Path, shape: Architecture, cuts: Cuts) -> None:
+    """Makes the cut and writes it."""
     tensors = cuts.tensors(shape)
     check_room(place, sum(tensor.nbytes for tensor in tensors.values()))
     unfinished = place.with_name(f".{place.name}.partial")
@@ -72,16 +80,18 @@ def written(place: Path, shape: Architecture, cuts: Cuts) -> Path:
         place_in(unfinished, place, BETWEEN), BETWEEN, student, tensors, teacher.tokenizer_files, teacher.generation
     )
     unfinished.replace(place)
-    return place
 
 
-def keep(partial: Path, task: Task, history: list[Standing]) -> None:
-    """Puts the winner and the finalists in their places, and removes what only the search needed."""
+def places_of(partial: Path, history: list[Standing]) -> dict[str, Path]:
+    """Name -> checkpoint of the finalists, the best first."""
     last = history[-1]
-    folder = partial / ROUNDS / str(last.round.number)
-    if not last.stay:
-        raise MinitronError("no candidate is left: every distillation failed")
-    for number, name in enumerate(last.stay):
+    return {name: partial / ROUNDS / str(last.round.number) / name for name in last.stay}
+
+
+def keep(partial: Path, last: Mapping[str, Any]) -> None:
+    """Puts the winner and the finalists of the last round (search.json) in their places; removes the other weights."""
+    folder = partial / ROUNDS / str(last["number"])
+    for number, name in enumerate(last["stay"]):
         place = partial / (STUDENT if number == 0 else f"{FINALISTS}/{name}")
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from nemo_minitron.artifacts import DepthScan, ImportanceScores, write_json
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.checkpoints.tensors import Lazy
 from nemo_minitron.data.module import paths
+from nemo_minitron.launch.ranks import first_makes, rank
 from nemo_minitron.megatron.layout import Layout, layout_of
 from nemo_minitron.pruning.calibration import calibration_of
 from nemo_minitron.pruning.choice import Costs
@@ -54,7 +56,7 @@ class Cuts:
 
     Args:
         scores: the teacher's, which serve every shape.
-        folder: where scans of dropped layers are kept.
+        folder: where scans of dropped layers are kept, for further searches of the same teacher and text, too.
     """
 
     def __init__(self, teacher: Checkpoint, scores: ImportanceScores, config: c.SearchConfig, folder: Path):
@@ -92,7 +94,7 @@ class Cuts:
             model: the teacher, of the local layer spec.
             sequences: calibration samples.
         """
-        from nemo_minitron.pruning.importance.blocks import scan_blocks
+        from nemo_minitron.pruning.importance.blocks import fit_blocks
 
         layers = self.teacher.architecture.num_layers
         for depth in sorted(set(depths), reverse=True):
@@ -101,11 +103,16 @@ class Cuts:
             folder = self.folder / SCANS / str(depth)
             if not (folder / DepthScan.FILE).is_file():
                 drop = sorted(self.scores.layers_by_importance()[depth:])
-                found = scan_blocks(model, sequences, 1, runs(drop), choose=False)
-                folder.mkdir(parents=True, exist_ok=True)
-                dataclasses.replace(found, teacher=self.teacher.content).save(folder)
+                found = fit_blocks(model, sequences, 1, runs(drop))
+                first_makes(folder, functools.partial(self._save, folder, found))
             self.scans[depth] = DepthScan.load(folder)
             yield depth
+
+    def _save(self, folder: Path, scan: DepthScan) -> None:
+        unfinished = folder.with_name(f".{folder.name}.partial")
+        unfinished.mkdir(parents=True, exist_ok=True)
+        dataclasses.replace(scan, teacher=self.teacher.content).save(unfinished)
+        unfinished.replace(folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +152,16 @@ class Losses:
 
     def add(self, name: str, loss: float) -> None:
         self.known[name] = loss
-        unfinished = self.path.with_suffix(".unfinished")
-        write_json(unfinished, self.known)
-        unfinished.replace(self.path)
+        if rank() == 0:
+            write_whole(self.path, self.known)
+
+
+def write_whole(path: Path, value: Any) -> None:
+    """Writes JSON beside and renames it."""
+    unfinished = path.with_suffix(".unfinished")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(unfinished, value)
+    unfinished.replace(path)
 
 
 def measured_cuts(partial: Path, task: Task, prefixes: dict[str, list], length: int) -> tuple[Cuts, Measured]:
@@ -156,6 +170,8 @@ def measured_cuts(partial: Path, task: Task, prefixes: dict[str, list], length: 
     Args:
         length: tokens a sample.
     """
+    import torch
+
     from nemo_minitron.data.samples import consecutive_sequences
     from nemo_minitron.megatron.forward import parallel_ranks
     from nemo_minitron.megatron.session import engine
@@ -167,18 +183,22 @@ def measured_cuts(partial: Path, task: Task, prefixes: dict[str, list], length: 
         config = dataclasses.replace(config, prune=dataclasses.replace(config.prune, scores_path=str(partial / SCORES)))
     needed = prune_config(config, {"hidden_size": task.space.choices["hidden_size"][0]})
     score(needed, teacher)
-    cuts = Cuts(teacher, read_scores(needed, teacher), config, partial)
+    held_out = consecutive_sequences(paths(prefixes["validation"]), length, settings.samples)
+    sequences, _ = calibration_of(needed, teacher).sequences(config.prune.num_block_samples, config.seed)
+    scores = read_scores(needed, teacher)
+    folder = cuts_folder(config, teacher, sequences, held_out)
+    cuts = Cuts(teacher, scores, config, folder)
     seconds = {"scoring_seconds": time.perf_counter() - started}
     layout = layout_of(config.trainer, config.model)
-    held_out = consecutive_sequences(paths(prefixes["validation"]), length, settings.samples)
-    losses, guess = Losses(partial / LOSSES), {}
     with engine(config.seed, partial / LOG, cuda=layout.cuda), parallel_ranks(layout, config.seed):
+        losses, guess = Losses(folder / LOSSES), {}
+        torch.distributed.barrier()  # all have read what one will add to
         measure_all = functools.partial(measure, cuts, layout=layout, held_out=held_out, losses=losses)
         own = name_of(teacher.architecture)
         shapes = task.shapes
         few = settings.measured is not None and settings.measured < len(shapes)
         depths = {shape.num_layers for shape in shapes}
-        seconds["maps_seconds"] = fit_maps(cuts, sorted(depths), layout)
+        seconds["maps_seconds"] = fit_maps(cuts, sorted(depths), layout, sequences)
         seconds["cuts_seconds"] = measure_all([teacher.architecture])
         if few:
             seconds["cuts_seconds"] += measure_all(task.alone())
@@ -187,6 +207,30 @@ def measured_cuts(partial: Path, task: Task, prefixes: dict[str, list], length: 
         compared = [shape for shape in task.rivals.values() if shape.num_layers in depths]
         seconds["cuts_seconds"] += measure_all([*shapes, *compared])
     return cuts, Measured(losses.known, guess, shapes, losses.known[own], seconds)
+
+
+def cuts_folder(config: c.SearchConfig, teacher: Checkpoint, sequences: Tensor, held_out: Tensor) -> Path:
+    """Where losses of cuts and maps of depths are kept: beside the scores, named by all that they depend on.
+
+    So that a second search of the same teacher, of another budget too, measures no cut again.
+
+    Args:
+        sequences: calibration samples of the maps.
+        held_out: samples of the losses.
+    """
+    cut = dataclasses.asdict(dataclasses.replace(config.prune, scores_path=None))
+    seen = hashlib.sha256(json.dumps([teacher.content, cut, config.trainer.precision], sort_keys=True).encode())
+    for tokens in (sequences, held_out):
+        seen.update(tokens.contiguous().numpy().tobytes())
+    scores = scores_folder(prune_config(config, {"num_layers": 1}))
+    return scores.with_name(f"{scores.name}.cuts-{seen.hexdigest()[:12]}")
+
+
+def check_given_scores(config: c.SearchConfig, teacher: Checkpoint) -> None:
+    """Raises MinitronError where prune.scores_path holds scores already, and they are not this teacher's."""
+    place = config.prune.scores_path
+    if place is not None and (Path(place) / ImportanceScores.FILE).exists():
+        read_scores(prune_config(config, {"num_layers": 1}), teacher)
 
 
 def read_scores(config: c.PruneConfig, teacher: Checkpoint) -> ImportanceScores:
@@ -226,8 +270,8 @@ def measure(cuts: Cuts, shapes: Sequence[Architecture], *, layout: Layout, held_
     return time.perf_counter() - started
 
 
-def fit_maps(cuts: Cuts, depths: Sequence[int], layout: Layout) -> float:
-    """Runs the teacher over calibration samples for the maps of each depth; seconds."""
+def fit_maps(cuts: Cuts, depths: Sequence[int], layout: Layout, sequences: Tensor) -> float:
+    """Runs the teacher over calibration samples [n, s + 1] for the maps of each depth; seconds."""
     from nemo_minitron.jobs.progress import Progress
     from nemo_minitron.megatron.forward import load_model
 
@@ -235,8 +279,6 @@ def fit_maps(cuts: Cuts, depths: Sequence[int], layout: Layout) -> float:
     if not needed or not cuts.compensated:
         return 0.0
     started = time.perf_counter()
-    calibration = calibration_of(prune_config(cuts.config, {"num_layers": min(needed)}), cuts.teacher)
-    sequences, _ = calibration.sequences(cuts.config.prune.num_block_samples, cuts.config.seed)
     model = load_model(cuts.teacher.architecture, layout, cuts.teacher, local_spec=True)
     with Progress("maps for dropped layers", len(needed), unit="depth", every=1) as progress:
         for _ in cuts.scan(model, sequences, needed):

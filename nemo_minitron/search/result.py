@@ -7,6 +7,7 @@ from nemo_minitron.architecture import human
 from nemo_minitron.report.table import aligned
 from nemo_minitron.search.budgets import load
 from nemo_minitron.search.distilling import Standing
+from nemo_minitron.search.finals import errors_of
 from nemo_minitron.search.measuring import Measured
 from nemo_minitron.search.rounds import kendall_tau
 from nemo_minitron.search.space import name_of
@@ -15,8 +16,10 @@ from nemo_minitron.search.task import Task
 RESULT = "search.json"
 
 
-def told(task: Task, measured: Measured, history: Sequence[Standing]) -> dict[str, Any]:
-    """The result as plain values: every shape with its loss, every round, the rivals, the winner."""
+def told(
+    task: Task, measured: Measured, history: Sequence[Standing], finals: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The result as plain values: every shape with its loss, every round, the rivals, the winner, the finalists."""
     shapes = task.by_name()
     winner = history[-1].stay[0]
     rankings = {"cut": {name: measured.losses[name] for name in history[0].losses}}
@@ -72,7 +75,9 @@ def told(task: Task, measured: Measured, history: Sequence[Standing]) -> dict[st
             "loss": final[winner],
             "cut_loss": measured.losses[winner],
         },
-        "seconds": measured.seconds,
+        "finalists": list(finals),
+        "speed_errors": errors_of(finals),
+        "seconds": measured.seconds | {"distillation_seconds": sum(one.seconds for one in history)},
     }
 
 
@@ -100,7 +105,29 @@ def render(result: Mapping[str, Any]) -> str:
         [f"({what}) {entry['name']}", human(entry["parameters"]), _number(entry["loss"]), *("" for _ in rounds)]
         for what, entry in result["rivals"].items()
     ]
-    return aligned([head, *rows]) + f"\nwinner: {result['winner']['name']}"
+    parts = [aligned([head, *rows]), *_finals(result["finalists"])]
+    parts += [
+        f"{kind}: the table of layers was {error:.1%} off at most" for kind, error in result["speed_errors"].items()
+    ]
+    return "\n".join([*parts, f"winner: {result['winner']['name']}"])
+
+
+def _finals(finals: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The teacher and the finalists, as a table."""
+    kinds = [kind for kind in ("prefill", "decode") if any(kind in entry["speed"] for entry in finals)]
+    head = ["finalist", "parameters", "validation", "test", "served bytes", *(f"{kind} x teacher" for kind in kinds)]
+    rows = [
+        [
+            entry["name"],
+            human(entry["parameters"]),
+            _number(entry["validation_loss"]),
+            _number(entry["test_loss"]),
+            human(entry["memory_bytes"]),
+            *(f"{entry['speed'][kind]['of_teacher']:.2f}" if kind in entry["speed"] else "" for kind in kinds),
+        ]
+        for entry in finals
+    ]
+    return [aligned([head, *rows])]
 
 
 def _number(value: float | None) -> str:

@@ -20,6 +20,7 @@ from nemo_minitron.artifacts import write_json
 from nemo_minitron.config import SearchSettings
 from nemo_minitron.evaluation.layers import PartTimes
 from nemo_minitron.jobs.progress import Progress
+from nemo_minitron.launch.ranks import first_makes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 KINDS = ("prefill", "decode")
 #: Rounds of each layer, and layers between two lines of progress.
 ROUNDS, LINES = 3, 20
+#: Tokens of a prompt where none are given, at most.
+LENGTH = 1024
 #: Measures a layer: its shape -> times by kind (evaluation.layers.time_parts).
 Measure = Callable[[Architecture], Mapping[str, PartTimes]]
 
@@ -77,22 +80,31 @@ def tables_in(
 
     from nemo_minitron.evaluation.layers import time_parts
 
-    if file is not None and file.is_file():
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        return {kind: SpeedTable.from_list(parts) for kind, parts in kept.items()}
     measure = functools.partial(
         time_parts,
         device="cuda:0" if layout.cuda else "cpu",
         dtype=torch.bfloat16 if layout.cuda and layout.bf16 else torch.float32,
         batch=settings.batch_size,
-        length=settings.length or min(1024, space.teacher.seq_length),
+        length=speed_length(settings, space.teacher),
         rounds=ROUNDS,
         seed=seed,
     )
-    found = tables(space, measure, every=LINES)
-    if file is not None:
-        write_json(file, {kind: table.to_list() for kind, table in found.items()})
-    return found
+    if file is None:
+        return tables(space, measure, every=LINES)
+    first_makes(file, lambda: _write(file, tables(space, measure, every=LINES)))
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    return {kind: SpeedTable.from_list(parts) for kind, parts in kept.items()}
+
+
+def _write(file: Path, found: Mapping[str, SpeedTable]) -> None:
+    unfinished = file.with_suffix(".unfinished")
+    write_json(unfinished, {kind: table.to_list() for kind, table in found.items()})
+    unfinished.replace(file)
+
+
+def speed_length(settings: SearchSettings, teacher: Architecture) -> int:
+    """Tokens of the prompt that prefill reads and decode stands behind."""
+    return settings.length or min(LENGTH, teacher.seq_length)
 
 
 def widths(space: Space) -> Iterator[Architecture]:

@@ -1,6 +1,7 @@
 """A search, resolved against its teacher: what is looked at, and how long. Reads sizes, no weights."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_minitron import config as c
@@ -10,7 +11,7 @@ from nemo_minitron.megatron.layout import layout_of
 from nemo_minitron.search.budgets import Budget, budgets_of
 from nemo_minitron.search.rounds import Round, schedule
 from nemo_minitron.search.space import Space, name_of, rivals, sizes_of
-from nemo_minitron.search.speeds import tables_in
+from nemo_minitron.search.speeds import SpeedTable, speed_length, tables_in
 from nemo_minitron.training.inputs import stated_path
 
 
@@ -22,6 +23,7 @@ class Task:
         shapes: all within the budgets.
         rivals: what -> the shape of that kind nearest to the budgets.
         rounds: of distillation.
+        speeds: prefill and decode -> times of layers, where a speed is asked for.
     """
 
     config: c.SearchConfig
@@ -31,6 +33,12 @@ class Task:
     shapes: list[Architecture]
     rivals: dict[str, Architecture]
     rounds: list[Round]
+    speeds: Mapping[str, SpeedTable] = dataclasses.field(default_factory=dict)
+
+    @property
+    def speed_length(self) -> int:
+        """Tokens of the prompt whose speed is meant."""
+        return speed_length(self.config.search, self.teacher.architecture)
 
     @property
     def finalists(self) -> int:
@@ -91,7 +99,7 @@ def resolved(config: c.SearchConfig, speeds_file: Path | None = None) -> Task:
         num_layers=cut.num_layers_divisor,
     )
     space = Space.of(teacher.architecture, grid, config.search)
-    speeds = None
+    speeds: Mapping[str, SpeedTable] = {}
     if config.search.speeds:
         speeds = tables_in(speeds_file, space, config.search, layout_of(config.trainer, config.model), config.seed)
     budgets = budgets_of(config.search, teacher.architecture, speeds)
@@ -99,4 +107,4 @@ def resolved(config: c.SearchConfig, speeds_file: Path | None = None) -> Task:
     candidates = min(config.search.candidates, len(shapes))
     finalists = min(config.search.finalists, candidates)
     rounds = schedule(candidates, finalists, config.search.steps)
-    return Task(config, teacher, space, budgets, shapes, rivals(space, budgets), rounds)
+    return Task(config, teacher, space, budgets, shapes, rivals(space, budgets), rounds, speeds)

@@ -109,6 +109,8 @@ class SearchSettings(Config):
     """Steps of the first round of distillation; each further round has twice as many, for half of the candidates."""
     finalists: int = 1
     """Shapes that are left at the end."""
+    speed_rounds: int = 3
+    """Rounds in which teacher and finalists are run to measure their speed; 0: it is not measured."""
 
     def given(self) -> list[str]:
         """The budgets that are set."""
@@ -135,6 +137,7 @@ class SearchSettings(Config):
             steps=self.steps,
             finalists=self.finalists,
         )
+        problems += at_least(0, speed_rounds=self.speed_rounds)
         if not 0 < self.tolerance < 1:
             problems.append(f"tolerance = {self.tolerance} must be above 0 and below 1")
         if self.finalists > self.candidates:
