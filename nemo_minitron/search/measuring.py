@@ -184,7 +184,7 @@ def measured_cuts(partial: Path, task: Task, prefixes: dict[str, list], length: 
     needed = prune_config(config, {"hidden_size": task.space.choices["hidden_size"][0]})
     score(needed, teacher)
     held_out = consecutive_sequences(paths(prefixes["validation"]), length, settings.samples)
-    sequences, _ = calibration_of(needed, teacher).sequences(config.prune.num_block_samples, config.seed)
+    sequences, _ = calibration_of(needed, teacher).sequences(config.prune.num_block_samples, config.calibration_seed)
     scores = read_scores(needed, teacher)
     folder = cuts_folder(config, teacher, sequences, held_out)
     cuts = Cuts(teacher, scores, config, folder)
@@ -218,7 +218,7 @@ def cuts_folder(config: c.SearchConfig, teacher: Checkpoint, sequences: Tensor, 
         sequences: calibration samples of the maps.
         held_out: samples of the losses.
     """
-    cut = dataclasses.asdict(dataclasses.replace(config.prune, scores_path=None))
+    cut = dataclasses.asdict(dataclasses.replace(config.prune, scores_path=None, seed=None))
     seen = hashlib.sha256(json.dumps([teacher.content, cut, config.trainer.precision], sort_keys=True).encode())
     for tokens in (sequences, held_out):
         seen.update(tokens.contiguous().numpy().tobytes())
@@ -290,7 +290,7 @@ def prune_config(config: c.SearchConfig, sizes: dict[str, int], save_path: str =
     """`minitron prune`'s configuration for a shape."""
     model = config.model
     return c.PruneConfig(
-        seed=config.seed,
+        seed=config.calibration_seed,
         trainer=config.trainer,
         model=c.PruneModelConfig(
             restore_from_path=model.restore_from_path,

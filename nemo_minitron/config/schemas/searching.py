@@ -183,7 +183,9 @@ class SearchCutConfig(Config):
     num_block_samples: int = 32
     """Samples on which maps in place of dropped layers are fitted."""
     scores_path: str | None = None
-    """As in prune."""
+    """As in prune; losses of cuts are kept beside it, and no further search of the same teacher measures them again."""
+    seed: int | None = None
+    """Seed of calibration samples; none: the search's."""
     hidden_size_divisor: int | None = None
     """Grid of hidden_size; none: as in prune."""
     ffn_hidden_size_divisor: int | None = None
@@ -208,6 +210,7 @@ class SearchCutConfig(Config):
     def targets(self, sizes: Mapping[str, int]) -> PruneTargets:
         """prune's targets for a shape of these sizes."""
         fields: dict[str, Any] = {**dataclasses.asdict(self), **sizes}
+        del fields["seed"]
         return PruneTargets(**fields, refit="once" if self.method == "compensated" else None)
 
 
@@ -218,7 +221,7 @@ class SearchConfig(Config):
     output: str = "???"
     """Folder to make: the winner's checkpoint, search.json, a table."""
     seed: int = 1234
-    """Seed of calibration samples and of the order of training samples."""
+    """Seed of the order of training samples, and of calibration samples where prune.seed is none."""
     overwrite: bool = False
     """Replace an output that was made from something else."""
     dry_run: bool = False
@@ -228,6 +231,10 @@ class SearchConfig(Config):
     kd: KDConfig = field(default_factory=KDConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+
+    @property
+    def calibration_seed(self) -> int:
+        return self.seed if self.prune.seed is None else self.prune.seed
 
     def problems(self) -> list[str]:
         problems = layout_problems(self.trainer, self.model)
