@@ -95,7 +95,6 @@ def find(partial: Path, config: c.SearchConfig, prefixes: dict[str, list], lengt
             "winner_loss": result["winner"]["loss"],
             "shapes": result["space"]["within"],
             "measured": sum(entry["loss"] is not None for entry in result["shapes"]),
-            "rounds": result["rounds"],
         },
         "timings": result["seconds"],
         "details": {"architecture": result["winner"]["architecture"]},

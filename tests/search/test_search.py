@@ -85,6 +85,101 @@ def test_the_better_half_goes_on_and_the_best_cuts_begin(found):
         assert before["stay"] == sorted(before["losses"], key=before["losses"].get)[: len(before["stay"])]
 
 
+def test_the_finalists_are_measured_beside_the_teacher(tiny, found):
+    """Losses as evaluate_loss has them; bytes by the formula; speeds as ratios to the teacher's own."""
+    from nemo_minitron.evaluation.loss import evaluate_loss
+
+    config, result = found
+    teacher, best = result["finalists"][0], result["finalists"][1]
+    assert [teacher["name"], best["name"]] == ["teacher", result["winner"]["name"]]
+    fields = tiny.training(Path(config.output) / "evaluation", restore_from_path=f"{config.output}/student")
+    fields["trainer"].limit_val_batches = 1
+    measured = evaluate_loss(c.LossConfig(**fields, limit_batches=2)).metrics
+    assert best["validation_loss"] == pytest.approx(measured["validation"]["loss"], abs=1e-6)
+    assert best["test_loss"] == pytest.approx(measured["test"]["loss"], abs=1e-6)
+    assert teacher["memory_bytes"] / 2 > teacher["parameters"] > best["parameters"]
+    assert teacher["speed"]["prefill"]["of_teacher"] == 1.0 and best["speed"]["decode"]["tokens_per_second"] > 0
+    assert best["speed"]["decode"]["predicted"] is None and result["speed_errors"] == {}
+
+
+def test_another_budget_measures_no_cut_again(tiny, found, tmp_path, monkeypatch):
+    """Scores, maps and losses are kept beside prune.scores_path."""
+    from nemo_minitron.evaluation import loss
+    from nemo_minitron.pruning.importance import blocks
+
+    first = settings(tiny, tmp_path / "first", candidates=2, steps=1, measured=3, speed_rounds=0)
+    first.prune.scores_path = str(tmp_path / "scores")
+    search(first)
+    again = settings(tiny, tmp_path / "again", candidates=2, steps=1, measured=3, speed_rounds=0)
+    again.prune.scores_path, again.seed, again.prune.seed = str(tmp_path / "scores"), 7, first.seed
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "fit_blocks", None)
+        measured = []
+        original = loss.mean_loss
+        patch.setattr(loss, "mean_loss", lambda *given, **named: measured.append(1) or original(*given, **named))
+        search(again)
+    assert len(measured) == 4  # teacher and winner, on validation and test
+    one, other = (json.loads((tmp_path / name / "search.json").read_text()) for name in ("first", "again"))
+    assert one["shapes"] == other["shapes"] and one["rounds"][0]["losses"] != other["rounds"][0]["losses"]
+
+
+@pytest.mark.usefixtures("forked_ranks")
+def test_two_ranks_find_what_one_finds(tiny, found, tmp_path):
+    config, alone = found
+    shared = settings(tiny, tmp_path / "shared", speed_rounds=0)
+    shared.trainer.devices, shared.search.measured = 2, config.search.measured
+    search(shared)
+    result = json.loads((tmp_path / "shared" / "search.json").read_text())
+    losses = {entry["name"]: entry["loss"] for entry in alone["shapes"] if entry["loss"] is not None}
+    others = {entry["name"]: entry["loss"] for entry in result["shapes"] if entry["loss"] is not None}
+    assert others == pytest.approx(losses, abs=1e-3)
+    assert result["rounds"][-1]["losses"] == pytest.approx(alone["rounds"][-1]["losses"], abs=5e-3)
+    assert open_checkpoint(tmp_path / "shared" / "student").architecture.to_dict() == result["winner"]["architecture"]
+    assert not [path for path in (tmp_path / "shared").iterdir() if path.name.startswith(".")]
+
+
+def test_what_cannot_be_is_said_before_any_work(tiny, tmp_path, monkeypatch):
+    """Scores of another teacher, no validation text, a budget that no shape meets: nothing is written."""
+    from nemo_minitron.errors import ConfigError, MinitronError
+
+    output = tmp_path / "out"
+    config = settings(tiny, output)
+    config.prune.scores_path = str(tmp_path / "scores")
+    for wrong, message in (
+        ({"parameters": "100%"}, "is no cut: the teacher has"),
+        ({"parameters": "1%"}, "below the smallest shape"),
+        ({"parameters": "60%", "num_layers": [4, 4], "tolerance": 1e-6}, "nearest: l4"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            search(settings(tiny, output, **wrong))
+    (tmp_path / "few").mkdir()
+    for split in ("train", "test"):
+        for end in ("bin", "idx"):
+            (tmp_path / "few" / f"{split}.{end}").write_bytes((tiny.data / f"{split}.{end}").read_bytes())
+    few = settings(tiny, output)
+    few.model.data.data_prefix = str(tmp_path / "few")
+    with pytest.raises(MinitronError, match="validation"):
+        search(few)
+    assert not output.exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_scores_of_another_teacher_are_refused_before_any_work(tiny, found, tmp_path):
+    from nemo_minitron.errors import MinitronError
+    from nemo_minitron.pruning.command import prune
+
+    student = tmp_path / "student"
+    cut = tiny.pruning(student, drop_layers=[2])
+    prune(cut)
+    other = prune_config(settings(tiny, tmp_path / "out"), {"hidden_size": 96}, str(tmp_path / "cut"))
+    other.prune.scores_path = str(tmp_path / "scores")
+    prune(other)
+    config = settings(tiny, tmp_path / "out")
+    config.model.restore_from_path, config.prune.scores_path = str(student), str(tmp_path / "scores")
+    with pytest.raises(MinitronError, match="another"):
+        search(config)
+    assert not (tmp_path / "out").exists()
+
+
 def test_rounds_halve_and_double():
     rounds = schedule(16, 1, 40)
     assert [(one.candidates, one.steps) for one in rounds] == [(16, 40), (8, 80), (4, 160), (2, 320)]
