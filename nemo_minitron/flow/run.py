@@ -10,10 +10,11 @@ from nemo_minitron.flow.dry_run import describe
 from nemo_minitron.flow.models import check_teacher
 from nemo_minitron.flow.settle import Settled, settle
 from nemo_minitron.flow.steps import Step, steps_to_run
-from nemo_minitron.flow.summary import draw, show, write_summary
+from nemo_minitron.flow.summary import show, write_summary
 from nemo_minitron.packages.versions import check_training
 from nemo_minitron.planning.machine import this_machine
 from nemo_minitron.planning.pace import in_words, measured_flops
+from nemo_minitron.report.command import draw
 
 
 def run_flow(config: c.FlowConfig) -> None:

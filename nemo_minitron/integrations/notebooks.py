@@ -15,6 +15,7 @@ from nemo_minitron.flow.dry_run import describe
 from nemo_minitron.flow.models import check_teacher, given_checkpoint, place, student_architecture
 from nemo_minitron.flow.settle import settle
 from nemo_minitron.flow.steps import KINDS, Step, steps_to_run
+from nemo_minitron.report.command import draw
 
 if TYPE_CHECKING:
     from IPython.display import Image
@@ -96,7 +97,7 @@ class Tutorial:
         self.needs("distill", "04_b_distilling_width_pruned_student", "width")
         results = self._results(*KINDS)
         summary.show(self.config, summary.write_summary(self.config, results))
-        summary.draw(self.folder)
+        draw(self.folder)
 
     @property
     def tasks(self) -> str:
