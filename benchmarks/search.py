@@ -63,7 +63,7 @@ class Bench:
                 global_batch_size=how.batch,
                 data=c.ModelDataConfig(data_prefix=how.data, seq_length=how.length, num_workers=0, windows="fixed"),
                 optim=c.OptimConfig(
-                    lr=how.lr, sched=c.SchedConfig(warmup_steps=max(1, steps // 10), min_lr=how.lr / 10)
+                    lr=how.lr, sched=c.SchedConfig(warmup_steps=max(1, steps // 4), min_lr=how.lr / 10)
                 ),
             ),
         }

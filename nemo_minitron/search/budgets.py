@@ -85,5 +85,8 @@ def load(budgets: Sequence[Budget], shape: Architecture) -> float:
 
 
 def within(budgets: Sequence[Budget], shape: Architecture, tolerance: float) -> bool:
-    """Whether a shape exceeds no budget, and meets the tightest, both within `tolerance` (arXiv 2407.14679: 5 %)."""
-    return abs(load(budgets, shape) - 1) <= tolerance
+    """Whether a shape exceeds no budget, and comes within `tolerance` of the tightest.
+
+    arXiv 2407.14679 takes shapes within 5 % on both sides; a limit of memory or of time is one, so here none is above.
+    """
+    return 1 - tolerance <= load(budgets, shape) <= 1

@@ -14,6 +14,7 @@ from nemo_minitron.errors import ConfigError
 from nemo_minitron.jobs.job import Job
 from nemo_minitron.launch.ranks import first_makes, rank, run_stage
 from nemo_minitron.packages.versions import check_training
+from nemo_minitron.report.command import draw
 from nemo_minitron.search.distilling import distilled, keep, places_of
 from nemo_minitron.search.finals import measured_finals
 from nemo_minitron.search.measuring import check_given_scores, measured_cuts, write_whole
@@ -69,6 +70,7 @@ def search(config: c.SearchConfig) -> Manifest | None:
     )
     if rank() == 0:
         print(render(json.loads((Path(config.output) / RESULT).read_text(encoding="utf-8"))))
+        draw(Path(config.output))
     return manifest
 
 

@@ -85,8 +85,8 @@ def round_config(
 
 
 def with_steps(optim: c.OptimConfig, steps: int) -> c.OptimConfig:
-    """The optimizer with a warm-up that is at most a tenth of a round."""
-    warmup = min(optim.sched.warmup_steps, max(1, steps // 10))
+    """The optimizer with a warm-up of a quarter of a round at most: its state begins anew in each."""
+    warmup = min(optim.sched.warmup_steps, max(1, steps // 4))
     return dataclasses.replace(optim, sched=dataclasses.replace(optim.sched, warmup_steps=warmup))
 
 

@@ -74,7 +74,7 @@ class Space:
         else:
             hint = "no shape is near the tightest budget"
         raise ConfigError(
-            [f"{hint}: of {len(loads)} shapes none lies within {tolerance:.0%}; nearest: {near} of the budget. "
+            [f"{hint}: of {len(loads)} shapes none lies within {tolerance:.0%} below it; nearest: {near} of it. "
              "Give another budget, search.tolerance, or wider ranges"],
             "minitron search",
         )  # fmt: skip
@@ -93,9 +93,14 @@ def name_of(shape: Architecture) -> str:
 def nearest(
     shapes: Sequence[Architecture], budgets: Sequence[Budget], wanted: Callable[[Architecture], Any] | None = None
 ) -> Architecture | None:
-    """The shape that lies nearest to the budgets, of those that are `wanted`; of two as near, the smaller."""
+    """The largest shape within the budgets of those that are `wanted`; where none is, the one that is nearest."""
     chosen = [shape for shape in shapes if wanted is None or wanted(shape)]
-    return min(chosen, key=lambda shape: (abs(load(budgets, shape) - 1), shape.parameters()), default=None)
+
+    def distance(shape: Architecture) -> tuple[bool, float, int]:
+        share = load(budgets, shape)
+        return share > 1, abs(share - 1), shape.parameters()
+
+    return min(chosen, key=distance, default=None)
 
 
 def rivals(space: Space, budgets: Sequence[Budget]) -> dict[str, Architecture]:

@@ -89,7 +89,7 @@ class SearchSettings(Config):
     length: int | None = None
     """Of memory, flops and speed: tokens of a sequence; none: the teacher's, 1024 at most for speed."""
     tolerance: float = 0.05
-    """How far a student may lie from the tightest budget, as a share of it."""
+    """How far below the tightest budget a student may lie, as a share of it; none lies above."""
     num_layers: Any = None
     """Layers that are looked at: one number, or [least, most]; none: all of the grid."""
     hidden_size: Any = None
