@@ -1,6 +1,5 @@
 """report.json of a flow that has run, the tables that it prints, and its page."""
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from nemo_minitron import config as c
 from nemo_minitron.artifacts import Manifest, versions, write_json
 from nemo_minitron.artifacts.stages import MODELS
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.flow.models import as_asked
 from nemo_minitron.flow.steps import Step
 from nemo_minitron.report.collect import collect
 from nemo_minitron.report.command import check_free, write_run
@@ -53,7 +53,7 @@ def summarize(config: c.FlowConfig, results: Results) -> dict[str, Any]:
             for step, manifest in results
         ],
         "data": of("data")[""].metrics,
-        "config": dataclasses.asdict(config),
+        "config": as_asked(config),
         "versions": versions(),
         "environment": environment(),
         "seed": config.seed,
