@@ -106,7 +106,7 @@ def with_own_tokenizer(config: c.FlowConfig) -> c.FlowConfig:
 
 def searches(config: c.FlowConfig, name: str) -> bool:
     """Whether a search finds the sizes of the student `name`."""
-    return "search" in config.prune.students[name]
+    return config.prune.students[name].get("search") is not None
 
 
 def candidates_cut(config: c.FlowConfig, name: str) -> c.SearchCutConfig:

@@ -139,6 +139,12 @@ def test_what_is_given_wins(checkpoints, text):
     assert settled.config.distill.global_batch_size % 2 == 0
 
 
+def test_a_search_may_be_taken_back(checkpoints, text):
+    taken = [f"prune.students.best.{value}" for value in ("search.parameters=60%", "search=null", "hidden_size=32")]
+    settled = settle(asked(checkpoints["llama2"], text, *taken), LAPTOP)
+    assert settled.config.prune.students["best"] == {"hidden_size": 32}
+
+
 def test_a_share_may_be_taken_back(checkpoints, text):
     back = ["prune.students.width.parameters=null", "prune.students.width.hidden_size=48"]
     assert settle(asked(checkpoints["llama2"], text, *back), LAPTOP).config.prune.students["width"] == {

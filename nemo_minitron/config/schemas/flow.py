@@ -231,7 +231,7 @@ def _student_problems(targets: dict[str, Any]) -> list[str]:
     """Targets that are not known, or of another kind than they have to be."""
     problems = [f"{key} is not a target; known are {', '.join(TARGETS)}" for key in targets if key not in TARGETS]
     problems += _kind_problems(PruneTargets, {key: value for key, value in targets.items() if value is not None})
-    return problems + (_search_problems(targets) if "search" in targets else [])
+    return problems + (_search_problems(targets) if targets.get("search") is not None else [])
 
 
 def _search_problems(targets: dict[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ def settle_students(state: State) -> None:
             continue
         asked = {share: targets[share] for share in SHARES if targets.get(share) is not None}
         wrong = share_problems(targets)
-        students[name] = {key: value for key, value in targets.items() if key not in SHARES}
+        students[name] = {key: value for key, value in targets.items() if key not in (*SHARES, "search")}
         if asked and not wrong and any(targets.get(size) is not None for size in NAMED):
             wrong = student_problems(state.config, state.teacher, name)
         problems += [f"prune.students.{name}: {problem}" for problem in wrong]
