@@ -1,6 +1,5 @@
 """report.json of a flow that has run, and the tables that it prints."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from nemo_minitron import config as c
 from nemo_minitron.artifacts import Manifest, versions, write_json
 from nemo_minitron.artifacts.stages import MODELS
+from nemo_minitron.flow.models import as_asked
 from nemo_minitron.flow.steps import Step
 from nemo_minitron.report.stages import REPORT
 
@@ -49,7 +49,7 @@ def summarize(config: c.FlowConfig, results: Results) -> dict[str, Any]:
             for step, manifest in results
         ],
         "data": of("data")[""].metrics,
-        "config": dataclasses.asdict(config),
+        "config": as_asked(config),
         "versions": versions(),
         "environment": environment(),
         "seed": config.seed,
