@@ -121,6 +121,7 @@ COMMANDS = {
         function="nemo_minitron.search.command:search",
         summary="from a budget to the best student: shapes, cuts, short distillations in rounds",
         options=(Option("--dry-run", "dry_run", "print the space and the rounds, and touch nothing"),),
+        launched=True,
         hardware=c.TRAINING,
     ),
     "flow": Command(
