@@ -147,13 +147,16 @@ class Losses:
     known: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.path.is_file():
-            self.known = json.loads(self.path.read_text(encoding="utf-8"))
+        self.known = self._kept()
+
+    def _kept(self) -> dict[str, float]:
+        return dict(json.loads(self.path.read_text(encoding="utf-8"))) if self.path.is_file() else {}
 
     def add(self, name: str, loss: float) -> None:
+        """Keeps one more, beside those that another search of the same teacher may have kept meanwhile."""
         self.known[name] = loss
         if rank() == 0:
-            write_whole(self.path, self.known)
+            write_whole(self.path, self._kept() | self.known)
 
 
 def write_whole(path: Path, value: Any) -> None:
