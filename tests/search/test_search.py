@@ -1,6 +1,7 @@
 """A search on the tiny teacher: what its cuts lose, how rounds go on, what it leaves, and resuming."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,8 @@ def test_another_budget_measures_no_cut_again(tiny, found, tmp_path, monkeypatch
 def test_two_ranks_find_what_one_finds(tiny, found, tmp_path):
     config, alone = found
     shared = settings(tiny, tmp_path / "shared", speed_rounds=0)
-    shared.trainer.devices, shared.search.measured = 2, config.search.measured
+    shared.trainer.devices, shared.prune.scores_path = 2, str(tmp_path / "scores")
+    shutil.copytree(Path(config.output) / "scores", tmp_path / "scores")
     search(shared)
     result = json.loads((tmp_path / "shared" / "search.json").read_text())
     losses = {entry["name"]: entry["loss"] for entry in alone["shapes"] if entry["loss"] is not None}
