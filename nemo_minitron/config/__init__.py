@@ -43,6 +43,7 @@ from nemo_minitron.config.schemas.pruning import (
 )
 from nemo_minitron.config.schemas.quantization import CalibrationDataConfig, QuantizeConfig
 from nemo_minitron.config.schemas.report import ReportConfig
+from nemo_minitron.config.schemas.searching import SearchConfig, SearchCutConfig, SearchSettings
 from nemo_minitron.config.schemas.teaching import AnswersConfig, TeachConfig
 from nemo_minitron.config.schemas.training import (
     ExpManagerConfig,
@@ -109,6 +110,9 @@ __all__ = [
     "SCORING",
     "SchedConfig",
     "SlurmConfig",
+    "SearchConfig",
+    "SearchCutConfig",
+    "SearchSettings",
     "StageConfig",
     "TeachConfig",
     "TrainingConfig",

@@ -116,6 +116,14 @@ COMMANDS = {
         hardware=c.TRAINING,
         nemo_names=True,
     ),
+    "search": Command(
+        schema=c.SearchConfig,
+        function="nemo_minitron.search.command:search",
+        summary="from a budget to the best student: shapes, cuts, short distillations in rounds",
+        options=(Option("--dry-run", "dry_run", "print the space and the rounds, and touch nothing"),),
+        launched=True,
+        hardware=c.TRAINING,
+    ),
     "flow": Command(
         schema=c.FlowConfig,
         function="nemo_minitron.flow.run:run_flow",

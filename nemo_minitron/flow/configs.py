@@ -8,13 +8,16 @@ from nemo_minitron import config as c
 from nemo_minitron.artifacts.stages import MODELS
 from nemo_minitron.flow.answers import answered_tokens, keeps_answers
 from nemo_minitron.flow.models import (
+    candidates_cut,
     checkpoint_place,
     chosen,
     place,
     pretrains_on_broad,
+    searches,
     student_models,
     student_targets,
 )
+from nemo_minitron.search.distilling import STUDENT
 
 
 def broad_data_config(config: c.FlowConfig) -> c.DataConfig:
@@ -131,9 +134,26 @@ def teach_config(config: c.FlowConfig) -> c.TeachConfig:
     return c.TeachConfig(**fields, teach=c.AnswersConfig(tokens=answered_tokens(config)))
 
 
+def search_config(config: c.FlowConfig, name: str) -> c.SearchConfig:
+    """The search for the student `name`: its rounds are short distillations by the flow's own recipe."""
+    output = place(config, "search", name)
+    fields = training_fields(config, config.distill, place(config, "data"), output)
+    del fields["exp_manager"]
+    fields["model"].nemo_path, fields["model"].restore_from_path = None, str(place(config, "correct"))
+    return c.SearchConfig(
+        **fields,
+        output=str(output),
+        search=c.SearchSettings(**config.prune.students[name]["search"]),
+        prune=candidates_cut(config, name),
+        kd=dataclasses.replace(config.distill.kd),
+    )
+
+
 def distill_config(config: c.FlowConfig, name: str) -> c.DistillConfig:
-    """The distillation of the pruned student `name`."""
+    """The distillation of the pruned student `name`; of a searched one, of what the search's rounds left of it."""
     distill = _student_training(config, name, "distill", config.distill.kd)
+    if searches(config, name):
+        distill.model.restore_from_path = str(place(config, "search", name) / STUDENT)
     distill.model.data.dynamic = config.data.dynamic
     return distill
 

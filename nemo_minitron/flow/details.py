@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture, human
-from nemo_minitron.flow.models import chosen
+from nemo_minitron.flow.models import chosen, searches, without_sizes
 
 if TYPE_CHECKING:
     from nemo_minitron.flow.steps import Step
@@ -51,7 +51,19 @@ def tuning(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.FinetuneConf
 
 def control(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.FinetuneConfig] | Step[c.DistillConfig]") -> str:
     """What the control is for."""
-    return "to compare, the same steps"
+    from_cut = " from the cut, without those of the search" if searches(flow, chosen(step.student)) else ""
+    return f"to compare, the same steps{from_cut}"
+
+
+def searching(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.SearchConfig]") -> str:
+    """The budget and the rounds."""
+    from nemo_minitron.search.rounds import schedule
+
+    settings, tokens = step.config.search, chosen(flow.model.seq_length)
+    budgets = ", ".join(f"{name} {getattr(settings, name)}" for name in settings.given())
+    rounds = schedule(settings.candidates, settings.finalists, settings.steps)
+    each = ", ".join(f"{one.candidates} of {one.steps} steps" for one in rounds)
+    return f"{budgets}; candidates in rounds: {each} x {step.config.model.global_batch_size} x {tokens}"
 
 
 def scoring(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.PruneConfig]") -> str:
@@ -76,7 +88,10 @@ def scanning(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.PruneConfi
 
 def targets(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.PruneConfig]") -> str:
     """What is cut, in the flow's own words."""
-    return ", ".join(f"{key}={value}" for key, value in flow.prune.students[chosen(step.student)].items())
+    given, words = flow.prune.students[chosen(step.student)], []
+    if searches(flow, chosen(step.student)):
+        given, words = without_sizes(given), ["the search's winner"]
+    return ", ".join([*words, *(f"{key}={value}" for key, value in given.items() if key != "search")])
 
 
 def questions(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.EvaluateConfig]") -> str:

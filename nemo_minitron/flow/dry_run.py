@@ -1,14 +1,16 @@
 """What would be done, in words: what `--dry-run` prints of a flow."""
 
-import dataclasses
-
 import yaml
 
 from nemo_minitron.flow.answers import decided
-from nemo_minitron.flow.models import student_architecture
+from nemo_minitron.flow.models import as_asked, searches, student_architecture
+from nemo_minitron.flow.searching import found_shape
 from nemo_minitron.flow.settle import Settled
 from nemo_minitron.flow.steps import steps
 from nemo_minitron.planning.pace import in_words
+
+#: Of a student whose search has not ended.
+ASSUMED = "its shape is found by the search, estimates are for this one"
 
 
 def describe(settled: Settled) -> str:
@@ -18,7 +20,8 @@ def describe(settled: Settled) -> str:
     for name in config.prune.students:
         student = student_architecture(config, teacher, name)
         share = student.parameters() / teacher.parameters()
-        lines.append(f"{name:<9} {student.describe()}, {share:.1%} of the teacher")
+        assumed = searches(config, name) and found_shape(config, teacher, name) is None
+        lines.append(f"{name:<9} {student.describe()}, {share:.1%} of the teacher" + f"; {ASSUMED}" * assumed)
     if settled.choices:
         lines += ["", "chosen, where the settings leave it open:"]
         lines += [f"  {choice.setting} = {choice.value}: {choice.why}" for choice in settled.choices]
@@ -29,7 +32,7 @@ def describe(settled: Settled) -> str:
         lines.append(f"  (the teacher's answers are not kept: {answers.why})")
     lines.append("then the table, report.json and report.html")
     lines += ["", *times(settled)]
-    lines += ["", "configuration:", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip()]
+    lines += ["", "configuration:", yaml.safe_dump(as_asked(config), sort_keys=False).rstrip()]
     return "\n".join(lines)
 
 

@@ -4,12 +4,14 @@ The teacher is a checkpoint that is given, or random weights of stated sizes tha
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture, padded_vocab_size
 from nemo_minitron.artifacts.stages import STAGES
+from nemo_minitron.config.schemas.flow import COUNTS, SEARCHED
 from nemo_minitron.errors import CheckpointError, ConfigError
 from nemo_minitron.pruning.plan import plan_cut, target_problems
 from nemo_minitron.published import stated_fields
@@ -102,9 +104,47 @@ def with_own_tokenizer(config: c.FlowConfig) -> c.FlowConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
 
 
-def student_targets(config: c.FlowConfig, name: str) -> c.PruneTargets:
-    """The targets of the student `name`, on the flow's grid."""
+def searches(config: c.FlowConfig, name: str) -> bool:
+    """Whether a search finds the sizes of the student `name`."""
+    return config.prune.students[name].get("search") is not None
+
+
+def candidates_cut(config: c.FlowConfig, name: str) -> c.SearchCutConfig:
+    """How the candidates of a search for the student `name` are cut, and so the student itself."""
     prune = config.prune
+    given = {key: value for key, value in prune.students[name].items() if key in SEARCHED[1:] and value is not None}
+    fields: dict[str, Any] = {"method": prune.method or c.SearchCutConfig.method} | given
+    fields |= {"num_samples": prune.num_samples, "num_block_samples": prune.num_block_samples}
+    return c.SearchCutConfig(
+        **fields,
+        scores_path=str(place(config, "score")),
+        hidden_size_divisor=prune.hidden_size_divisor,
+        ffn_hidden_size_divisor=prune.ffn_hidden_size_divisor,
+        num_layers_divisor=prune.num_layers_divisor,
+    )
+
+
+def as_asked(config: c.FlowConfig) -> dict[str, Any]:
+    """The configuration as plain values, such that it can be asked for: without the sizes of students that a search
+    finds."""
+    told = dataclasses.asdict(config)
+    students = told["prune"]["students"]
+    for name in filter(lambda name: searches(config, name), students):
+        students[name] = without_sizes(students[name])
+    return told
+
+
+def without_sizes(targets: Mapping[str, Any]) -> dict[str, Any]:
+    """A student's targets but for its sizes."""
+    return {key: value for key, value in targets.items() if key not in COUNTS}
+
+
+def student_targets(config: c.FlowConfig, name: str) -> c.PruneTargets:
+    """The targets of the student `name`, on the flow's grid; where a search finds its sizes, those that are known."""
+    prune = config.prune
+    if searches(config, name):
+        sizes = {key: value for key, value in prune.students[name].items() if key in COUNTS}
+        return candidates_cut(config, name).targets(sizes)
     targets: dict[str, Any] = {"method": prune.method, "depth_by": prune.depth_by} | prune.students[name]
     targets |= {"num_samples": prune.num_samples, "num_block_samples": prune.num_block_samples}
     return c.PruneTargets(

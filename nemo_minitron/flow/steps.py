@@ -3,7 +3,8 @@
     data -> teacher -> teacher correction -> importance -> prune -> distil, with a control beside it -> table
 
 Where the teacher's answers are kept (flow.answers), it gives them once, before any student is cut. Where there are
-instructions, the distilled students are tuned on them at the end.
+instructions, the distilled students are tuned on them at the end. Where a search finds a student's sizes, its steps are
+planned for a shape of that budget first, and anew once the search has ended (flow.run).
 
 The run, its dry run, its estimates of time, its report and the notebooks read this list. A new step is an entry of the
 tables below; its name and its folder stand in artifacts.stages, where a report finds them again.
@@ -22,7 +23,15 @@ from nemo_minitron.artifacts import MANIFEST, Manifest
 from nemo_minitron.artifacts.stages import STAGES
 from nemo_minitron.flow import configs, details, work
 from nemo_minitron.flow.answers import keeps_answers
-from nemo_minitron.flow.models import chosen, has_control, needs_scores, place, pretrains_on_broad, with_own_tokenizer
+from nemo_minitron.flow.models import (
+    chosen,
+    has_control,
+    needs_scores,
+    place,
+    pretrains_on_broad,
+    searches,
+    with_own_tokenizer,
+)
 from nemo_minitron.planning.pace import Work
 
 Configuration = TypeVar("Configuration", bound=c.Config)
@@ -142,6 +151,9 @@ TEACHER = {
 }
 #: From the teacher to each student.
 STUDENT = {
+    "search": Kind(
+        "nemo_minitron.search.command:search", configs.search_config, work.search_work, details.searching, searches
+    ),
     "scan": Kind(
         f"{IMPORTANCE}.scan:scan",
         configs.cut_config,

@@ -1,7 +1,5 @@
-"""report.json of a flow that has run, the tables that it prints, and its page."""
+"""report.json of a flow that has run, and the tables that it prints."""
 
-import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +7,9 @@ from typing import Any
 from nemo_minitron import config as c
 from nemo_minitron.artifacts import Manifest, versions, write_json
 from nemo_minitron.artifacts.stages import MODELS
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.flow.models import as_asked
 from nemo_minitron.flow.steps import Step
-from nemo_minitron.report.collect import collect
-from nemo_minitron.report.command import check_free, write_run
-from nemo_minitron.report.stages import PAGE, REPORT
+from nemo_minitron.report.stages import REPORT
 
 #: All steps of a flow, in order, each with what it left.
 Results = Sequence[tuple[Step[Any], Manifest]]
@@ -53,7 +49,7 @@ def summarize(config: c.FlowConfig, results: Results) -> dict[str, Any]:
             for step, manifest in results
         ],
         "data": of("data")[""].metrics,
-        "config": dataclasses.asdict(config),
+        "config": as_asked(config),
         "versions": versions(),
         "environment": environment(),
         "seed": config.seed,
@@ -95,14 +91,3 @@ def show(config: c.FlowConfig, report: dict[str, Any]) -> None:
     print(render_stages(report["stages"]))
     print()
     print(f"report: {Path(config.output_dir) / REPORT}")
-
-
-def draw(run: Path) -> None:
-    """Writes the page of a run and prints where it is; without what draws it, says so: the run itself is done."""
-    try:
-        check_free(run / PAGE, overwrite=False)
-        write_run(collect(run), run / PAGE)
-    except MinitronError as error:
-        print(f"no page: {error}; then `minitron report {run}`", file=sys.stderr)
-    else:
-        print(f"page: {run / PAGE}")

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.flow.models import chosen, model_architecture, student_architecture, student_models
+from nemo_minitron.flow.searching import measured_shapes
 from nemo_minitron.planning.flops import cut_flops, forward_flops, refit_flops, scan_flops, stage_flops, training_flops
 from nemo_minitron.planning.pace import Work
+from nemo_minitron.search.rounds import schedule, total_steps
 
 if TYPE_CHECKING:
     from nemo_minitron.flow.steps import Step
@@ -53,6 +55,23 @@ def teach_work(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.TeachCon
     length, trainer = _length(flow), step.config.trainer
     tokens = chosen(step.config.teach.tokens) + trainer.limit_val_batches * step.config.model.global_batch_size * length
     return Work("run", tokens * forward_flops(teacher, length))
+
+
+def search_work(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.SearchConfig]") -> Work:
+    """Cuts, each run on held-out text, and the rounds: all candidates as large as the shape that stands for them, the
+    teacher once over what they read."""
+    length, shape, settings = _length(flow), model_architecture(flow, teacher, step.student), step.config.search
+    rounds = schedule(settings.candidates, settings.finalists, settings.steps)
+    batch = step.config.model.global_batch_size * length
+    validated = step.config.trainer.limit_val_batches * batch
+    forward, training = forward_flops(shape, length), training_flops(shape, length)
+    head = 2.0 * teacher.vocab_size * teacher.hidden_size
+    measured = measured_shapes(flow, teacher, chosen(step.student))
+    cuts = measured * (settings.samples * length * forward + cut_flops(teacher, shape))
+    taught = (batch * sum(one.steps for one in rounds) + validated) * forward_flops(teacher, length)
+    learnt = batch * total_steps(rounds) * (training + head)
+    tested = validated * sum(one.candidates for one in rounds) * (forward + head)
+    return Work("train", cuts + taught + learnt + tested)
 
 
 def loss_work(flow: c.FlowConfig, teacher: Architecture, step: "Step[c.LossConfig]") -> Work:

@@ -7,6 +7,8 @@
     llm.import_ckpt(model, "minitron-width:///path/teacher", output_path="student", hidden_size=3072, data="data")
     llm.import_ckpt(model, "minitron-distill:///path/student", output_path="kd", teacher="/path/teacher", data="data")
 
+    llm.import_ckpt(model, "minitron-search:///path/teacher", output_path="search", parameters="60%", data="data")
+
     llm.import_ckpt(model, "nemo1:///path/llama3_1_8b.nemo", output_path="llama")  # a NeMo-1 archive
     llm.import_ckpt(model, "hf:///path/Llama-3.1-8B", output_path="llama")         # also without Transformer Engine
     llm.export_ckpt("student", "hf", output_path="student-hf")                     # pruned shapes as well
@@ -82,6 +84,42 @@ def distill(source: Path, output: Path, **arguments: Any) -> None:
     run(c.validated(config, "minitron-distill"))
 
 
+def search(source: Path, output: Path, **arguments: Any) -> Path:
+    """Finds the best student of a budget.
+
+    Args:
+        source: the teacher's checkpoint.
+        output: the folder with search.json and the finalists.
+        arguments: ``data`` and a budget (``parameters="60%"``, ``memory="6GB"``, ``flops``, ``decode="1.8x"``...);
+            further fields of SearchSettings, SearchCutConfig, KDConfig, TrainerConfig, ModelConfig, OptimConfig and
+            SchedConfig by their names (candidates, steps, num_samples, lr, global_batch_size...).
+
+    Returns:
+        the winner's checkpoint, in `output`.
+    """
+    from nemo_minitron.search.command import search as run
+    from nemo_minitron.search.distilling import STUDENT
+
+    values = _Arguments(arguments)
+    config = c.SearchConfig(
+        output=str(output),
+        seed=values.take("seed", 1234),
+        search=values.build(c.SearchSettings),
+        prune=values.build(c.SearchCutConfig),
+        kd=values.build(c.KDConfig),
+        trainer=values.build(c.TrainerConfig),
+        model=values.build(
+            c.ModelConfig,
+            restore_from_path=str(source),
+            data=values.build(c.ModelDataConfig, data_prefix=values.take("data")),
+            optim=values.build(c.OptimConfig, sched=values.build(c.SchedConfig)),
+        ),
+    )
+    values.finish("minitron-search")
+    run(c.validated(config, "minitron-search"))
+    return output / STUDENT
+
+
 def _prune(source: Path, output: Path, arguments: dict[str, Any], required: tuple[str, ...]) -> None:
     from nemo_minitron.pruning.command import prune
 
@@ -127,10 +165,12 @@ class _Arguments:
             raise ConfigError(f"unknown keyword(s) {', '.join(sorted(self.left))}", what)
 
 
-CONNECTORS: dict[str, Callable[..., None]] = {
+#: Name -> what makes the checkpoint; it returns its path where that is not the output's own.
+CONNECTORS: dict[str, Callable[..., Path | None]] = {
     "minitron-depth": depth,
     "minitron-width": width,
     "minitron-distill": distill,
+    "minitron-search": search,
 }
 
 
@@ -210,7 +250,7 @@ def nemo_can(source: Path) -> bool:
     return a.num_attention_heads * a.kv_channels == a.hidden_size
 
 
-def _connector(base: type, name: str, function: Callable[..., None]) -> type:
+def _connector(base: type, name: str, function: Callable[..., Path | None]) -> type:
     class MinitronConnector(base):
         """Importer or exporter that calls a function of nemo_minitron, or NeMo's own where that is in charge."""
 
@@ -233,8 +273,7 @@ def _connector(base: type, name: str, function: Callable[..., None]) -> type:
         def apply(self, output_path: Path, **arguments: Any) -> Path:
             if self.nemo_in_charge and not arguments:
                 return super().apply(output_path)
-            function(self.source, Path(output_path), **arguments)
-            return output_path
+            return function(self.source, Path(output_path), **arguments) or output_path
 
         def nemo_load(self, *args: Any, **kwargs: Any) -> Any:
             """llm.export_ckpt loads the model to see whether ModelOpt quantised it; RuntimeError sends it to apply."""

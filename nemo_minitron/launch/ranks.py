@@ -44,6 +44,17 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def first_makes(place: Path, make: Callable[[], object]) -> None:
+    """Rank 0 makes `place`, unless it is there; the others go on once it is. What `make` makes appears in one piece.
+
+    Where rank 0 fails, torchrun ends the others, too.
+    """
+    if rank() == 0 and not place.exists():
+        make()
+    while not place.exists():
+        time.sleep(0.1)
+
+
 def run_stage(job: Job, work: Work, *, stage: str, config: Config, trainer: TrainerConfig, resumable: bool) -> Manifest:
     """Runs `work` on as many ranks as `trainer` asks for, unless the job's result is there already.
 

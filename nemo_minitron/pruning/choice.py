@@ -15,31 +15,44 @@ from nemo_minitron.pruning.cut import Kept, best_heads
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: What second moments are named after -> the matrix that reads it.
+WRITERS = {"ffn": "mlp.linear_fc2", "attention": "self_attention.linear_proj"}
 
-def choose_by_saliency(
-    tensors: Mapping[str, Lazy], plan: PruningPlan, moments: Mapping[str, Tensor], ridge: float, *, heads: bool = True
-) -> Kept:
-    """FFN neurons and, with `heads`, attention heads by arithmetic.saliency of the matrix that reads them.
+
+class Costs:
+    """What removing each neuron and head of a teacher costs, worked out when it is asked for, and once.
 
     Args:
         tensors: the teacher's, by canonical name.
         moments: its second moments (ImportanceScores.moments).
         ridge: lambda over the mean of their diagonal.
     """
+
+    def __init__(self, tensors: Mapping[str, Lazy], moments: Mapping[str, Tensor], ridge: float):
+        self.tensors, self.moments, self.ridge = tensors, moments, ridge
+        self._known: dict[str, Tensor] = {}
+
+    def of(self, kind: str, layer: int, unit: int = 1) -> Tensor:
+        """arithmetic.saliency of the matrix that reads them: of the neurons (`ffn`) or the heads (`attention`)."""
+        name = f"{kind}.{layer}"
+        if name not in self._known:
+            writer = self.tensors[f"{LAYERS}{layer}.{WRITERS[kind]}.weight"].read()
+            self._known[name] = arithmetic.saliency(writer, self.moments[name], self.ridge, unit)
+        return self._known[name]
+
+
+def choose_by_saliency(costs: Costs, plan: PruningPlan, *, heads: bool = True) -> Kept:
+    """FFN neurons and, with `heads`, attention heads: those whose removal costs most."""
     a = Architecture.from_dict(plan.teacher)
     per_group = plan.width.get("num_attention_heads", a.num_attention_heads) // a.num_query_groups
     ffn: dict[int, Tensor] = {}
     chosen: dict[int, Tensor] = {}
     rankings: dict[int, Tensor] = {}
     for layer in (number for number in range(a.num_layers) if number + 1 not in plan.drop_layers):
-        path = f"{LAYERS}{layer}."
         if "ffn_hidden_size" in plan.width:
-            writer = tensors[f"{path}mlp.linear_fc2.weight"].read()
-            cost = arithmetic.saliency(writer, moments[f"ffn.{layer}"], ridge)  # [f]
-            ffn[layer] = cost.argsort(descending=True)[: plan.width["ffn_hidden_size"]]
+            ffn[layer] = costs.of("ffn", layer).argsort(descending=True)[: plan.width["ffn_hidden_size"]]
         if heads and "num_attention_heads" in plan.width:
-            writer = tensors[f"{path}self_attention.linear_proj.weight"].read()
-            cost = arithmetic.saliency(writer, moments[f"attention.{layer}"], ridge, a.kv_channels)  # [n]
+            cost = costs.of("attention", layer, a.kv_channels)  # [n]
             ranking = cost.view(a.num_query_groups, -1).argsort(dim=1, descending=True)  # [g, n/g]
             rankings[layer], chosen[layer] = ranking, best_heads(ranking, a, per_group)
     return Kept(ffn=ffn or None, heads=chosen or None, ranking=rankings or None)

@@ -4,13 +4,14 @@ Legend: h hidden, f FFN, n heads, g query groups, d head size, v vocabulary rows
 
 With P [h, h'] the directions of the stream that stay (arithmetic.stream_basis; with tied embeddings made of one
 rotation a group of channels of like final gain, arithmetic.gain_groups; the identity where hidden_size stays), G a
-norm's gain, D the map that stands in for a dropped block (zero but before one), X_f and X_n the columns' maps::
+norm's gain and r its root mean square, D the map that stands in for a dropped block (zero but before one), X_f and X_n
+the columns' maps::
 
     embedding    [v, h']    E P
-    reads        [k, h']    W diag(G) M        qkv, fc1, output layer; M: arithmetic.reader_map
+    reads        [k, h']    W diag(G / r) M    qkv, fc1, output layer; M: arithmetic.reader_map
     attention    [h', n'd]  P^T W X_n
     MLP          [h', f']   P^T (I + D)^T W X_f
-    norms        [h']       g                  one number a norm (arithmetic.norm_gain)
+    norms        [h']       g r                one number a norm (g: arithmetic.norm_gain)
     q, k norms   [d]        as they are        each head's own channels, which nothing rotates or drops
 
 Rows of qkv and fc1 are those of the heads and neurons that stay. What is done to the rows of a matrix and what to its
@@ -62,6 +63,29 @@ class Settings:
     rotate: bool = False
 
 
+class ColumnMaps:
+    """Maps of columns (arithmetic.columns_map) by matrix and number of columns that stay.
+
+    Cuts that choose by the same costs keep the same of the same number. Older ones are forgotten where all of them
+    would take more than `limit` bytes.
+    """
+
+    def __init__(self, limit: int = 0):
+        self.limit, self.known = limit, dict[tuple[str, int], "Tensor"]()
+
+    def of(self, name: str, moments: Tensor, keep: Tensor, ridge: float) -> Tensor:
+        """The map of the matrix that reads what `name` has the moments of."""
+        key = (name, len(keep))
+        if key in self.known:
+            return self.known[key]
+        made = arithmetic.columns_map(moments, keep, ridge)
+        if self.limit:
+            self.known[key] = made
+            while sum(one.nbytes for one in self.known.values()) > self.limit:
+                self.known.pop(next(iter(self.known)))
+        return made
+
+
 class CompensatedCut:
     """One cut of one teacher.
 
@@ -70,6 +94,7 @@ class CompensatedCut:
         kept: neurons and heads that stay; `hidden` is not looked at.
         moments: the teacher's second moments (ImportanceScores.moments); those of what is not cut may be missing.
         folds: layer before a dropped block (1-based, as text) -> D [h, h].
+        maps: columns' maps of other cuts of this teacher, and where this one's go.
     """
 
     def __init__(
@@ -80,13 +105,16 @@ class CompensatedCut:
         moments: Mapping[str, Tensor],
         folds: Mapping[str, Tensor],
         settings: Settings,
+        maps: ColumnMaps | None = None,
     ):
+        self.maps = maps or ColumnMaps()
         self.tensors, self.kept, self.moments, self.folds, self.settings = tensors, kept, moments, folds, settings
         self.teacher, self.student = Architecture.from_dict(plan.teacher), Architecture.from_dict(plan.student)
         dropped = set(plan.drop_layers)
         self.precise = next(iter(tensors.values())).dtype == "float32"
         self.stay = [number for number in range(self.teacher.num_layers) if number + 1 not in dropped]
         self._scales: dict[int, float] = {}
+        self._sizes: dict[int, float] = {}
         narrower = self.student.hidden_size != self.teacher.hidden_size
         self.basis = self._basis() if narrower or self.unties or settings.rotate else None
 
@@ -234,7 +262,9 @@ class CompensatedCut:
     def _read(self, tensor: Lazy, norm: int, rows: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The rows that stay, and what makes the student's of them."""
         weight = tensor.read()
-        return weight if rows is None else weight[rows], self._times(self._gain(norm)[:, None] * self._map(norm))
+        return weight if rows is None else weight[rows], self._times(
+            self._relative_gain(norm)[:, None] * self._map(norm)
+        )
 
     def _times(self, matrix: Tensor) -> Callable[[Tensor], Tensor]:
         """Multiplication by `matrix` from the right, in float32 for teachers of 16 bits, else in float64."""
@@ -265,6 +295,20 @@ class CompensatedCut:
         value = self.tensors[name].read().double()
         return value + self._shift if kind == "weight" else value
 
+    def _size(self, norm: int) -> float:
+        """Root mean square of the teacher's gain of a norm.
+
+        The student's norm keeps it, and its readers' weights stay as large as the teacher's: Adam's steps, which do not
+        follow the size of weights, are then as large beside them.
+        """
+        if norm not in self._sizes:
+            self._sizes[norm] = float(self._gain(norm).square().mean()) ** 0.5 or 1.0
+        return self._sizes[norm]
+
+    def _relative_gain(self, norm: int) -> Tensor:
+        """The teacher's gain of a norm in units of its size [h], which readers take over."""
+        return self._gain(norm) / self._size(norm)
+
     @property
     def _shift(self) -> float:
         """What checkpoints leave out of a norm's gain (layernorm1p)."""
@@ -277,7 +321,7 @@ class CompensatedCut:
         size = self.student.hidden_size
 
         def gain() -> Tensor:
-            return torch.full((size,), self._scale(norm) - self._shift, dtype=torch.float64)
+            return torch.full((size,), self._scale(norm) * self._size(norm) - self._shift, dtype=torch.float64)
 
         def bias() -> Tensor:
             weight, made = self._read(reader, norm, rows)
@@ -318,8 +362,9 @@ class CompensatedCut:
             if attention and self.settings.merge_heads:
                 value = value[:, indices]
             else:
-                moments = self.moments[f"{'attention' if attention else 'ffn'}.{layer}"]
-                value = value @ self._working(arithmetic.columns_map(moments, indices, self.settings.ridge))
+                name = f"{'attention' if attention else 'ffn'}.{layer}"
+                columns = self.maps.of(name, self.moments[name], indices, self.settings.ridge)
+                value = value @ self._working(columns)
         if fold is not None:
             value = value + self._working(fold).T @ value
         return value if self.basis is None else self._working(self.directions).T @ value

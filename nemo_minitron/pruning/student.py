@@ -12,8 +12,8 @@ from nemo_minitron.checkpoints.tensors import Lazy
 from nemo_minitron.config import PruneConfig, PruneTargets
 from nemo_minitron.conversion.writing import check_room, progress
 from nemo_minitron.jobs.job import Job
-from nemo_minitron.pruning.choice import choose_by_saliency
-from nemo_minitron.pruning.compensated import CompensatedCut, Settings
+from nemo_minitron.pruning.choice import Costs, choose_by_saliency
+from nemo_minitron.pruning.compensated import ColumnMaps, CompensatedCut, Settings
 from nemo_minitron.pruning.cut import Kept, choose, cut
 from nemo_minitron.pruning.folders import refit_folder
 from nemo_minitron.pruning.measurements import Measurements, open_teacher, read_measurements
@@ -21,6 +21,14 @@ from nemo_minitron.pruning.refitted import kept_by, refitted
 
 #: Settings that shape a compensated student beyond its plan.
 COMPENSATION = ("ridge", "merge_heads", "untie", "gain_tolerance", "choose_by", "refit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What cuts of one teacher have in common, as long as they differ in their sizes alone: costs and columns' maps."""
+
+    costs: Costs
+    maps: ColumnMaps
 
 
 def cut_student(config: PruneConfig, teacher: Checkpoint | None = None) -> Manifest:
@@ -103,20 +111,27 @@ def student_tensors(
 
 
 def compensated_cut(
-    teacher: Checkpoint, measured: Measurements, targets: PruneTargets, chosen: Kept | None = None
+    teacher: Checkpoint,
+    measured: Measurements,
+    targets: PruneTargets,
+    chosen: Kept | None = None,
+    shared: Shared | None = None,
 ) -> CompensatedCut:
     """The compensated cut that `targets` ask for.
 
     Args:
         chosen: neurons and heads that were chosen for it before.
+        shared: what it has in common with other cuts of this teacher.
     """
     plan, scores, scan = measured.plan, measured.scores, measured.scan
     moments = scores.moments if scores else {}
     kept = choose(scores, teacher.architecture, plan.width)
     if chosen is None and targets.choose_by == "saliency":
         heads = not targets.merge_heads  # their residual is merged in the order of the published importance
-        chosen = choose_by_saliency(teacher.tensors, plan, moments, targets.ridge, heads=heads)
+        costs = shared.costs if shared else Costs(teacher.tensors, moments, targets.ridge)
+        chosen = choose_by_saliency(costs, plan, heads=heads)
     if chosen is not None:
         kept = dataclasses.replace(kept, **{name: value for name, value in vars(chosen).items() if value is not None})
     settings = Settings(ridge=targets.ridge, merge_heads=targets.merge_heads, gain_tolerance=targets.gain_tolerance)
-    return CompensatedCut(teacher.tensors, plan, kept, moments, scan.folds if scan else {}, settings)
+    maps = shared.maps if shared else None
+    return CompensatedCut(teacher.tensors, plan, kept, moments, scan.folds if scan else {}, settings, maps)

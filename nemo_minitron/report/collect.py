@@ -15,15 +15,20 @@ from nemo_minitron.artifacts import MANIFEST, DepthScan, ImportanceScores, Manif
 from nemo_minitron.artifacts.stages import COMMANDS, EVALUATIONS, MODELS, STAGES, model_name, stage_name, students_of
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.report.facts import facts_of
+from nemo_minitron.report.searching import RESULT, search_of
 from nemo_minitron.report.stages import (
     REPORT,
     log_file,
     number,
+    read_json,
     read_manifests,
     read_report,
     unfinished_stages,
 )
 from nemo_minitron.report.table import add_gaps, cut_of, row, verdicts
+
+#: What the manifest of a search says made it.
+SEARCH = "search"
 
 
 def collect(path: str | os.PathLike) -> dict[str, Any]:
@@ -33,7 +38,8 @@ def collect(path: str | os.PathLike) -> dict[str, Any]:
         ``run``, ``name``; ``flow``: whether it is a flow's output; ``report``: the flow's own report.json;
         ``stages``: a dict a finished stage; ``unfinished``: one a stage that is running or was stopped;
         ``histories``: stage -> losses; ``importance``; ``scans``; ``cuts``; ``shapes``; ``table``; ``verdicts``;
-        ``facts``: an evaluation's metrics (see facts_of), or None; ``missing``: sentences.
+        ``facts``: an evaluation's metrics (see facts_of), or None; ``searches``: folder -> what a search found (see
+        search_of); ``missing``: sentences.
 
     Raises:
         MinitronError: there is nothing, or nothing of a run, at `path`.
@@ -42,7 +48,7 @@ def collect(path: str | os.PathLike) -> dict[str, Any]:
     if not place.exists():
         raise MinitronError(f"{place}: no such run; name a flow's output_dir or a stage's folder")
     missing: list[str] = []
-    finished = list(read_manifests(place, missing))
+    finished = _whole(list(read_manifests(place, missing)))
     unfinished = unfinished_stages(place)
     if not finished and not unfinished:
         why = "; ".join(missing) or f"there is no {MANIFEST} in it and no stage below it"
@@ -71,10 +77,17 @@ def collect(path: str | os.PathLike) -> dict[str, Any]:
     run |= _cuts(manifests, missing)
     run["table"] = _table(manifests, missing) if flow else []
     run["facts"] = _facts(manifests, missing)
+    run["searches"] = _searches(place, manifests, missing)
     run["verdicts"] = verdicts(run["table"])
     if flow:
         missing += _missing(manifests, unfinished)
     return run
+
+
+def _whole(finished: list[tuple[str, Manifest]]) -> list[tuple[str, Manifest]]:
+    """The stages without the parts of a search: the time of its student's training is the search's own."""
+    searches = {folder for folder, manifest in finished if manifest.stage == SEARCH}
+    return [(folder, manifest) for folder, manifest in finished if folder.rpartition("/")[0] not in searches - {""}]
 
 
 def _is_flow(report: dict[str, Any], finished: list[tuple[str, Manifest]], unfinished: list[dict[str, Any]]) -> bool:
@@ -258,6 +271,19 @@ def _facts(manifests: Mapping[str, Manifest], missing: list[str]) -> dict[str, A
         if facts:
             return manifest.metrics
     return None
+
+
+def _searches(place: Path, manifests: Mapping[str, Manifest], missing: list[str]) -> dict[str, dict[str, Any]]:
+    """Folder -> what each search found."""
+    found = {}
+    for folder, manifest in manifests.items():
+        if manifest.stage != SEARCH:
+            continue
+        path = place / folder / RESULT
+        search = search_of(read_json(path), manifest.config, path, missing)
+        if search is not None:
+            found[folder] = search
+    return found
 
 
 def _is_evaluation(metrics: Mapping[str, Any]) -> bool:

@@ -4,6 +4,7 @@ A report is derived from manifests: it may be written again over itself, and ove
 """
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from nemo_minitron import config as c
 from nemo_minitron.artifacts import json_text
 from nemo_minitron.config.command_line import repeat
-from nemo_minitron.errors import ConfigError, EngineError, OutputExistsError
+from nemo_minitron.errors import ConfigError, EngineError, MinitronError, OutputExistsError
 from nemo_minitron.jobs.job import disk_has_room
 from nemo_minitron.report.collect import collect
 from nemo_minitron.report.stages import PAGE, read_json
@@ -40,6 +41,17 @@ def report(config: c.ReportConfig) -> None:
         print(f"not there: {sentence}")
     print(f"report: {page.with_suffix('.json')}")
     print(f"page: {page}")
+
+
+def draw(run: Path) -> None:
+    """Writes the page of a run and prints where it is; without what draws it, says so: the run itself is done."""
+    try:
+        check_free(run / PAGE, overwrite=False)
+        write_run(collect(run), run / PAGE)
+    except MinitronError as error:
+        print(f"no page: {error}; then `minitron report {run}`", file=sys.stderr)
+    else:
+        print(f"page: {run / PAGE}")
 
 
 def check_libraries() -> None:

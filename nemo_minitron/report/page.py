@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import human
+from nemo_minitron.report import searching
 from nemo_minitron.report.facts import cells, facts_of
 from nemo_minitron.report.summary import WHOLE_RUN
 from nemo_minitron.report.table import gap_text, legend, render_cuts
@@ -19,6 +20,7 @@ from nemo_minitron.report.text import counted, duration, flat_rows, mebibytes, p
 MARKER = "nemo_minitron report"
 SECTIONS = {
     "result": "Result",
+    "search": "Search",
     "importance": "Importance in the teacher",
     "training": "Losses",
     "cost": "Time and memory",
@@ -103,6 +105,7 @@ def report_page(report: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]
     """The page of one run, from its report.json and its pictures (with both themes)."""
     sections = [
         _result(report, pictures),
+        _search(report, pictures),
         *(Section(name, SECTIONS[name], pictures=_of(pictures, name)) for name in ("importance", "training")),
         Section(
             "cost",
@@ -142,6 +145,21 @@ def _result(report: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) ->
     noted = [legend(report["table"])] if any(row["gap_in_noise"] for row in report["table"]) else []
     texts = [*report["verdicts"], *noted, *_cut_lines(report["cuts"])]
     return Section("result", SECTIONS["result"], texts, tables, _of(pictures, "result"))
+
+
+def _search(report: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> Section:
+    """What each search of a run found; `Folder: ` before it where there are several."""
+    texts, tables = [], []
+    for folder, search in report["searches"].items():
+        before = f"{folder}: " if len(report["searches"]) > 1 else ""
+        texts += [before + text for text in searching.texts(search)]
+        for title, (columns, rows) in (
+            ("Teacher and finalists", searching.finalist_cells(search)),
+            ("Rivals: the shape of each kind nearest to the budget", searching.rival_cells(search)),
+            ("Candidates, by the round that they reached", searching.candidate_cells(search)),
+        ):
+            tables += [Table(columns, rows, before + title, align="number")] if rows else []
+    return Section("search", SECTIONS["search"], texts, tables, _of(pictures, "search"))
 
 
 def _cut_lines(cuts: Mapping[str, Any]) -> list[str]:

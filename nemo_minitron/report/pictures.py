@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_minitron.architecture import human
 from nemo_minitron.artifacts.stages import STAGES, students_of
-from nemo_minitron.report import figures, importance
+from nemo_minitron.report import figures, importance, search_figures, searching
 from nemo_minitron.report.facts import facts_of, in_words
 from nemo_minitron.report.shapes import shapes
 from nemo_minitron.report.style import DARK, LIGHT, Theme, short, svg
@@ -22,7 +22,7 @@ class Picture(NamedTuple):
 
     Attributes:
         name: a word for files and anchors, the same for the same picture of every run.
-        section: which part of the page it stands in: result, importance, training, cost.
+        section: which part of the page it stands in: result, search, importance, training, cost.
         title, caption: for people.
         alt: what is on it, in words and numbers.
         draw: theme=... -> matplotlib Figure.
@@ -40,7 +40,7 @@ class Picture(NamedTuple):
 
 def pictures_of(run: Mapping[str, Any]) -> list[Picture]:
     """The pictures of a run as `collect` read it, in the order of the page."""
-    return [*_results(run), *_importance(run), *_trainings(run), *_costs(run)]
+    return [*_results(run), *_searches(run), *_importance(run), *_trainings(run), *_costs(run)]
 
 
 def _results(run: Mapping[str, Any]) -> list[Picture]:
@@ -118,6 +118,61 @@ def shape_models(run: Mapping[str, Any]) -> list[tuple[str, Any, list[int]]]:
     students = [(name, entry["student"], entry["drop_layers"]) for name, entry in entries.items()
                 if entry["teacher"] == teacher]  # fmt: skip
     return [("teacher", teacher, []), *students]
+
+
+def _searches(run: Mapping[str, Any]) -> list[Picture]:
+    searches = run["searches"]
+    pictures = []
+    for index, (folder, search) in enumerate(searches.items()):
+        suffix = f"-{index + 1}" if index else ""
+        before = f"{short(folder)}: " if len(searches) > 1 else ""
+        pictures += [
+            picture._replace(name=f"{picture.name}{suffix}", caption=f"{before}{picture.caption}")
+            for picture in _search(search)
+        ]
+    return pictures
+
+
+def _search(search: Mapping[str, Any]) -> list[Picture]:
+    """Loss against parameters, ranks, and their correlations, as far as there are numbers for them."""
+    pictures = []
+    if any(entry["loss"] is not None for entry in search["shapes"]):
+        pictures.append(
+            Picture(
+                "search-losses",
+                "search",
+                "Loss of the cuts against parameters",
+                "Lower and further left is better: the loss of each cut on held-out text, before any training. "
+                + searching.distilled_note(search),
+                searching.losses_in_words(search),
+                lambda theme: search_figures.loss_against_parameters(search, theme=theme),
+            )
+        )
+    if searching.candidates(search):
+        pictures.append(
+            Picture(
+                "search-ranks",
+                "search",
+                "Rank by loss",
+                "Ranks among the candidates of a rung: by the loss of the cut, then by the loss after each round of "
+                "distillation. A line ends where its shape was dropped.",
+                searching.ranks_in_words(search),
+                lambda theme: search_figures.rank_changes(search, theme=theme),
+            )
+        )
+    if len(search["kendall_tau"]) > 1:
+        pictures.append(
+            Picture(
+                "search-correlations",
+                "search",
+                "Correlation of the ranks",
+                "Kendall's tau: 1 where two rungs rank alike, 0 where the one says nothing of the other, -1 where they "
+                "rank in opposite order. In brackets: candidates that both have.",
+                "; ".join(f"{before} to {after}: {tau:.2f}" for before, after, tau in search["kendall_tau"]),
+                lambda theme: search_figures.rank_correlations(search, theme=theme),
+            )
+        )
+    return pictures
 
 
 def _importance(run: Mapping[str, Any]) -> list[Picture]:

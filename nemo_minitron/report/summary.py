@@ -55,6 +55,7 @@ def run_report(run: Mapping[str, Any], repeat: Repeat) -> dict[str, Any]:
         "verdicts": run["verdicts"],
         "cuts": run["cuts"],
         "facts": run["facts"],
+        "searches": run["searches"],
         "stages": run["stages"],
         "unfinished": [{name: stage[name] for name in ("stage", "kind", "folder")} for stage in run["unfinished"]],
         "missing": list(run["missing"]),

@@ -22,6 +22,12 @@ REQUIRED = {
         "model.data.data_prefix=/data",
     ],
     "teach": ["model.restore_from_path=/teacher", "model.data.data_prefix=/data"],
+    "search": [
+        "model.restore_from_path=/teacher",
+        "model.data.data_prefix=/data",
+        "search.parameters=60%",
+        "output=/out",
+    ],
     "flow": [],
     "convert": ["source=/model.nemo", "output=/out"],
     "inspect": ["source=/model.nemo"],

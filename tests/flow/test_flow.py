@@ -12,6 +12,7 @@ import pytest
 from hf import read_weights
 from nemo_minitron.artifacts import Manifest
 from nemo_minitron.artifacts.stages import stage_name
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.cli.main import main
 from nemo_minitron.config.compose import compose
 from nemo_minitron.report.stages import log_files
@@ -173,6 +174,32 @@ def test_a_flow_may_end_with_instruction_tuning(run, tmp_path, capsys):
     rows.write_text('{"instruction": 1, "output": "a"}')
     assert main(["flow", f"output_dir={tmp_path / 'bad'}", *SMALL, *settings]) == 1
     assert "row 1: field instruction" in capsys.readouterr().err and not (tmp_path / "bad").exists()
+
+
+def test_a_searched_student_goes_the_way_of_the_others(run, capsys):
+    """Of sizes that the search found, on from the weights that its rounds left; what others made stays."""
+    search = "{parameters:60%,tolerance:0.2,measured:3,candidates:2,steps:1,samples:2}"
+    settings = ["facts=0", "distill.control=false", f"prune.students.best={{search:{search}}}"]
+    before = stamps(run)
+    assert main(["flow", f"output_dir={run}", *SMALL, *settings]) == 0
+    assert "winner: " in capsys.readouterr().out
+    after = stamps(run)
+    assert after.items() >= before.items()
+    made = {name for name in set(after) - set(before) if not name.startswith("scores.depth")}
+    results = {f"{place}best-{kind}" for kind in ("pruned", "distilled") for place in ("", "evaluations/")}
+    assert made == {*results, "best-search", "best-search/student"}
+    winner = json.loads((run / "best-search" / "search.json").read_text())["winner"]["architecture"]
+    for folder in ("best-search/student", "best-pruned", "best-distilled"):
+        assert open_checkpoint(run / folder).architecture.to_dict() == winner, folder
+    assert Manifest.read(run / "best-distilled").config["model"]["restore_from_path"] == f"{run}/best-search/student"
+    report = json.loads((run / "report.json").read_text())
+    assert {"best pruned", "best distilled"} <= {row["model"] for row in report["table"]}
+    repeated = compose("flow", shlex.split(report["commands"]["the whole run"])[2:])
+    assert repeated.prune.students["best"]["search"]["measured"] == 3 and {*repeated.prune.students["best"]} == {
+        "search"
+    }
+    assert main(["flow", f"output_dir={run}", *SMALL, *settings]) == 0
+    assert stamps(run) == after
 
 
 def test_a_flow_that_is_killed_goes_on_where_it_was(run, tmp_path):

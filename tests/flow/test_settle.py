@@ -139,6 +139,12 @@ def test_what_is_given_wins(checkpoints, text):
     assert settled.config.distill.global_batch_size % 2 == 0
 
 
+def test_a_search_may_be_taken_back(checkpoints, text):
+    taken = [f"prune.students.best.{value}" for value in ("search.parameters=60%", "search=null", "hidden_size=32")]
+    settled = settle(asked(checkpoints["llama2"], text, *taken), LAPTOP)
+    assert settled.config.prune.students["best"] == {"hidden_size": 32}
+
+
 def test_a_share_may_be_taken_back(checkpoints, text):
     back = ["prune.students.width.parameters=null", "prune.students.width.hidden_size=48"]
     assert settle(asked(checkpoints["llama2"], text, *back), LAPTOP).config.prune.students["width"] == {
@@ -211,6 +217,17 @@ def test_a_dry_run_prints_every_choice_with_its_reason_and_touches_nothing(
         (["prune.students.width.num_layers=7"], "num_layers 7 is above the teacher's 2"),
         (["prune.students.width.num_attention_heads=3"], "num_attention_heads 3 is not on the pruning grid"),
         (["prune.students.width.drop_layers=9"], "drop_layers [9] out of range"),
+        (["prune.students.best={search:{parameters:60%,stepz:3}}"], "best.search.stepz is not a setting; known are"),
+        (["prune.students.best.search.steps=3"], "best.search.parameters is missing: give a budget"),
+        (["prune.students.best={search:{parameters:60%,steps:x}}"], "best.search.steps = 'x' is not a whole number"),
+        (["prune.students.best={search:60%}"], "best.search = '60%' is no budget: give search={parameters:60%}"),
+        (["prune.students.best={search:{parameters:60%},hidden_size:32,refit:once}"], "give no hidden_size, refit"),
+        (
+            ["prune.students.best={search:{parameters:150%}}"],
+            "best: search.parameters = 150% is no cut: the teacher has",
+        ),
+        (["prune.students.best={search:{parameters:1%}}"], "best: the budget is below the smallest shape"),
+        (["prune.students.depth.depth_beam=x"], "depth.depth_beam = 'x' is not a whole number"),
         (["data.source=/nowhere/text"], "data.source = /nowhere/text does not exist"),
         (["model.restore_from_path=/nowhere/model"], "/nowhere/model does not exist"),
         (["hardware.memory_gb=0.001"], "nothing fits 0.001 GB a rank (hardware.memory_gb): "),

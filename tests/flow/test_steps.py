@@ -1,6 +1,7 @@
 """A flow's steps as data: what they are called, what they read of each other, and what runs them."""
 
 import dataclasses
+import json
 import pkgutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +12,17 @@ from nemo_minitron.artifacts.stages import COMMANDS, MODELS, STAGES, TRAININGS, 
 from nemo_minitron.config import commands
 from nemo_minitron.config.compose import compose
 from nemo_minitron.config.schemas.base import all_problems
-from nemo_minitron.errors import ConfigError
-from nemo_minitron.flow.models import MADE_BY
-from nemo_minitron.flow.settle import settle
+from nemo_minitron.errors import ConfigError, MinitronError
+from nemo_minitron.flow.models import MADE_BY, as_asked, student_architecture
+from nemo_minitron.flow.settle import settle, with_found
 from nemo_minitron.flow.steps import KINDS, steps
 
 #: With everything that a flow may have.
-WHOLE = ["instruct.data=rows.jsonl", "prune.students.third.num_layers=4"]
+WHOLE = [
+    "instruct.data=rows.jsonl",
+    "prune.students.third.num_layers=4",
+    "prune.students.best={search:{parameters:60%,steps:10},untie:true}",
+]
 
 
 def planned(*settings: str):
@@ -38,9 +43,11 @@ def test_a_flow_with_everything_has_every_kind_and_no_two_steps_share_name_or_fo
     assert {step.kind for step in everything} == set(KINDS)
     assert len({step.name for step in everything}) == len({step.output for step in everything}) == len(everything)
     students = [step.student for step in everything if step.kind == "prune"]
-    assert students == ["depth", "width", "third"]
-    alone = {step.kind for step in planned("distill.control=false", "facts=0", "instruct.data=null")}
-    assert set(KINDS) - alone == {"retrain", "evaluate control", "instruct", "facts"}
+    assert students == ["depth", "width", "third", "best"]
+    alone = {
+        step.kind for step in planned("distill.control=false", "facts=0", "instruct.data=null", "~prune.students.best")
+    }
+    assert set(KINDS) - alone == {"retrain", "evaluate control", "instruct", "facts", "search"}
 
 
 def test_a_folder_names_its_stage():
@@ -92,7 +99,11 @@ def test_the_control_differs_from_the_distillation_by_its_losses_alone():
 
 def test_the_teacher_answers_once_where_that_pays(monkeypatch):
     """For two students and more, or several epochs, if the disk has room; distill.teach says otherwise."""
-    one = ["~prune.students.depth", "~prune.students.third", "data.words=2000000", "distill.max_steps=10"]
+    one = [
+        *(f"~prune.students.{name}" for name in ("depth", "third", "best")),
+        "data.words=2000000",
+        "distill.max_steps=10",
+    ]
     for settings, keeps in (
         ([], True),
         (["distill.teach=never"], False),
@@ -113,6 +124,43 @@ def test_the_teacher_answers_once_where_that_pays(monkeypatch):
     assert "teach" not in [step.kind for step in planned()]
 
 
+def test_a_searched_student_is_planned_for_its_budget_and_then_for_the_winner(tmp_path):
+    """In proportion to the teacher first; then as search.json says, with no scan where the winner has all layers."""
+    output = f"output_dir={tmp_path}"
+    settled = settle(compose("flow", [output, *WHOLE]))
+    teacher, config = settled.teacher, settled.config
+    assumed = student_architecture(config, teacher, "best")
+    assert abs(assumed.parameters() / (0.6 * teacher.parameters()) - 1) < 0.05
+    assert assumed.num_layers < teacher.num_layers and assumed.hidden_size < teacher.hidden_size
+    before = {step.kind: step for step in steps(config) if step.student == "best"}
+    search = before["search"].config
+    assert (search.search.parameters, search.search.steps, search.prune.untie) == ("60%", 10, True)
+    assert search.kd == config.distill.kd and search.model.optim == before["distill"].config.model.optim
+    assert before["prune"].config.prune.refit == "once" and "refit" not in before and "scan" in before
+    for part in ("num_samples", "num_block_samples", "scores_path"):
+        assert getattr(search.prune, part) == getattr(before["prune"].config.prune, part), part
+    assert before["distill"].config.model.restore_from_path == f"{tmp_path}/best-search/student"
+    assert before["retrain"].config.model.restore_from_path == f"{tmp_path}/best-pruned"
+    winner = teacher.with_sizes(ffn_hidden_size=192)
+    told = {"teacher": {"architecture": teacher.to_dict()}, "winner": {"architecture": winner.to_dict()}}
+    (tmp_path / "best-search").mkdir()
+    (tmp_path / "best-search" / "search.json").write_text(json.dumps(told))
+    assert with_found(settled).config == config  # no search that has ended
+    (tmp_path / "best-search" / "manifest.json").write_text("{}")
+    for found in (with_found(settled), settle(compose("flow", [output, *WHOLE]))):
+        after = {step.kind: step for step in steps(found.config) if step.student == "best"}
+        assert before.keys() - after.keys() == {"scan"} and after["search"] == before["search"]
+        assert after["prune"].config.prune.ffn_hidden_size == 192 and after["prune"].config.prune.hidden_size is None
+        assert found.work.keys() == {step.name for step in steps(found.config)}
+        assert as_asked(found.config)["prune"]["students"]["best"] == {
+            "search": {"parameters": "60%", "steps": 10},
+            "untie": True,
+        }
+    (tmp_path / "best-search" / "search.json").write_text("[]")
+    with pytest.raises(MinitronError, match="search.json names no winner: remove .*best-search"):
+        settle(compose("flow", [output, *WHOLE]))
+
+
 def test_a_flow_on_a_blend_reads_it_in_every_stage(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -121,6 +169,7 @@ def test_a_flow_on_a_blend_reads_it_in_every_stage(tmp_path):
     named = ",".join(f"{name}:{path}" for name, path in sources.items())
     blend = {"wiki": 1, "code": 2, "rows.jsonl": 1}
     settings = [f"data.sources={{{named}}}", "data.blend={wiki:1,code:2,rows.jsonl:1}", "data.dynamic=true"]
+    settings.append("~prune.students.best")
     with pytest.raises(ConfigError, match="distill: dynamic shares .* after 2 x val_check_interval = 150 steps"):
         planned(*settings)
     of = {step.kind: step.config for step in planned(*settings, "distill.val_check_interval=50")}
@@ -136,3 +185,5 @@ def test_a_flow_on_a_blend_reads_it_in_every_stage(tmp_path):
         planned(settings[0], "data.blend={wiki:1}")
     with pytest.raises(ConfigError, match="sources and blend go together"):
         planned(settings[1])
+    with pytest.raises(ConfigError, match="students.best: a search reads one text, and data.sources names several"):
+        planned(*settings[:2])

@@ -1,5 +1,7 @@
 """The connectors, through NeMo's own llm.import_ckpt."""
 
+import json
+
 import pytest
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
@@ -62,6 +64,38 @@ def test_width(tiny, model, tmp_path):
         scores_path=tmp_path / "scores",
     )
     assert sizes(output) == (4, 96, 128)
+
+
+def test_search(tiny, model, tmp_path):
+    """What is imported is the winner's checkpoint; the search's table lies beside it."""
+    from nemo.collections import llm
+
+    output = llm.import_ckpt(
+        model,
+        source=f"minitron-search://{tiny.teacher}",
+        output_path=tmp_path / "found",
+        data=str(tiny.data),
+        parameters="60%",
+        num_layers=4,
+        measured=2,
+        candidates=2,
+        steps=1,
+        samples=4,
+        hidden_size_divisor=32,
+        ffn_hidden_size_divisor=64,
+        num_samples=8,
+        limit_val_batches=1,
+        micro_batch_size=4,
+        global_batch_size=4,
+        num_workers=0,
+        seq_length=64,
+        lr=1e-3,
+    )
+    assert output == tmp_path / "found" / "student" and sizes(output)[0] == 4
+    winner = json.loads((tmp_path / "found" / "search.json").read_text())["winner"]
+    assert open_checkpoint(output).architecture.to_dict() == winner["architecture"]
+    with pytest.raises(ConfigError, match="give a budget"):
+        llm.import_ckpt(model, source=f"minitron-search://{tiny.teacher}", output_path=tmp_path / "none", data="data")
 
 
 def test_every_dense_family_has_them(model):

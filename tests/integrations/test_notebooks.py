@@ -28,7 +28,8 @@ SHORTER = [
     *(f"{stage}.{key}" for stage in ("pretrain", "finetune", "distill")
       for key in ("max_steps=4", "val_check_interval=2", "limit_val_batches=1", "warmup_steps=1")),
 ]  # fmt: skip
-REAL = "00_a_real_model"
+FEWER = [f"prune.students.best.search.{key}" for key in ("measured=2", "candidates=2", "steps=2", "samples=2")]
+REAL, SEARCH = "00_a_real_model", "07_search"
 SMALLER = [
     "model.seq_length=32", "prune.num_samples=8", "prune.num_block_samples=8", "limit_test_batches=2",
     "prune.students.width.hidden_size=32", "prune.students.width.ffn_hidden_size=64",
@@ -69,7 +70,7 @@ def executed(tmp_path_factory):
             resources = {"metadata": {"path": str(workspace)}}
             runner = NotebookClient(notebook, km=manager, timeout=400, resources=resources)
             runner.kc = client
-            settings = " ".join(real if name == REAL else SHORTER)
+            settings = " ".join({REAL: real, SEARCH: [*SHORTER, *FEWER]}.get(name, SHORTER))
             client.execute_interactive(f"import os; os.environ['NEMO_MINITRON_OVERRIDES'] = {settings!r}", silent=True)
             runner.execute(reset_kc=False)
             found[name] = notebook
@@ -102,7 +103,7 @@ def test_none_is_missing():
     assert NAMES == [
         "introduction", "00_a_real_model", "01_data_preparation", "02_teacher_finetuning", "03_a_depth_pruning",
         "03_b_width_pruning", "04_a_distilling_depth_pruned_student", "04_b_distilling_width_pruned_student",
-        "05_display_results", "06_evaluate_and_deploy",
+        "05_display_results", "06_evaluate_and_deploy", "07_search",
     ]  # fmt: skip
 
 
@@ -132,6 +133,7 @@ def test_the_numbers_shown_are_the_manifests(executed):
         "depth-distilled": "04_a_distilling_depth_pruned_student",
         "width-control": "04_b_distilling_width_pruned_student",
         "width-distilled": "05_display_results",
+        "best-distilled": "07_search",
     }
     for folder, name in shown_in.items():
         metrics = Manifest.read(run / "evaluations" / folder).metrics

@@ -58,6 +58,18 @@ def test_what_is_wrong_with_a_configuration_is_said_first():
         convert(config)
 
 
+def test_a_search_is_the_command(tmp_path, monkeypatch, capsys):
+    from nemo_minitron.integrations.python import search
+
+    monkeypatch.chdir(tmp_path)
+    models.save("llama3", torch.float32, tmp_path / "teacher")
+    settings = ["model.restore_from_path=teacher", "search.parameters=90%", "search.tolerance=0.2"]
+    assert main(["search", *settings, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert search(compose("search", [*settings, "dry_run=true"])) is None
+    assert capsys.readouterr().out == printed and "shapes on the grid" in printed
+
+
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_prints_what_it_promises(example, tmp_path, monkeypatch, capsys):
     """Each as it stands, in a folder that has what its first lines say."""

@@ -12,6 +12,7 @@ from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import ImportanceScores
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint, write_checkpoint
+from nemo_minitron.checkpoints.tensors import in_memory
 from nemo_minitron.config import PruneTargets
 from nemo_minitron.errors import CheckpointError
 from nemo_minitron.pruning.command import prune
@@ -242,6 +243,40 @@ def test_qwen25s_shapes_are_cut_and_converted(name, sizes, targets, tmp_path):
             convert(c.validated(c.ConvertConfig(source=str(source), output=str(output), to=form, verify="tensors")))
             source = output
         assert equal(stored(tmp_path / folder), stored(source))
+
+
+@pytest.mark.parametrize("name", ["llama31", "nemotron", "qwen25-tied"])
+def test_readers_and_norms_share_a_size_as_the_teachers_do(cases, name):
+    """Norms of a fifth of the gain before readers of five times the weights are the same teacher.
+
+    Its cut is the same, too, and has them in the same proportion: a gain is not left to the readers.
+    """
+    case = cases(name)
+    made, _ = case.cut(hidden_size=32)
+    shift = 1.0 if case.checkpoint.architecture.layernorm_zero_centered_gamma else 0.0
+
+    def resized(tensors):
+        sizes = {}
+        for key, tensor in tensors.items():
+            value = tensor.read().double()
+            if ".layer_norm_weight" in key:
+                value = (value + shift) * 0.2 - shift
+            elif ".layer_norm_bias" in key:
+                value = value * 0.2
+            elif key.endswith(("linear_qkv.weight", "linear_fc1.weight")):
+                value = value * 5
+            sizes[key] = value
+        return sizes
+
+    teacher = {key: in_memory(value.float()) for key, value in resized(case.checkpoint.tensors).items()}
+    wanted = PruneTargets(**GRID, hidden_size=32)
+    plan = plan_cut(case.checkpoint.architecture, wanted, case.scores, method="compensated")
+    kept = choose(case.scores, case.checkpoint.architecture, plan.width)
+    other = CompensatedCut(teacher, plan, kept, case.scores.moments, {}, Settings()).cut()
+    expected = resized(made.cut())
+    assert other.keys() == expected.keys()
+    for key, tensor in other.items():
+        assert torch.allclose(tensor.read().double(), expected[key], rtol=1e-4, atol=1e-5), key
 
 
 def test_a_fold_is_a_change_of_the_fc2_before_the_block_alone(cases):

@@ -11,8 +11,8 @@ import pytest
 import made_runs
 from nemo_minitron.artifacts import Manifest, fingerprint
 from nemo_minitron.cli import main as cli
-from nemo_minitron.flow.summary import draw
 from nemo_minitron.report.collect import collect
+from nemo_minitron.report.command import draw
 from nemo_minitron.report.pictures import pictures_of
 from nemo_minitron.report.stages import log_file, log_files
 

@@ -50,7 +50,10 @@ def run(job: dict, output: Path, kill_at: int, write: int) -> None:
     history.History.on_train_batch_start = on_train_batch_start
     sys.addaudithook(audit)
     config = from_dict(pkgutil.resolve_name(job["config_class"]), job["config"])
-    config.model.nemo_path = str(output)
+    if hasattr(config, "search"):
+        config.output = str(output)
+    else:
+        config.model.nemo_path = str(output)
     pkgutil.resolve_name(job["stage"])(config)
     os.write(write, str(seen).encode())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import GRID
 
 from hf import read_weights
 from nemo_minitron import config as c
@@ -53,6 +54,16 @@ def instructing(tiny, student, output) -> c.FinetuneConfig:
     return c.FinetuneConfig(**training, peft=c.PeftConfig(scheme="lora", dim=4, alpha=8, dropout=0.2))
 
 
+def searching(tiny, student, output) -> c.SearchConfig:
+    """Of the pruned student: cuts measured, then one round of two candidates."""
+    training = tiny.training(output, STEPS, restore_from_path=str(student))
+    training["model"].nemo_path = None
+    narrow = {"num_attention_heads": 4, "ffn_hidden_size": [64, 128], "tolerance": 0.3}
+    searched = c.SearchSettings(parameters="70%", candidates=2, steps=1, samples=8, speed_rounds=0, **narrow)
+    cut = c.SearchCutConfig(num_samples=16, num_block_samples=8, **GRID)
+    return c.SearchConfig(output=str(output), search=searched, prune=cut, **training)
+
+
 def same(one, other) -> bool:
     first, second = read_weights(one), read_weights(other)
     return first.keys() == second.keys() and all(torch.equal(second[name], value) for name, value in first.items())
@@ -61,6 +72,7 @@ def same(one, other) -> bool:
 STAGES = {
     "distill": (distillation, "nemo_minitron.distillation.command:distill", "nemo_minitron.config:DistillConfig"),
     "finetune": (finetuning, "nemo_minitron.training.finetune:finetune", "nemo_minitron.config:FinetuneConfig"),
+    "search": (searching, "nemo_minitron.search.command:search", "nemo_minitron.config:SearchConfig"),
     "instruct": (instructing, "nemo_minitron.training.finetune:finetune", "nemo_minitron.config:FinetuneConfig"),
 }
 
@@ -90,7 +102,8 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bits(killed, name):
     assert run["events"] > 30 and run["killed"] == [True, False] * KILLS
     whole = Manifest.read(folder / "alone").metrics
     for moment in run["moments"]:
-        assert same(folder / "alone", folder / f"killed-{moment}"), moment
+        made = "student" if name == "search" else ""
+        assert same(folder / "alone" / made, folder / f"killed-{moment}" / made), moment
         assert Manifest.read(folder / f"killed-{moment}").metrics == whole, moment
         assert not (folder / f".killed-{moment}.partial").exists()
 

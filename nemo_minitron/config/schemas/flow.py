@@ -1,6 +1,7 @@
 """Settings of `minitron flow`."""
 
 import dataclasses
+import typing
 from dataclasses import field
 from typing import Any
 
@@ -9,6 +10,8 @@ from nemo_minitron.config.schemas.data import DataConfig
 from nemo_minitron.config.schemas.distillation import KDConfig
 from nemo_minitron.config.schemas.hardware import HardwareConfig
 from nemo_minitron.config.schemas.instructions import InstructConfig, PeftConfig
+from nemo_minitron.config.schemas.pruning import PruneTargets
+from nemo_minitron.config.schemas.searching import SearchSettings
 from nemo_minitron.config.schemas.training import ModelDataConfig, dynamic_problems
 
 
@@ -178,7 +181,10 @@ class FlowPruneConfig(Config):
     students: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name -> targets: sizes (drop_layers, num_layers, hidden_size, ffn_hidden_size, num_attention_heads) or shares of
     the teacher (parameters=60%, embeddings included, by hidden size and FFN in proportion; layers=60%), and how to cut
-    (method, depth_by, depth_beam, depth_samples, merge_heads, untie, refit, choose_by, gain_tolerance)."""
+    (method, depth_by, depth_beam, depth_samples, merge_heads, untie, refit, choose_by, gain_tolerance). Or
+    search={parameters:60%}, with any setting of `minitron search` below search, and method, untie, choose_by,
+    gain_tolerance: a search finds the sizes. `pruned` is its winner's cut; `distilled` goes on, for all of its steps,
+    from the winner as the rounds of the search left it, and `control` from the cut."""
 
     def problems(self) -> list[str]:
         problems = at_least(
@@ -198,9 +204,9 @@ class FlowPruneConfig(Config):
 
 
 COUNTS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-SWITCHES = ("merge_heads", "untie")
 #: What a student of a flow may say.
 TARGETS = (
+    "search",
     "drop_layers",
     *COUNTS,
     "parameters",
@@ -212,19 +218,46 @@ TARGETS = (
     "refit",
     "choose_by",
     "gain_tolerance",
-    *SWITCHES,
+    "merge_heads",
+    "untie",
 )
+
+
+#: What goes with a search: how its candidates are cut.
+SEARCHED = ("search", "method", "untie", "choose_by", "gain_tolerance")
 
 
 def _student_problems(targets: dict[str, Any]) -> list[str]:
     """Targets that are not known, or of another kind than they have to be."""
     problems = [f"{key} is not a target; known are {', '.join(TARGETS)}" for key in targets if key not in TARGETS]
-    for names, kind, words in ((COUNTS, int, "a whole number"), (SWITCHES, bool, "true or false")):
-        problems += [
-            f"{name} = {targets[name]!r} is not {words}"
-            for name in names
-            if targets.get(name) is not None and type(targets[name]) is not kind
-        ]
+    problems += _kind_problems(PruneTargets, {key: value for key, value in targets.items() if value is not None})
+    return problems + (_search_problems(targets) if targets.get("search") is not None else [])
+
+
+def _search_problems(targets: dict[str, Any]) -> list[str]:
+    """What is wrong with a student whose sizes a search is to find, whatever its teacher."""
+    beside = [name for name in targets if name in TARGETS and name not in SEARCHED and targets[name] is not None]
+    problems = [f"search finds the sizes: give no {', '.join(beside)} beside it"] if beside else []
+    asked = targets["search"]
+    if not isinstance(asked, dict):
+        return [*problems, f"search = {asked!r} is no budget: give search={{parameters:60%}}"]
+    known = [field.name for field in dataclasses.fields(SearchSettings)]
+    wrong = [f"{name} is not a setting; known are {', '.join(known)}" for name in asked if name not in known]
+    wrong += _kind_problems(SearchSettings, asked)
+    wrong = wrong or SearchSettings(**asked).problems()
+    return problems + [f"search.{problem}" for problem in wrong]
+
+
+def _kind_problems(schema: type, values: dict[str, Any]) -> list[str]:
+    """A problem for each value of another kind than the field of that name in `schema` takes."""
+    from nemo_minitron.config.reflect import describe_type
+
+    problems = []
+    for name, annotation in typing.get_type_hints(schema).items():
+        kinds = typing.get_args(annotation) or (annotation,)
+        allowed = (*kinds, int) if float in kinds else kinds
+        if name in values and Any not in kinds and type(values[name]) not in allowed:
+            problems.append(f"{name} = {values[name]!r} is not {describe_type(annotation)}")
     return problems
 
 

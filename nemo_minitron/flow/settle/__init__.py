@@ -8,6 +8,7 @@ What was chosen for a run is kept in its folder, so that the same command goes o
 less to spare than before; what is given wins.
 """
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from nemo_minitron import config as c
 from nemo_minitron.architecture import Architecture
 from nemo_minitron.artifacts import write_json
 from nemo_minitron.errors import ConfigError, DataError, MinitronError
-from nemo_minitron.flow.models import check_students, check_teacher, teacher_architecture
+from nemo_minitron.flow.models import check_students, check_teacher, searches, teacher_architecture, without_sizes
+from nemo_minitron.flow.searching import known_sizes
 from nemo_minitron.flow.settle.fit import settle_devices, settle_layout
 from nemo_minitron.flow.settle.state import CHOSEN, OPEN, Choice, State
 from nemo_minitron.flow.settle.students import settle_students
@@ -25,7 +27,7 @@ from nemo_minitron.flow.work import text_bytes
 from nemo_minitron.planning.machine import Machine
 from nemo_minitron.planning.pace import Pace, Work
 
-__all__ = ["CHOSEN", "OPEN", "Choice", "Settled", "settle"]
+__all__ = ["CHOSEN", "OPEN", "Choice", "Settled", "settle", "with_found"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +88,22 @@ def settle(config: c.FlowConfig, machine: Machine | None = None) -> Settled:
         settle_tests(state)
         settle_calibration(state)
     _check_batches(state)
-    work = {step.name: step.work(state.config, state.teacher) for step in steps(state.config)}
+    work = work_of(state.config, state.teacher)
     return Settled(state.config, state.teacher, state.choices, Pace(*state.rate(), config.data.workers), work)
+
+
+def with_found(settled: Settled) -> Settled:
+    """The same with the sizes that searches which have ended found."""
+    config = copy.deepcopy(settled.config)
+    for name, targets in config.prune.students.items():
+        if searches(config, name):
+            config.prune.students[name] = without_sizes(targets) | known_sizes(config, settled.teacher, name)[0]
+    return dataclasses.replace(settled, config=config, work=work_of(config, settled.teacher))
+
+
+def work_of(config: c.FlowConfig, teacher: Architecture) -> dict[str, Work]:
+    """Name of a step -> its work."""
+    return {step.name: step.work(config, teacher) for step in steps(config)}
 
 
 def _check_inputs(config: c.FlowConfig) -> None:

@@ -84,6 +84,12 @@ def scan_blocks(
     )
 
 
+def fit_blocks(model: Any, sequences: Tensor, batch: int, blocks: list[Run]) -> DepthScan:
+    """The maps of scan_blocks with choose=False, without the loss that each block alone costs, nor the teacher's."""
+    folds, held_out = _best_folds(PipelineStage(model, None), Samples.of(sequences, batch), blocks)
+    return DepthScan(blocks=[], drop_layers=layers_of(blocks), folds=folds, report=held_out)
+
+
 def scan_layers(
     model: Any, sequences: Tensor, batch: int, count: int, *, samples: int, beam: int = 1, every: int | None = None
 ) -> DepthScan:
