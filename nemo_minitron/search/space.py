@@ -8,10 +8,14 @@ from typing import Any
 from nemo_minitron.architecture import PRUNABLE, Architecture, PruningGrid
 from nemo_minitron.config import SearchSettings
 from nemo_minitron.errors import ConfigError
+from nemo_minitron.published import KNOWN
 from nemo_minitron.search.budgets import Budget, load, within
 
 #: How names of shapes state each size.
 LETTERS = dict(zip(PRUNABLE, "lhfa"))
+#: What a known model has in common with a teacher that it may have been cut from.
+ALIKE = ("family", "num_query_groups", "kv_channels", "vocab_size", "share_embeddings_and_output_weights")
+PUBLISHED_TOLERANCE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +110,27 @@ def nearest(
 def rivals(space: Space, budgets: Sequence[Budget]) -> dict[str, Architecture]:
     """The shapes that a search has to beat: what -> the one of that kind nearest to the budget.
 
-    `uniform` has every size in proportion, `depth` fewer layers alone, `width` all layers.
+    `uniform` has every size in proportion, `depth` fewer layers alone, `width` all layers; `published` is a known model
+    of the teacher's kind, of the same size within PUBLISHED_TOLERANCE.
     """
     teacher, whole = space.teacher, Space(space.teacher, space.choices)
     found = {"uniform": nearest(proportional(whole), budgets)}
     shapes = [*whole.shapes()]
     found["depth"] = nearest(shapes, budgets, lambda shape: sizes_of(shape, teacher).keys() <= {"num_layers"})
     found["width"] = nearest(shapes, budgets, lambda shape: shape.num_layers == teacher.num_layers)
+    near = [shape for shape in published(teacher, shapes) if abs(load(budgets, shape) - 1) <= PUBLISHED_TOLERANCE]
+    found["published"] = nearest(near, budgets)
     return {what: shape for what, shape in found.items() if shape is not None}
+
+
+def published(teacher: Architecture, shapes: Sequence[Architecture]) -> list[Architecture]:
+    """Those of the shapes that known models have which differ from the teacher in prunable sizes alone."""
+    known = {
+        tuple(getattr(model, name) for name in PRUNABLE)
+        for model in KNOWN.values()
+        if all(getattr(model, name) == getattr(teacher, name) for name in ALIKE)
+    }
+    return [shape for shape in shapes if tuple(getattr(shape, name) for name in PRUNABLE) in known]
 
 
 def proportional(space: Space, steps: int = 400) -> list[Architecture]:

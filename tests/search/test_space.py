@@ -165,6 +165,23 @@ def test_a_range_off_the_grid_names_the_nearest():
     assert only.choices["hidden_size"] == [448] and only.choices["num_layers"] == [20, 22, 24]
 
 
+@pytest.mark.parametrize(
+    ("teacher", "limit", "expected"),
+    [
+        ("llama31_8b", "4.53B", "l32-h3072-f9216-a32"),
+        ("llama31_8b", "4.6B", "l16-h4096-f14336-a32"),
+        ("nemotron4_15b", "8.3B", "l32-h4096-f16384-a48"),
+        ("llama31_8b", "7B", None),
+        ("smollm2_135m", "60%", None),
+    ],
+)
+def test_the_published_shape_of_a_size_is_among_the_rivals(teacher, limit, expected):
+    """Llama-3.1-Minitron-4B-Width and -Depth, and Minitron-8B."""
+    settings = SearchSettings(parameters=limit)
+    found = rivals(Space.of(KNOWN[teacher], PruningGrid(), settings), budgets_of(settings, KNOWN[teacher]))
+    assert (name_of(found["published"]) if "published" in found else None) == expected
+
+
 def test_rivals_are_in_proportion_depth_alone_and_width_alone():
     budgets = budgets_of(SearchSettings(parameters="60%"), SMOLLM2)
     found = rivals(space(), budgets)
