@@ -23,7 +23,7 @@ from nemo_minitron.pruning.folders import refit_folder
 from nemo_minitron.pruning.measurements import Measurements, open_teacher, read_measurements
 from nemo_minitron.pruning.refitted import save_refit
 from nemo_minitron.pruning.sequential import SequentialRefit
-from nemo_minitron.pruning.student import COMPENSATION, compensated_cut
+from nemo_minitron.pruning.student import compensated_cut, compensation_of
 from nemo_minitron.training.inputs import LOG
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def refit(config: PruneConfig, teacher: Checkpoint | None = None) -> Manifest:
         output=refit_folder(config),
         num_samples=config.prune.num_block_samples,
         plan=dataclasses.asdict(measured.plan),
-        compensation={name: getattr(config.prune, name) for name in COMPENSATION},
+        compensation=compensation_of(config.prune, measured.plan),
         measured={name: Manifest.read(folder).key for name, folder in measured.folders.items()},
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.architecture import Architecture
-from nemo_minitron.artifacts import Manifest
+from nemo_minitron.artifacts import Manifest, PruningPlan
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint, place_in, write_checkpoint
 from nemo_minitron.checkpoints.tensors import Lazy
 from nemo_minitron.config import PruneConfig, PruneTargets
@@ -31,6 +31,17 @@ class Shared:
     maps: ColumnMaps
 
 
+def compensation_of(targets: PruneTargets, plan: PruningPlan) -> dict[str, Any]:
+    """What tells compensated cuts of a plan apart, and refits made for them.
+
+    `norms` says of students with rotated streams what their norms keep: those of versions before kept 1, and no refit
+    of such a cut fits one of these.
+    """
+    rotated = targets.untie or plan.student["hidden_size"] != plan.teacher["hidden_size"]
+    settings = {name: getattr(targets, name) for name in COMPENSATION}
+    return settings | ({"norms": "size of the teacher's gain"} if rotated else {})
+
+
 def cut_student(config: PruneConfig, teacher: Checkpoint | None = None) -> Manifest:
     """Cuts the teacher by the scores, the scan and the refit that lie where `config` says.
 
@@ -49,7 +60,7 @@ def cut_student(config: PruneConfig, teacher: Checkpoint | None = None) -> Manif
         inputs["refit"] = refit_folder(config)
     relevant: dict[str, Any] = {"plan": dataclasses.asdict(measured.plan), "command": dataclasses.asdict(config)}
     if config.method == "compensated":
-        relevant["compensation"] = {name: getattr(config.prune, name) for name in COMPENSATION}
+        relevant["compensation"] = compensation_of(config.prune, measured.plan)
     job = Job(
         stage="prune",
         output=Path(config.export.save_path),

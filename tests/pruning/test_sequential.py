@@ -1,6 +1,8 @@
 """The refit in sequence: against float64 arithmetic on transformers' models, and what it must not change."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from nemo_minitron.artifacts import Manifest
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config import validated
 from nemo_minitron.data.samples import random_sequences
-from nemo_minitron.errors import ConfigError, EngineError
+from nemo_minitron.errors import ConfigError, EngineError, OutputExistsError
 from nemo_minitron.pruning.command import prune
 from nemo_minitron.pruning.folders import refit_folder
 
@@ -86,6 +88,21 @@ def test_the_first_matrix_is_the_ridge_least_squares_one(tiny, refitted):
         target = torch.cat([error, torch.zeros(read.shape[1], error.shape[1], dtype=torch.float64)])
         expected = before + torch.linalg.lstsq(rows, target).solution.T
         assert (after - expected).abs().max() < 2e-4 * expected.abs().max(), name
+
+
+def test_a_refit_of_a_version_whose_norms_kept_another_size_is_refused(refitted, tmp_path):
+    """Its matrices and this version's norms are not of one model."""
+    config, _, student = refitted
+    shutil.copytree(student.parent, tmp_path / "old")
+    old = dataclasses.replace(config, prune=dataclasses.replace(config.prune, scores_path=str(tmp_path / "old/scores")))
+    old.export = dataclasses.replace(config.export, save_path=str(tmp_path / "student"))
+    place = next((tmp_path / "old").glob("scores.refit-*")).rename(refit_folder(old)) / "manifest.json"
+    manifest = json.loads(place.read_text())
+    del manifest["config"]["compensation"]["norms"]
+    place.write_text(json.dumps(manifest | {"key": "of a version before"}))
+    with pytest.raises(OutputExistsError, match="norms"):
+        prune(old)
+    assert not (tmp_path / "student").exists()
 
 
 @pytest.mark.usefixtures("forked_ranks")
