@@ -194,7 +194,7 @@ def modelopts_pick(bench: Bench, budget: int) -> dict[str, Any]:
         import modelopt.torch.prune as mtp
         from modelopt.torch.prune.plugins.mcore_minitron import MCoreMinitronConfig
 
-        from nemo_minitron.data.samples import consecutive_sequences
+        from nemo_minitron.data.samples import random_sequences
         from nemo_minitron.evaluation.loss import mean_loss
         from nemo_minitron.megatron.forward import load_model
         from nemo_minitron.megatron.modelopt_norms import local_norms_prunable
@@ -206,7 +206,7 @@ def modelopts_pick(bench: Bench, budget: int) -> dict[str, Any]:
         task = resolved(config)
         teacher, choices = task.teacher, task.space.choices
         scores = read_scores(prune_config(config, {"num_layers": 2}), teacher)
-        held_out = consecutive_sequences([f"{how.data}/validation"], how.length, how.samples)
+        held_out, _ = random_sequences([f"{how.data}/validation"], how.samples, how.length, how.calibration_seed)
         steps = {name: choices[name][1] - choices[name][0] for name in choices}
         divisors = {f"{name}_divisor": steps[name] for name in ("hidden_size", "ffn_hidden_size", "num_layers")}
 

@@ -175,7 +175,7 @@ def measured_cuts(partial: Path, task: Task, prefixes: dict[str, list], length: 
     """
     import torch
 
-    from nemo_minitron.data.samples import consecutive_sequences
+    from nemo_minitron.data.samples import random_sequences
     from nemo_minitron.megatron.forward import parallel_ranks
     from nemo_minitron.megatron.session import engine
     from nemo_minitron.pruning.importance.scoring import score
@@ -186,7 +186,7 @@ def measured_cuts(partial: Path, task: Task, prefixes: dict[str, list], length: 
         config = dataclasses.replace(config, prune=dataclasses.replace(config.prune, scores_path=str(partial / SCORES)))
     needed = prune_config(config, {"hidden_size": task.space.choices["hidden_size"][0]})
     score(needed, teacher)
-    held_out = consecutive_sequences(paths(prefixes["validation"]), length, settings.samples)
+    held_out, _ = random_sequences(paths(prefixes["validation"]), settings.samples, length, config.calibration_seed)
     sequences, _ = calibration_of(needed, teacher).sequences(config.prune.num_block_samples, config.calibration_seed)
     scores = read_scores(needed, teacher)
     folder = cuts_folder(config, teacher, sequences, held_out)

@@ -41,7 +41,7 @@ def found(tiny, tmp_path_factory):
 
 def test_the_losses_of_cuts_are_those_of_the_checkpoints_that_prune_makes(tiny, found, tmp_path):
     """Shared scores, costs and maps change no cut: prune alone makes one of the same loss on the same windows."""
-    from nemo_minitron.data.samples import consecutive_sequences
+    from nemo_minitron.data.samples import random_sequences
     from nemo_minitron.evaluation.loss import mean_loss
     from nemo_minitron.megatron.forward import load_model, parallel_ranks
     from nemo_minitron.megatron.layout import layout_of
@@ -53,7 +53,7 @@ def test_the_losses_of_cuts_are_those_of_the_checkpoints_that_prune_makes(tiny, 
     names = {entry["name"]: entry["loss"] for entry in result["shapes"] if entry["loss"] is not None}
     shapes = [shape for name, shape in task.by_name().items() if name in names]
     chosen = [next(shape for shape in shapes if shape.num_layers < 4), max(shapes, key=lambda one: one.num_layers)]
-    held_out = consecutive_sequences([str(tiny.data / "validation")], SEQ_LENGTH, 8)
+    held_out, _ = random_sequences([str(tiny.data / "validation")], 8, SEQ_LENGTH, config.seed)
     for number, shape in enumerate(chosen):
         cut = prune_config(config, sizes_of(shape, task.teacher.architecture), str(tmp_path / str(number)))
         cut.prune.scores_path = str(tmp_path / f"scores-{number}")

@@ -102,7 +102,7 @@ class SearchSettings(Config):
     """Shapes whose cut is made and measured; where there are more, those of least predicted loss (each size cut alone,
     their excess losses summed); none: all."""
     samples: int = 16
-    """Held-out samples that a cut's loss is measured on."""
+    """Held-out samples that a cut's loss is measured on, drawn from all of the validation text by prune.seed."""
     candidates: int = 16
     """Shapes that go on to distillation."""
     steps: int = 40
