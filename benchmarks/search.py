@@ -254,10 +254,10 @@ def contenders(bench: Bench, budget: int) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {
         "search": [shapes[searched(bench, budget, seed)["winner"]["name"]] for seed in seeds]
     }
-    for kind, shape in task.rivals.items():
-        found[kind] = [shape for _ in seeds]
     if bench.arguments.modelopt:
         found["modelopt"] = [teacher.with_sizes(**modelopts_pick(bench, budget)["sizes"]) for _ in seeds]
+    for kind, shape in task.rivals.items():
+        found[kind] = [shape for _ in seeds]
     return found
 
 
