@@ -55,6 +55,19 @@ def first_makes(place: Path, make: Callable[[], object]) -> None:
         time.sleep(0.1)
 
 
+def wait_for_others(folder: Path) -> None:
+    """Rank 0 goes on once all others have come here, too; they say so by files in `folder`, and do not wait."""
+    run = os.environ.get("MASTER_PORT", "")
+    if rank() != 0:
+        (folder / f".here-{run}-{rank()}").touch()
+        return
+    others = [folder / f".here-{run}-{number}" for number in range(1, int(os.environ.get("WORLD_SIZE", "1")))]
+    while not all(other.exists() for other in others):
+        time.sleep(0.1)
+    for other in others:
+        other.unlink()
+
+
 def run_stage(job: Job, work: Work, *, stage: str, config: Config, trainer: TrainerConfig, resumable: bool) -> Manifest:
     """Runs `work` on as many ranks as `trainer` asks for, unless the job's result is there already.
 

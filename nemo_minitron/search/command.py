@@ -12,7 +12,7 @@ from nemo_minitron.data.module import check_fits as check_data
 from nemo_minitron.data.module import resolve_prefixes
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.jobs.job import Job
-from nemo_minitron.launch.ranks import first_makes, rank, run_stage
+from nemo_minitron.launch.ranks import rank, run_stage, wait_for_others
 from nemo_minitron.packages.versions import check_training
 from nemo_minitron.report.command import draw
 from nemo_minitron.search.distilling import distilled, keep, places_of
@@ -79,7 +79,9 @@ def find(partial: Path, config: c.SearchConfig, prefixes: dict[str, list], lengt
 
     Every rank calls it.
     """
-    if not (partial / RESULT).is_file():
+    if (partial / RESULT).is_file():
+        result = json.loads((partial / RESULT).read_text(encoding="utf-8"))
+    else:
         task = resolved(config, partial / SPEEDS)
         if rank() == 0:
             print(task.describe())
@@ -87,8 +89,10 @@ def find(partial: Path, config: c.SearchConfig, prefixes: dict[str, list], lengt
         best = sorted(measured.shapes, key=lambda shape: (measured.losses[name_of(shape)], name_of(shape)))
         history = distilled(partial, task, cuts, best[: task.rounds[0].candidates])
         finals = measured_finals(partial, task, places_of(partial, history), prefixes, length)
-        first_makes(partial / RESULT, lambda: write_whole(partial / RESULT, told(task, measured, history, finals)))
-    result = json.loads((partial / RESULT).read_text(encoding="utf-8"))
+        result = told(task, measured, history, finals)
+        if rank() == 0:
+            write_whole(partial / RESULT, result)
+    wait_for_others(partial)
     if rank() == 0:
         keep(partial, result["rounds"][-1])
     return {
