@@ -15,7 +15,6 @@ fingerprint, so that it stands for no other file.
 import contextlib
 import dataclasses
 import datetime
-import errno
 import hashlib
 import json
 import os
@@ -48,7 +47,6 @@ FILES = tuple(entry.suffix for entry in OUTPUT_FORMATS.values() if entry.suffix)
 #: In the details of a manifest that lies beside its file.
 CONTENT = "content"
 RECORDS = ("logs", "tensorboard")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Libraries that meet a full disk raise errors of their own; less than this is full.
 FULL_BYTES = 1 << 20
 
@@ -61,7 +59,7 @@ def disk_has_room(output: Path) -> Iterator[None]:
     except MinitronError:
         raise
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in FULL
+        full = isinstance(error, OSError) and error.errno in locks.FULL
         if not full and shutil.disk_usage(output.absolute().parent).free >= FULL_BYTES:
             raise
         raise MinitronError(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -9,7 +10,10 @@ import socket
 from pathlib import Path
 from typing import TextIO
 
-from nemo_minitron.errors import EngineError
+from nemo_minitron.errors import EngineError, MinitronError
+
+#: Errors of a disk that is full, which a job says itself.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass
@@ -25,12 +29,12 @@ def take(output: Path) -> Lock:
 
     Raises:
         EngineError: another process holds it.
+        MinitronError: nothing can be written beside it.
     """
     output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
     path = output.with_name(f".{output.name}.lock")
     while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        file = _opened(path, output)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -46,6 +50,18 @@ def take(output: Path) -> Lock:
     file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
     file.flush()
     return Lock(path, file)
+
+
+def _opened(path: Path, output: Path) -> TextIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise MinitronError(
+            f"{output} cannot be made: {error.filename}: {error.strerror}; give another output"
+        ) from None
 
 
 def release(lock: Lock) -> None:

@@ -345,6 +345,12 @@ Job(stage="toy", output=Path(sys.argv[1]), config={}).run(work)
 """
 
 
+def test_an_output_below_a_file_is_refused_in_words(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MinitronError, match="file/result cannot be made: .*; give another output"):
+        Job(stage="toy", output=tmp_path / "file" / "result", config={}).run(pytest.fail)
+
+
 def test_two_processes_do_not_make_the_same_output_and_a_killed_one_leaves_it_free(tmp_path):
     output = tmp_path / "result"
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(output)], stdout=subprocess.PIPE, text=True)

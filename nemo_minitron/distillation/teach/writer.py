@@ -19,7 +19,7 @@ from nemo_minitron.distillation.teach.forms import ENDS, ENTRY_ENDS, ERROR, KEYS
 from nemo_minitron.distillation.teach.header import OUTPUT, SHARDS, Header, shard_path
 from nemo_minitron.distillation.teach.listing import Listing
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.jobs.job import FULL
+from nemo_minitron.jobs.lock import FULL
 from nemo_minitron.jobs.progress import Progress
 from nemo_minitron.launch.ranks import rank
 from nemo_minitron.megatron.chunks import CHUNK, output_weight
