@@ -135,7 +135,8 @@ def teach_config(config: c.FlowConfig) -> c.TeachConfig:
 
 
 def search_config(config: c.FlowConfig, name: str) -> c.SearchConfig:
-    """The search for the student `name`: its rounds are short distillations by the flow's own recipe."""
+    """The search for the student `name`: its rounds are short distillations by the flow's own recipe, from the
+    corrected teacher's own answers."""
     output = place(config, "search", name)
     fields = training_fields(config, config.distill, place(config, "data"), output)
     del fields["exp_manager"]
@@ -145,7 +146,7 @@ def search_config(config: c.FlowConfig, name: str) -> c.SearchConfig:
         output=str(output),
         search=c.SearchSettings(**config.prune.students[name]["search"]),
         prune=candidates_cut(config, name),
-        kd=dataclasses.replace(config.distill.kd),
+        kd=dataclasses.replace(config.distill.kd, teacher=None, teachers=None, fill=False),
     )
 
 

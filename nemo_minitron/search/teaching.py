@@ -18,7 +18,7 @@ ANSWERS, DONE = "answers", "answered.json"
 def keeps(config: c.SearchConfig) -> bool:
     """Whether the rounds' losses can be had of kept answers."""
     kd = config.kd
-    return bool(kd.kd_weight) and not kd.hidden.weight and kd.top_k is None and not kd.folders
+    return bool(kd.kd_weight) and not kd.hidden.weight and kd.top_k is None
 
 
 def answered(partial: Path, task: Task) -> Path:

@@ -242,6 +242,10 @@ class SearchConfig(Config):
             problems += missing_data(self.model.data)
         if self.output == "???" and not self.dry_run:
             problems.append("output is missing: name the folder to make, output=DIR")
+        if self.kd.folders or self.kd.fill:
+            problems.append(
+                "kd.teacher, kd.teachers and kd.fill: a search has its teacher answer once by itself; leave them"
+            )
         if self.model.init != "checkpoint":
             problems.append("model.init: a search starts from a teacher's checkpoint, model.restore_from_path")
         return problems
