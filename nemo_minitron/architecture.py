@@ -7,7 +7,7 @@ import dataclasses
 import math
 import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from nemo_minitron.config import Config, all_problems, at_least, one_of
 from nemo_minitron.errors import ConfigError
@@ -219,6 +219,14 @@ def natural_divisor(name: str, size: int) -> int:
     return divisor
 
 
+class Divisors(Protocol):
+    """Settings that say which sizes a cut may have; none: natural_divisor."""
+
+    hidden_size_divisor: int | None
+    ffn_hidden_size_divisor: int | None
+    num_layers_divisor: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PruningGrid:
     """Sizes that ModelOpt's mcore_minitron can prune a model to: multiples of a divisor, up to the model's own.
@@ -231,6 +239,15 @@ class PruningGrid:
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None
     num_layers: int = 2
+
+    @classmethod
+    def of(cls, settings: "Divisors") -> "PruningGrid":
+        """The grid that settings of a cut ask for."""
+        return cls(
+            hidden_size=settings.hidden_size_divisor,
+            ffn_hidden_size=settings.ffn_hidden_size_divisor,
+            num_layers=settings.num_layers_divisor,
+        )
 
     def choices(self, architecture: Architecture, name: str) -> list[int]:
         """Legal values of the size `name`, ascending, the model's own last."""

@@ -9,6 +9,7 @@ from nemo_minitron.artifacts.manifest import (
     json_text,
     manifest_beside,
     plain,
+    replace_file,
     versions,
     write_json,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "json_text",
     "manifest_beside",
     "plain",
+    "replace_file",
     "sampled_fingerprint",
     "versions",
     "write_json",

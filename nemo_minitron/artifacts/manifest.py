@@ -97,10 +97,14 @@ class Manifest:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON beside `path` and renames it there, so that a reader never sees half a file."""
-    path = Path(path)
+    replace_file(Path(path), json_text(value))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes text beside `path` and renames it there; what UTF-8 cannot hold becomes `?`."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(json_text(value), encoding="utf-8")
+        beside.write_bytes(text.encode("utf-8", "replace"))
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)

@@ -17,6 +17,8 @@ from nemo_minitron.pruning.plan import plan_cut, target_problems
 from nemo_minitron.published import stated_fields
 
 Value = TypeVar("Value")
+#: Sizes whose grid the settings of a flow's cuts may give, NAME_divisor.
+GRID = ("hidden_size", "ffn_hidden_size", "num_layers")
 #: Kind of model -> kind of the step that makes it.
 MADE_BY = {
     "teacher": "pretrain",
@@ -114,14 +116,13 @@ def candidates_cut(config: c.FlowConfig, name: str) -> c.SearchCutConfig:
     prune = config.prune
     given = {key: value for key, value in prune.students[name].items() if key in SEARCHED[1:] and value is not None}
     fields: dict[str, Any] = {"method": prune.method or c.SearchCutConfig.method} | given
-    fields |= {"num_samples": prune.num_samples, "num_block_samples": prune.num_block_samples}
-    return c.SearchCutConfig(
-        **fields,
-        scores_path=str(place(config, "score")),
-        hidden_size_divisor=prune.hidden_size_divisor,
-        ffn_hidden_size_divisor=prune.ffn_hidden_size_divisor,
-        num_layers_divisor=prune.num_layers_divisor,
-    )
+    return c.SearchCutConfig(**fields, **_cut_of_all(config))
+
+
+def _cut_of_all(config: c.FlowConfig) -> dict[str, Any]:
+    """What the cuts of all students have of the flow: scores, samples and grid."""
+    names = ("num_samples", "num_block_samples", *(f"{size}_divisor" for size in GRID))
+    return {name: getattr(config.prune, name) for name in names} | {"scores_path": str(place(config, "score"))}
 
 
 def as_asked(config: c.FlowConfig) -> dict[str, Any]:
@@ -146,14 +147,7 @@ def student_targets(config: c.FlowConfig, name: str) -> c.PruneTargets:
         sizes = {key: value for key, value in prune.students[name].items() if key in COUNTS}
         return candidates_cut(config, name).targets(sizes)
     targets: dict[str, Any] = {"method": prune.method, "depth_by": prune.depth_by} | prune.students[name]
-    targets |= {"num_samples": prune.num_samples, "num_block_samples": prune.num_block_samples}
-    return c.PruneTargets(
-        **targets,
-        scores_path=str(place(config, "score")),
-        hidden_size_divisor=prune.hidden_size_divisor,
-        ffn_hidden_size_divisor=prune.ffn_hidden_size_divisor,
-        num_layers_divisor=prune.num_layers_divisor,
-    )
+    return c.PruneTargets(**targets, **_cut_of_all(config))
 
 
 def student_architecture(config: c.FlowConfig, teacher: Architecture, name: str) -> Architecture:

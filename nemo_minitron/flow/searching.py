@@ -10,7 +10,7 @@ from nemo_minitron.architecture import Architecture, PruningGrid, human
 from nemo_minitron.artifacts import MANIFEST
 from nemo_minitron.config.schemas.searching import SPEEDS, parse_amount
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.flow.models import candidates_cut, place
+from nemo_minitron.flow.models import place
 from nemo_minitron.report.stages import read_json
 from nemo_minitron.search.budgets import Budget, budgets_of
 from nemo_minitron.search.result import RESULT
@@ -77,16 +77,11 @@ def settings_of(config: c.FlowConfig, name: str) -> c.SearchSettings:
 
 def _space(config: c.FlowConfig, teacher: Architecture, name: str) -> tuple[Space, list[Budget]]:
     """The shapes of a search, and its budgets as far as arithmetic goes: n times the speed is 1/n of the operations."""
-    settings, cut = settings_of(config, name), candidates_cut(config, name)
-    grid = PruningGrid(
-        hidden_size=cut.hidden_size_divisor,
-        ffn_hidden_size=cut.ffn_hidden_size_divisor,
-        num_layers=cut.num_layers_divisor,
-    )
+    settings = settings_of(config, name)
     budgets = budgets_of(dataclasses.replace(settings, prefill=None, decode=None), teacher)
     for speed in SPEEDS:
         given = getattr(settings, speed)
         if given is not None:
             share = f"{100 * parse_amount(speed, given, 1.0):f}%"
             budgets += budgets_of(c.SearchSettings(flops=share, length=settings.length), teacher)
-    return Space.of(teacher, grid, settings), budgets
+    return Space.of(teacher, PruningGrid.of(config.prune), settings), budgets

@@ -69,13 +69,8 @@ def distill(source: Path, output: Path, **arguments: Any) -> None:
     from nemo_minitron.distillation.command import distill as run
 
     values = _Arguments(arguments)
-    model = values.build(
-        c.ModelConfig,
-        restore_from_path=str(source),
-        kd_teacher_restore_from_path=values.take("teacher"),
-        nemo_path=str(output),
-        data=values.build(c.ModelDataConfig, data_prefix=values.take("data")),
-        optim=values.build(c.OptimConfig, sched=values.build(c.SchedConfig)),
+    model = values.model(
+        restore_from_path=str(source), kd_teacher_restore_from_path=values.take("teacher"), nemo_path=str(output)
     )
     config = c.DistillConfig(
         seed=values.take("seed", 1234), trainer=values.build(c.TrainerConfig), model=model, kd=values.build(c.KDConfig)
@@ -108,12 +103,7 @@ def search(source: Path, output: Path, **arguments: Any) -> Path:
         prune=values.build(c.SearchCutConfig),
         kd=values.build(c.KDConfig),
         trainer=values.build(c.TrainerConfig),
-        model=values.build(
-            c.ModelConfig,
-            restore_from_path=str(source),
-            data=values.build(c.ModelDataConfig, data_prefix=values.take("data")),
-            optim=values.build(c.OptimConfig, sched=values.build(c.SchedConfig)),
-        ),
+        model=values.model(restore_from_path=str(source)),
     )
     values.finish("minitron-search")
     run(c.validated(config, "minitron-search"))
@@ -159,6 +149,15 @@ class _Arguments:
             field.name for field in dataclasses.fields(kind) if field.name in self.left and field.name not in fixed
         ]
         return kind(**fixed, **{name: self.left.pop(name) for name in names})
+
+    def model(self, **fields: Any) -> c.ModelConfig:
+        """The model, data and optimizer of a training stage."""
+        return self.build(
+            c.ModelConfig,
+            **fields,
+            data=self.build(c.ModelDataConfig, data_prefix=self.take("data")),
+            optim=self.build(c.OptimConfig, sched=self.build(c.SchedConfig)),
+        )
 
     def finish(self, what: str) -> None:
         if self.left:

@@ -10,11 +10,7 @@ WIDTH = ("hidden_size", "ffn_hidden_size", "num_attention_heads")
 
 def target_problems(architecture: Architecture, targets: PruneTargets) -> list[str]:
     """Everything that is wrong with `targets` for a teacher of this architecture."""
-    grid = PruningGrid(
-        hidden_size=targets.hidden_size_divisor,
-        ffn_hidden_size=targets.ffn_hidden_size_divisor,
-        num_layers=targets.num_layers_divisor,
-    )
+    grid = PruningGrid.of(targets)
     sizes = {name: getattr(targets, name) for name in (*WIDTH, "num_layers")}
     problems = grid.problems(architecture, sizes)
     groups = targets.num_query_groups

@@ -3,14 +3,13 @@
 A report is derived from manifests: it may be written again over itself, and over nothing else.
 """
 
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron import config as c
-from nemo_minitron.artifacts import json_text
+from nemo_minitron.artifacts import json_text, replace_file
 from nemo_minitron.config.command_line import repeat
 from nemo_minitron.errors import ConfigError, EngineError, MinitronError, OutputExistsError
 from nemo_minitron.jobs.job import disk_has_room
@@ -139,14 +138,3 @@ def _write(page: Path, text: str, made: dict[str, Any], pictures: list[dict[str,
         replace_file(page.with_suffix(".json"), json_text(content))
         replace_file(page, text)
     return content
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes text beside `path` and renames it there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(text.encode("utf-8", "replace"))
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

@@ -52,14 +52,10 @@ def budgets_of(
         ConfigError: a budget is at or above what the teacher has.
     """
     length = settings.length or teacher.seq_length
-
-    def bytes_of(shape: Architecture) -> float:
-        return deployment_bytes(shape, settings.weights, batch=settings.batch_size, length=length)
-
     costs: dict[str, tuple[Cost, str]] = {
         "parameters": (Architecture.parameters, ""),
         "non_embedding_parameters": (Architecture.non_embedding_parameters, ""),
-        "memory": (bytes_of, "B"),
+        "memory": (lambda shape: served_bytes(settings, teacher, shape), "B"),
         "flops": (lambda shape: forward_flops(shape, length), " operations a token"),
     }
     for name, table in (speeds or {}).items():
@@ -77,6 +73,12 @@ def budgets_of(
     if problems:
         raise ConfigError(problems, "minitron search")
     return found
+
+
+def served_bytes(settings: SearchSettings, teacher: Architecture, shape: Architecture) -> float:
+    """Weights and cache of a shape where it is served, which search.memory limits."""
+    length = settings.length or teacher.seq_length
+    return deployment_bytes(shape, settings.weights, batch=settings.batch_size, length=length)
 
 
 def load(budgets: Sequence[Budget], shape: Architecture) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import config as c
-from nemo_minitron.artifacts import Manifest
+from nemo_minitron.artifacts import Manifest, write_json
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.data.module import check_fits as check_data
 from nemo_minitron.data.module import resolve_prefixes
@@ -17,7 +17,7 @@ from nemo_minitron.packages.versions import check_training
 from nemo_minitron.report.command import draw
 from nemo_minitron.search.distilling import distilled, keep, places_of
 from nemo_minitron.search.finals import measured_finals
-from nemo_minitron.search.measuring import check_given_scores, measured_cuts, write_whole
+from nemo_minitron.search.measuring import check_given_scores, measured_cuts
 from nemo_minitron.search.result import RESULT, render, told
 from nemo_minitron.search.space import name_of
 from nemo_minitron.search.task import resolved
@@ -91,7 +91,7 @@ def find(partial: Path, config: c.SearchConfig, prefixes: dict[str, list], lengt
         finals = measured_finals(partial, task, places_of(partial, history), prefixes, length)
         result = told(task, measured, history, finals)
         if rank() == 0:
-            write_whole(partial / RESULT, result)
+            write_json(partial / RESULT, result)
     wait_for_others(partial)
     if rank() == 0:
         keep(partial, result["rounds"][-1])

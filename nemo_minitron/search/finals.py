@@ -12,8 +12,9 @@ from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.data.module import paths
 from nemo_minitron.jobs.progress import Progress
 from nemo_minitron.launch.ranks import rank
-from nemo_minitron.megatron.layout import Layout, layout_of
-from nemo_minitron.planning.deployment import deployment_bytes
+from nemo_minitron.megatron.layout import layout_of
+from nemo_minitron.search.budgets import served_bytes
+from nemo_minitron.search.speeds import device_of, runs_in_bf16
 from nemo_minitron.search.task import Task
 from nemo_minitron.training.inputs import LOG
 
@@ -50,18 +51,11 @@ def measured_finals(
                 "name": name,
                 "parameters": shape.parameters(),
                 **{f"{split}_loss": losses[name].get(split) for split in SPLITS},
-                "memory_bytes": served_bytes(task, shape),
+                "memory_bytes": served_bytes(task.config.search, task.teacher.architecture, shape),
                 "speed": speeds.get(name, {}),
             }
         )
     return found
-
-
-def served_bytes(task: Task, shape: Architecture) -> float:
-    """Weights and cache of a shape, by the formula of search.memory."""
-    settings = task.config.search
-    length = settings.length or task.teacher.architecture.seq_length
-    return deployment_bytes(shape, settings.weights, batch=settings.batch_size, length=length)
 
 
 def losses_of(
@@ -124,8 +118,8 @@ def benchmark_config(task: Task, checkpoints: Mapping[str, Checkpoint]) -> c.Ben
         c.BenchmarkConfig(
             models=[str(checkpoint.path) for checkpoint in checkpoints.values()],
             names=list(checkpoints),
-            device=_device(layout),
-            dtype="bf16" if layout.cuda and layout.bf16 else "32",
+            device=device_of(layout),
+            dtype="bf16" if runs_in_bf16(layout) else "32",
             batch_size=settings.batch_size,
             prompt_tokens=max(1, min(task.speed_length, longest - NEW_TOKENS)),
             new_tokens=NEW_TOKENS,
@@ -134,10 +128,6 @@ def benchmark_config(task: Task, checkpoints: Mapping[str, Checkpoint]) -> c.Ben
             seed=task.config.seed,
         )
     )
-
-
-def _device(layout: Layout) -> str:
-    return "cuda:0" if layout.cuda else "cpu"
 
 
 def predicted(table: SpeedTable | None, teacher: Architecture, shape: Architecture) -> float | None:

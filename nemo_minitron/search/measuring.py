@@ -156,15 +156,8 @@ class Losses:
         """Keeps one more, beside those that another search of the same teacher may have kept meanwhile."""
         self.known[name] = loss
         if rank() == 0:
-            write_whole(self.path, self._kept() | self.known)
-
-
-def write_whole(path: Path, value: Any) -> None:
-    """Writes JSON beside and renames it."""
-    unfinished = path.with_suffix(".unfinished")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(unfinished, value)
-    unfinished.replace(path)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self._kept() | self.known)
 
 
 def measured_cuts(partial: Path, task: Task, prefixes: dict[str, list], length: int) -> tuple[Cuts, Measured]:

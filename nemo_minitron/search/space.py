@@ -2,8 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 from nemo_minitron.architecture import PRUNABLE, Architecture, PruningGrid
 from nemo_minitron.config import SearchSettings
@@ -62,6 +61,11 @@ class Space:
         for sizes in itertools.product(*self.choices.values()):
             yield self.teacher.with_sizes(**dict(zip(self.choices, sizes)))
 
+    def with_own(self, *names: str) -> "Space":
+        """The shapes of it that have the teacher's own sizes of these names; none where a range leaves those out."""
+        own = {name: [size for size in self.choices[name] if size == getattr(self.teacher, name)] for name in names}
+        return Space(self.teacher, self.choices | own)
+
     def fitting(self, budgets: Sequence[Budget], tolerance: float) -> list[Architecture]:
         """The shapes within the budgets.
 
@@ -94,17 +98,14 @@ def name_of(shape: Architecture) -> str:
     return "-".join(f"{letter}{getattr(shape, name)}" for name, letter in LETTERS.items())
 
 
-def nearest(
-    shapes: Sequence[Architecture], budgets: Sequence[Budget], wanted: Callable[[Architecture], Any] | None = None
-) -> Architecture | None:
-    """The largest shape within the budgets of those that are `wanted`; where none is, the one that is nearest."""
-    chosen = [shape for shape in shapes if wanted is None or wanted(shape)]
+def nearest(shapes: Iterable[Architecture], budgets: Sequence[Budget]) -> Architecture | None:
+    """The largest shape within the budgets; where none is, the one that is nearest."""
 
     def distance(shape: Architecture) -> tuple[bool, float, int]:
         share = load(budgets, shape)
         return share > 1, abs(share - 1), shape.parameters()
 
-    return min(chosen, key=distance, default=None)
+    return min(shapes, key=distance, default=None)
 
 
 def rivals(space: Space, budgets: Sequence[Budget]) -> dict[str, Architecture]:
@@ -113,24 +114,28 @@ def rivals(space: Space, budgets: Sequence[Budget]) -> dict[str, Architecture]:
     `uniform` has every size in proportion, `depth` fewer layers alone, `width` all layers; `published` is a known model
     of the teacher's kind, of the same size within PUBLISHED_TOLERANCE.
     """
-    teacher, whole = space.teacher, Space(space.teacher, space.choices)
-    found = {"uniform": nearest(proportional(whole), budgets)}
-    shapes = [*whole.shapes()]
-    found["depth"] = nearest(shapes, budgets, lambda shape: sizes_of(shape, teacher).keys() <= {"num_layers"})
-    found["width"] = nearest(shapes, budgets, lambda shape: shape.num_layers == teacher.num_layers)
-    near = [shape for shape in published(teacher, shapes) if abs(load(budgets, shape) - 1) <= PUBLISHED_TOLERANCE]
-    found["published"] = nearest(near, budgets)
+    widths = [name for name in PRUNABLE if name != "num_layers"]
+    near = [shape for shape in published(space) if abs(load(budgets, shape) - 1) <= PUBLISHED_TOLERANCE]
+    kinds = {
+        "uniform": proportional(space),
+        "depth": space.with_own(*widths).shapes(),
+        "width": space.with_own("num_layers").shapes(),
+        "published": near,
+    }
+    found = {what: nearest(shapes, budgets) for what, shapes in kinds.items()}
     return {what: shape for what, shape in found.items() if shape is not None}
 
 
-def published(teacher: Architecture, shapes: Sequence[Architecture]) -> list[Architecture]:
-    """Those of the shapes that known models have which differ from the teacher in prunable sizes alone."""
-    known = {
-        tuple(getattr(model, name) for name in PRUNABLE)
+def published(space: Space) -> list[Architecture]:
+    """The shapes of the space that known models have which differ from the teacher in prunable sizes alone."""
+    known = [
+        {name: getattr(model, name) for name in PRUNABLE}
         for model in KNOWN.values()
-        if all(getattr(model, name) == getattr(teacher, name) for name in ALIKE)
-    }
-    return [shape for shape in shapes if tuple(getattr(shape, name) for name in PRUNABLE) in known]
+        if all(getattr(model, name) == getattr(space.teacher, name) for name in ALIKE)
+    ]
+    inside = [sizes for sizes in known if all(size in space.choices[name] for name, size in sizes.items())]
+    shapes = [space.teacher.with_sizes(**sizes) for sizes in inside]
+    return [shape for shape in shapes if sizes_of(shape, space.teacher)]
 
 
 def proportional(space: Space, steps: int = 400) -> list[Architecture]:

@@ -82,8 +82,8 @@ def tables_in(
 
     measure = functools.partial(
         time_parts,
-        device="cuda:0" if layout.cuda else "cpu",
-        dtype=torch.bfloat16 if layout.cuda and layout.bf16 else torch.float32,
+        device=device_of(layout),
+        dtype=torch.bfloat16 if runs_in_bf16(layout) else torch.float32,
         batch=settings.batch_size,
         length=speed_length(settings, space.teacher),
         rounds=ROUNDS,
@@ -91,15 +91,23 @@ def tables_in(
     )
     if file is None:
         return tables(space, measure, every=LINES)
-    first_makes(file, lambda: _write(file, tables(space, measure, every=LINES)))
+
+    def make() -> None:
+        write_json(file, {kind: table.to_list() for kind, table in tables(space, measure, every=LINES).items()})
+
+    first_makes(file, make)
     kept = json.loads(file.read_text(encoding="utf-8"))
     return {kind: SpeedTable.from_list(parts) for kind, parts in kept.items()}
 
 
-def _write(file: Path, found: Mapping[str, SpeedTable]) -> None:
-    unfinished = file.with_suffix(".unfinished")
-    write_json(unfinished, {kind: table.to_list() for kind, table in found.items()})
-    unfinished.replace(file)
+def device_of(layout: Layout) -> str:
+    """Where speeds are measured."""
+    return "cuda:0" if layout.cuda else "cpu"
+
+
+def runs_in_bf16(layout: Layout) -> bool:
+    """Whether speeds are measured in bf16; a CPU's are in float32."""
+    return layout.cuda and layout.bf16
 
 
 def speed_length(settings: SearchSettings, teacher: Architecture) -> int:

@@ -92,13 +92,7 @@ def resolved(config: c.SearchConfig, speeds_file: Path | None = None) -> Task:
     """
     path = stated_path(config.model.restore_from_path, "model.restore_from_path")
     teacher = open_checkpoint(path, "teacher")
-    cut = config.prune
-    grid = PruningGrid(
-        hidden_size=cut.hidden_size_divisor,
-        ffn_hidden_size=cut.ffn_hidden_size_divisor,
-        num_layers=cut.num_layers_divisor,
-    )
-    space = Space.of(teacher.architecture, grid, config.search)
+    space = Space.of(teacher.architecture, PruningGrid.of(config.prune), config.search)
     speeds: Mapping[str, SpeedTable] = {}
     if config.search.speeds:
         speeds = tables_in(speeds_file, space, config.search, layout_of(config.trainer, config.model), config.seed)

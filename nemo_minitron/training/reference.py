@@ -6,7 +6,6 @@ Import it late: it imports Lightning.
 import contextlib
 import gc
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 
+from nemo_minitron.artifacts import write_json
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.data.blend import Blend, Mixture
 from nemo_minitron.data.sample_module import filled, one_hot
@@ -54,9 +54,7 @@ class TeacherReference(pl.Callback):
         self.mixture.reference = self.measured()
         if rank() == 0:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = self.file.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(self.mixture.reference))
-            os.replace(unfinished, self.file)
+            write_json(self.file, self.mixture.reference)
 
     def measured(self) -> list[float]:
         """The teacher's mean loss in nats a token on each source [k]."""

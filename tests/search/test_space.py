@@ -6,7 +6,7 @@ import json
 import pytest
 
 from nemo_minitron.architecture import PruningGrid
-from nemo_minitron.config import SearchConfig, SearchSettings, all_problems
+from nemo_minitron.config import KDConfig, SearchConfig, SearchSettings, all_problems
 from nemo_minitron.config.schemas.searching import parse_amount
 from nemo_minitron.errors import ConfigError
 from nemo_minitron.evaluation.layers import PartTimes
@@ -180,6 +180,23 @@ def test_the_published_shape_of_a_size_is_among_the_rivals(teacher, limit, expec
     settings = SearchSettings(parameters=limit)
     found = rivals(Space.of(KNOWN[teacher], PruningGrid(), settings), budgets_of(settings, KNOWN[teacher]))
     assert (name_of(found["published"]) if "published" in found else None) == expected
+
+
+def test_a_range_that_leaves_out_the_teachers_size_leaves_out_its_rival():
+    budgets = budgets_of(SearchSettings(parameters="60%"), SMOLLM2)
+    assert "depth" not in rivals(space(hidden_size=[416, 544]), budgets)
+    assert "width" not in rivals(space(num_layers=[20, 28]), budgets)
+
+
+def test_the_teacher_is_no_rival_of_its_own_size():
+    budgets = budgets_of(SearchSettings(parameters="95%"), LLAMA)
+    assert "published" not in rivals(space(LLAMA), budgets)
+
+
+def test_answers_of_a_folder_are_not_what_a_search_learns_from():
+    for given in ({"teacher": "folder"}, {"teachers": {"a": 1}}, {"fill": True, "teacher": "folder"}):
+        config = SearchConfig(output="out", dry_run=True, kd=KDConfig(**given))
+        assert "a search has its teacher answer once by itself" in "; ".join(all_problems(config))
 
 
 def test_rivals_are_in_proportion_depth_alone_and_width_alone():

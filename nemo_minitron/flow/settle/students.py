@@ -57,7 +57,7 @@ def _take_shares(state: State, name: str, asked: dict[str, Any]) -> None:
     if "parameters" in asked:
         for size, given in widths.items():
             _say_divisor(state, size, given)
-    grid = PruningGrid(**widths, num_layers=prune.num_layers_divisor)
+    grid = PruningGrid.of(prune)
     named = prune.students[name]
     all_sizes = sizes_of({"method": prune.method} | named | asked, teacher, grid)
     sizes = {size: value for size, value in all_sizes.items() if size not in named and size != "method"}
