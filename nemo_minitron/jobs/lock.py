@@ -60,7 +60,7 @@ def _opened(path: Path, output: Path) -> TextIO:
         if error.errno in FULL:
             raise
         raise MinitronError(
-            f"{output} cannot be made: {error.filename}: {error.strerror}; give another output"
+            f"{output} cannot be made: {error.filename}: {error.strerror}; name another folder for it"
         ) from None
 
 

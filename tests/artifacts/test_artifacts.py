@@ -347,7 +347,7 @@ Job(stage="toy", output=Path(sys.argv[1]), config={}).run(work)
 
 def test_an_output_below_a_file_is_refused_in_words(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(MinitronError, match="file/result cannot be made: .*; give another output"):
+    with pytest.raises(MinitronError, match="file/result cannot be made: .*; name another folder"):
         Job(stage="toy", output=tmp_path / "file" / "result", config={}).run(pytest.fail)
 
 

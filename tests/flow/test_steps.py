@@ -104,6 +104,7 @@ def test_the_teacher_answers_once_where_that_pays(monkeypatch):
         "data.words=2000000",
         "distill.max_steps=10",
     ]
+    monkeypatch.setattr("nemo_minitron.flow.answers.shutil.disk_usage", lambda place: SimpleNamespace(free=10**13))
     for settings, keeps in (
         ([], True),
         (["distill.teach=never"], False),
