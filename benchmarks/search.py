@@ -35,9 +35,15 @@ class Bench:
         self.arguments, self.folder = arguments, Path(arguments.output)
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def file(self, name: str) -> Path:
+        return self.folder / "measured" / f"{name.replace(' ', '-')}.json"
+
+    def has(self, name: str) -> bool:
+        return self.file(name).exists()
+
     def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The figures of that name, measured unless they were before; with wall and CPU seconds."""
-        file = self.folder / "measured" / f"{name.replace(' ', '-')}.json"
+        file = self.file(name)
         if not file.exists():
             started, cpu = time.perf_counter(), time.process_time()
             found = measure()
@@ -139,7 +145,7 @@ def cut_of(bench: Bench, name: str, sizes: dict[str, int]) -> Path:
 
 
 def distilled(bench: Bench, name: str, sizes: dict[str, int], seed: int, every: int | None = None) -> dict[str, Any]:
-    """Test loss of a shape, cut and distilled; its validation losses on the way."""
+    """Test loss of a shape, cut and distilled; its validation losses on the way, every so many steps."""
     from nemo_minitron import config as c
     from nemo_minitron.artifacts import Manifest
     from nemo_minitron.distillation.command import distill
@@ -154,12 +160,20 @@ def distilled(bench: Bench, name: str, sizes: dict[str, int], seed: int, every: 
         kd = c.KDConfig(teacher=str(answers(bench, seed)))
         distill(c.validated(c.DistillConfig(**fields, kd=kd, monitor="last")))
         manifest = Manifest.read(output)
-        found = {"validation": manifest.metrics["validation"], "cut": test_loss(bench, cut)}
-        found |= {"loss": test_loss(bench, output), "distill_seconds": manifest.timings["total_seconds"]}
+        found = {"validation": manifest.metrics["validation"], "loss": test_loss(bench, output)}
+        found |= {"distill_seconds": manifest.timings["total_seconds"]}
         shutil.rmtree(output, ignore_errors=True)
         return found
 
-    return bench.kept(f"{'ranked' if every else 'distilled'} {name} {seed}", measure)
+    on_the_way = f"ranked {name} {seed}"
+    if every or bench.has(on_the_way):
+        return bench.kept(on_the_way, measure)
+    return bench.kept(f"distilled {name} {seed}", measure)
+
+
+def just_cut(bench: Bench, name: str, sizes: dict[str, int]) -> float:
+    """Test loss of a shape's cut."""
+    return float(bench.kept(f"cut {name}", lambda: {"loss": test_loss(bench, cut_of(bench, name, sizes))})["loss"])
 
 
 def test_loss(bench: Bench, path: Path) -> float:
@@ -275,7 +289,8 @@ def compared(bench: Bench, budget: int) -> list[dict[str, Any]]:
             {
                 "budget": budget, "kind": kind, "shapes": [name_of(shape) for shape in shapes],
                 "parameters": [shape.parameters() for shape in shapes],
-                "cut": [run["cut"] for run in runs], "losses": [run["loss"] for run in runs],
+                "cut": [just_cut(bench, name_of(shape), sizes_of(shape, teacher)) for shape in shapes],
+                "losses": [run["loss"] for run in runs],
                 "seconds": [run["distill_seconds"] for run in runs],
             }
         )  # fmt: skip
@@ -355,15 +370,15 @@ def main() -> None:
     parser.add_argument("--no-modelopt", dest="modelopt", action="store_false")
     parser.add_argument("--ranks", action="store_true", help="also how soon ranks settle, first budget and seed")
     bench = Bench(parser.parse_args())
+    told: dict[str, Any] = {"settings": vars(bench.arguments)}
+    if bench.arguments.ranks:
+        told["ranks"] = ranked(bench, bench.arguments.budgets[0], 1)
+        print(json.dumps(told["ranks"], indent=1), flush=True)
     rows: list[dict[str, Any]] = []
     for budget in bench.arguments.budgets:
         rows += compared(bench, budget)
         print(table(rows), flush=True)
-    told: dict[str, Any] = {"settings": vars(bench.arguments), "rows": rows}
-    if bench.arguments.ranks:
-        told["ranks"] = ranked(bench, bench.arguments.budgets[0], 1)
-        print(json.dumps(told["ranks"], indent=1))
-    (bench.folder / "table.json").write_text(json.dumps(told, indent=1))
+    (bench.folder / "table.json").write_text(json.dumps(told | {"rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
