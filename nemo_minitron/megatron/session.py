@@ -53,6 +53,8 @@ LAUNCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RA
 def engine(seed: int, log: Path | None = None, *, cuda: bool | None = None) -> Iterator[None]:
     """Megatron ready to use for the body, and no trace of its global state afterwards.
 
+    What a process has frozen for the garbage collector (``gc.freeze()``) stays so, and nothing is frozen beside it.
+
     Args:
         seed: seeds Python, NumPy and torch; Megatron's own states are seeded by NeMo, or by ``parallel_ranks()``.
         log: file that takes the chatter of NeMo, Megatron, ModelOpt and Lightning.
@@ -66,15 +68,18 @@ def engine(seed: int, log: Path | None = None, *, cuda: bool | None = None) -> I
         versions.optimizer_as_nemo_asks(),
     ):
         reset_parallel_state()
+        frozen_by_host = gc.get_freeze_count() > 0
         gc.collect()  # what a stage before this one still holds in cycles
-        gc.freeze()  # the engines' own million objects are not looked through again for what the body leaves
+        if not frozen_by_host:
+            gc.freeze()  # the engines' own million objects are not looked through again for what the body leaves
         _seed_everything(seed)
         try:
             yield
         finally:
             reset_parallel_state()
             gc.collect()
-            gc.unfreeze()
+            if not frozen_by_host:
+                gc.unfreeze()
 
 
 def _seed_everything(seed: int) -> None:

@@ -8,6 +8,12 @@ from pathlib import Path
 from nemo_minitron.architecture import parse_layers, runs
 from nemo_minitron.config import PruneConfig
 
+#: Settings that change no refit: where scores lie, the grid, what only scoring reads, and what every refit has.
+NOT_THE_REFIT = (
+    "scores_path", "hidden_size_divisor", "ffn_hidden_size_divisor", "num_layers_divisor", "statistics",
+    "num_query_groups", "method", "refit",
+)  # fmt: skip
+
 
 def scores_folder(config: PruneConfig) -> Path:
     """Scores: prune.scores_path, or beside the teacher's checkpoint."""
@@ -30,7 +36,8 @@ def scan_folder(config: PruneConfig) -> Path:
 
 
 def refit_folder(config: PruneConfig) -> Path:
-    """A refit: beside the scores, named by what is cut."""
-    told = json.dumps(dataclasses.asdict(config.prune), sort_keys=True, default=str)
+    """A refit: beside the scores, named by what is cut and how; one student is one, whichever way it is stated."""
+    stated = dataclasses.asdict(config.prune) | {"drop_layers": sorted(parse_layers(config.prune.drop_layers))}
+    told = json.dumps({name: value for name, value in stated.items() if name not in NOT_THE_REFIT}, sort_keys=True)
     scores = scores_folder(config)
     return scores.with_name(f"{scores.name}.refit-{hashlib.sha256(told.encode()).hexdigest()[:12]}")

@@ -39,6 +39,8 @@ def compensation_of(targets: PruneTargets, plan: PruningPlan) -> dict[str, Any]:
     """
     rotated = targets.untie or plan.student["hidden_size"] != plan.teacher["hidden_size"]
     settings = {name: getattr(targets, name) for name in COMPENSATION}
+    if targets.refit == "sequential":
+        settings["refit"] = None  # which means it wherever there is a refit
     return settings | ({"norms": "size of the teacher's gain"} if rotated else {})
 
 

@@ -127,6 +127,7 @@ def test_a_projection_where_widths_differ_is_trained_resumed_and_left_out(tiny, 
     assert all(torch.equal(whole[name], value) for name, value in read_weights(tmp_path / "stopped").items())
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 2}], ids=["data", "tensor"])
 def test_two_ranks_equal_one(tiny, students, tmp_path, layout):
     """Real gloo ranks, losses on logits and on hidden states."""

@@ -293,6 +293,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tiny, tmp_path, monkey
     assert manifest.metrics["train_loss"] == pytest.approx(float(manifest.metrics["validation_loss"]), rel=0.2)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_what_is_missing_is_named_or_filled(tiny, student, live, tmp_path, capfd):
     """Filled and read on two data-parallel ranks."""
     teach(teaching(tiny, tmp_path / "few", tokens=10 * LENGTH, precision="fp32"))

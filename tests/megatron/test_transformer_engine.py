@@ -202,15 +202,22 @@ def test_every_extra_state_that_any_version_asks_for_is_there_and_empty(tiny, tm
     assert set(loaded) == set(wanted) and set(loaded.values()) == {None}
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tiny, container, tmp_path_factory) -> dict[str, Any]:
+    """What two ranks found that ran the stages in each layout, one after the other."""
+    folder, student, wanted = tmp_path_factory.mktemp("ranks"), container[0] / "student", {}
+    for name, layout in LAYOUTS.items():
+        wanted |= student_stages(tiny, name, folder / name.replace(" ", "-"), student, 2, **layout)
+    return beside_transformer_engine({"stages": wanted}, folder / "settings.json", ranks=2)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_two_ranks_have_the_losses_of_one(tiny, tmp_path, container, name):
+def test_two_ranks_have_the_losses_of_one(container, two_ranks, name):
     """Of distillation, and of the result's evaluation, read back from the file that both ranks wrote."""
-    root, one = container
-    wanted = student_stages(tiny, "two ranks", tmp_path, root / "student", 2, **LAYOUTS[name])
-    two = beside_transformer_engine({"stages": wanted}, tmp_path / "settings.json", ranks=2)
-    assert {"kd_loss", "lm_loss"} <= set(two["two ranks: distilled"]["train"][0])
-    assert_same_losses(one["one rank: distilled"], two["two ranks: distilled"])
-    measured, expected = two["two ranks: loss"]["test"], one["one rank: loss"]["test"]
+    one = container[1]
+    assert {"kd_loss", "lm_loss"} <= set(two_ranks[f"{name}: distilled"]["train"][0])
+    assert_same_losses(one["one rank: distilled"], two_ranks[f"{name}: distilled"])
+    measured, expected = two_ranks[f"{name}: loss"]["test"], one["one rank: loss"]["test"]
     assert measured == pytest.approx(expected, abs=1e-4)
 
 

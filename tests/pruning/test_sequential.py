@@ -55,13 +55,23 @@ def test_the_refitted_student_loses_less_than_the_cut(tiny, refitted):
 
 
 def test_the_cut_takes_the_neurons_that_the_refit_was_made_with(tiny, refitted, monkeypatch, tmp_path):
-    """They are chosen once, and what is cut again from the same refit is the same, bit for bit."""
+    """They are chosen once, and what is cut again from the same refit is the same, bit for bit, however it is asked."""
     from nemo_minitron.pruning import student as cutting
 
     config, _, student = refitted
+    scores = student.parent / "scores"
+    assert (config.prune.method, config.prune.refit, config.prune.scores_path) == (
+        "compensated",
+        "sequential",
+        str(scores),
+    )
     monkeypatch.setattr(cutting, "choose_by_saliency", pytest.fail)
-    again = dataclasses.replace(config, export=dataclasses.replace(config.export, save_path=str(tmp_path / "again")))
+    monkeypatch.chdir(scores.parent)
+    otherwise = {"method": None, "refit": None, "hidden_size_divisor": 16, "scores_path": "scores"}
+    again = dataclasses.replace(config, prune=dataclasses.replace(config.prune, **otherwise))
+    again.export = dataclasses.replace(config.export, save_path=str(tmp_path / "again"))
     prune(again)
+    assert len(list(scores.parent.glob("scores.refit-*"))) == 1
     before, after = (open_checkpoint(folder).tensors for folder in (student, tmp_path / "again"))
     assert all(torch.equal(before[name].read(), after[name].read()) for name in before)
 

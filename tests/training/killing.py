@@ -11,6 +11,7 @@ started until then.
 """
 
 import contextlib
+import gc
 import json
 import os
 import pkgutil
@@ -90,6 +91,8 @@ def main() -> None:
 
     import nemo_minitron.training.history  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # no child looks through them, and copies their pages
     for job in json.loads(Path(sys.argv[1]).read_text()):
         folder = Path(job["folder"])
         events = attempt(job, folder / "alone")

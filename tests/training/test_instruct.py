@@ -199,6 +199,7 @@ def test_a_token_weighs_the_same_in_every_micro_batch(tiny, students, rows, tmp_
     assert all(torch.allclose(second[name], value, atol=2e-4) for name, value in first.items())
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_tensor_parallel_ranks_equal_one(tiny, students, rows, tmp_path):
     histories = []
     for ranks in (1, 2):
@@ -441,12 +442,14 @@ def test_the_control_is_finetune_and_packing_changes_neither(tiny, talks, tmp_pa
     assert close_runs(runs[False], runs[True])
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_data_parallel_ranks_distil_packed_rows_as_one(tiny, talks, distilled, tmp_path):
     config = distilling(tiny, talks, tmp_path / "two", 4, packing=True)
     config.trainer.devices = 2
     assert close_runs(distilled[True], (tmp_path / "two", distill(config)), weights=5e-4)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_pipeline_stages_distil_packed_rows_as_one(tiny, talks, tmp_path):
     """Without losses on hidden states, which need one stage."""
     runs = []

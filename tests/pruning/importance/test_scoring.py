@@ -123,6 +123,7 @@ def test_the_batch_size_of_calibration_does_not_matter(tiny, scored, tmp_path):
     assert one.layers_by_importance() == other.layers_by_importance()
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_pipeline_ranks_score_as_one(tiny, scored, tmp_path):
     config = tiny.pruning(tmp_path / "unused", num_layers=2, scores_path=str(tmp_path / "scores"))
     config.trainer.devices = config.model.pipeline_model_parallel_size = 2
