@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parents[2] / "notebooks"
 NAMES = ["introduction", *sorted(path.stem for path in HERE.glob("0*.ipynb"))]
 SHORTER = [
     "data.words=40000", "data.pretrain_words=40000", "data.vocab_size=512",
-    "prune.num_samples=16", "prune.num_block_samples=16", "limit_test_batches=2",
+    "prune.num_samples=16", "prune.num_block_samples=16", "limit_test_batches=2", "facts=40",
     *(f"{stage}.{key}" for stage in ("pretrain", "finetune", "distill")
       for key in ("max_steps=4", "val_check_interval=2", "limit_val_batches=1", "warmup_steps=1")),
 ]  # fmt: skip
