@@ -1,7 +1,6 @@
 """One tiny teacher, trained once, for every test that needs a model."""
 
 import dataclasses
-import gc
 import json
 import os
 import subprocess
@@ -11,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron import config as c
+from nemo_minitron.megatron import session
 
 # No test asks the hub for anything; those that want one start their own.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two workers share two cores; the processes that they start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+session.stages_alone = True
 SEQ_LENGTH = 64
 GRID = {"hidden_size_divisor": 32, "ffn_hidden_size_divisor": 64, "num_layers_divisor": 1}
 PUBLISHED = {"method": "minitron", "depth_by": "block_influence"}
@@ -30,19 +31,6 @@ ARCHITECTURE = {
     "vocab_size": None,
     "seq_length": SEQ_LENGTH,
 }
-
-
-#: Modules that were loaded when what they hold was frozen last.
-frozen_at = 0
-
-
-def pytest_runtest_setup() -> None:
-    """The engines' million objects are frozen once: each stage looks through what is not, several times."""
-    global frozen_at
-    if "megatron.core" in sys.modules and len(sys.modules) > frozen_at + 200:
-        gc.collect()
-        gc.freeze()
-        frozen_at = len(sys.modules)
 
 
 @dataclasses.dataclass(frozen=True)

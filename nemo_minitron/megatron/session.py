@@ -46,6 +46,9 @@ WITHOUT_FUSIONS = {
 NEMO_FIELDS = {
     "tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "cu_seqlens_argmin", "max_seqlen",
 }  # fmt: skip
+#: Set it where a process runs stages and holds nothing else: what is alive when one begins stays frozen for the garbage
+#: collector (``gc.freeze()``), and no later one looks through the engines' million objects again.
+stages_alone = False
 LAUNCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE", "GROUP_RANK")
 
 
@@ -53,7 +56,7 @@ LAUNCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RA
 def engine(seed: int, log: Path | None = None, *, cuda: bool | None = None) -> Iterator[None]:
     """Megatron ready to use for the body, and no trace of its global state afterwards.
 
-    What a process has frozen for the garbage collector (``gc.freeze()``) stays so, and nothing is frozen beside it.
+    What a host has frozen for the garbage collector (``gc.freeze()``) stays so, and nothing is frozen beside it.
 
     Args:
         seed: seeds Python, NumPy and torch; Megatron's own states are seeded by NeMo, or by ``parallel_ranks()``.
@@ -68,9 +71,9 @@ def engine(seed: int, log: Path | None = None, *, cuda: bool | None = None) -> I
         versions.optimizer_as_nemo_asks(),
     ):
         reset_parallel_state()
-        frozen_by_host = gc.get_freeze_count() > 0
         gc.collect()  # what a stage before this one still holds in cycles
-        if not frozen_by_host:
+        by_host = not stages_alone and gc.get_freeze_count() > 0
+        if not by_host:
             gc.freeze()  # the engines' own million objects are not looked through again for what the body leaves
         _seed_everything(seed)
         try:
@@ -78,7 +81,7 @@ def engine(seed: int, log: Path | None = None, *, cuda: bool | None = None) -> I
         finally:
             reset_parallel_state()
             gc.collect()
-            if not frozen_by_host:
+            if not (by_host or stages_alone):
                 gc.unfreeze()
 
 

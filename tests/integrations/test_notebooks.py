@@ -35,10 +35,10 @@ SMALLER = [
     "prune.students.width.hidden_size=32", "prune.students.width.ffn_hidden_size=64",
     "prune.students.depth.num_layers=1", *SHORTER[-8:],
 ]  # fmt: skip
-#: A notebook may not live on names of the one before it. What the engines are made of is not looked through again.
+#: A notebook may not live on names of the one before it.
 EMPTIED = """
 for name in [name for name in globals() if not name.startswith('_')]: del globals()[name]
-__import__('gc').collect(), __import__('gc').freeze()
+import nemo_minitron.megatron.session as _session; _session.stages_alone = True
 """
 
 

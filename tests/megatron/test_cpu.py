@@ -1,5 +1,6 @@
 """The piece that lets Megatron run without CUDA: contained, listed, and gone when it is left."""
 
+import gc
 import re
 import sys
 import types
@@ -230,3 +231,15 @@ def test_a_mixture_of_equal_experts_is_the_dense_model_forward_and_backward(tmp_
 def plain(name: str) -> str:
     """The parameter of the dense model that an expert's stands for."""
     return re.sub(r"experts\.local_experts\.\d+\.", "", name)
+
+
+def test_what_a_host_froze_for_the_garbage_collector_stays_frozen(monkeypatch):
+    """And what it did not is looked through again after a stage."""
+    from nemo_minitron.megatron import session
+
+    monkeypatch.setattr(session, "stages_alone", False)
+    for by_host in (True, False):
+        (gc.freeze if by_host else gc.unfreeze)()
+        with session.engine(1):
+            assert gc.get_freeze_count() > 0
+        assert (gc.get_freeze_count() > 0) == by_host

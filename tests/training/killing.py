@@ -90,7 +90,9 @@ def main() -> None:
     from nemo.collections import llm  # noqa: F401
 
     import nemo_minitron.training.history  # noqa: F401
+    from nemo_minitron.megatron import session
 
+    session.stages_alone = True
     gc.collect()
     gc.freeze()  # no child looks through them, and copies their pages
     for job in json.loads(Path(sys.argv[1]).read_text()):
