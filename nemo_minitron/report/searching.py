@@ -19,6 +19,7 @@ MAX_CANDIDATES = 64
 CUT, TEACHER = "cut", "teacher"
 #: Budget -> what stands behind its numbers.
 UNITS = {"memory": "B", "flops": " operations a token", "prefill": " s a pass", "decode": " s a pass"}
+RANKED_BY = ("kd_loss", "lm_loss")
 LOSSES = {"kd_loss": "KD loss", "lm_loss": "LM loss", None: "loss"}
 
 
@@ -107,8 +108,11 @@ def search_of(told: object, config: Mapping[str, Any], path: object, missing: li
 
 
 def _loss_of(config: Mapping[str, Any]) -> str | None:
-    """The loss by which rounds rank: KD's where there is KD."""
-    kd = config.get("kd")
+    """The loss by which rounds rank: the stated one, or KD's where there is KD."""
+    kd, settings = config.get("kd"), config.get("search")
+    stated = settings.get("rank_by") if isinstance(settings, dict) else None
+    if stated in RANKED_BY:
+        return str(stated)
     weight = number(kd.get("kd_weight")) if isinstance(kd, dict) else None
     return None if weight is None else "kd_loss" if weight else "lm_loss"
 

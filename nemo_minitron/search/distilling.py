@@ -29,15 +29,22 @@ class Standing:
     """How a round ended.
 
     Attributes:
-        losses: name of a candidate -> its validation loss at the end, in nats a token.
+        validation: name of a candidate -> its validation losses at the end, by their names, in nats a token.
+        ranked_by: which one ranks.
         stay: names of those that go on, the best first.
         seconds: of all of it.
     """
 
     round: Round
-    losses: dict[str, float]
+    validation: dict[str, dict[str, float]]
+    ranked_by: str
     stay: list[str]
     seconds: float
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Name of a candidate -> the loss that ranks."""
+        return {name: losses[self.ranked_by] for name, losses in self.validation.items()}
 
 
 def distilled(partial: Path, task: Task, cuts: Cuts, candidates: list[Architecture]) -> list[Standing]:
@@ -48,16 +55,17 @@ def distilled(partial: Path, task: Task, cuts: Cuts, candidates: list[Architectu
     history: list[Standing] = []
     for number, one in enumerate(task.rounds):
         folder = partial / ROUNDS / str(one.number)
-        losses, seconds = {}, 0.0
+        validation, seconds = {}, 0.0
         for name in weights:
             config = c.validated(round_config(task.config, one, weights[name], folder / name, answers))
             distill(config)
             manifest = Manifest.read(folder / name)
-            losses[name] = reached(manifest, "kd_loss" if config.kd.kd_weight else "lm_loss")
+            validation[name] = reached(manifest)
             seconds += manifest.timings["total_seconds"]
         left = task.rounds[number + 1].candidates if number + 1 < len(task.rounds) else task.finalists
-        stay = sorted(losses, key=lambda name: (losses[name], name))[:left]
-        history.append(Standing(one, losses, stay, seconds))
+        metric = task.config.ranked_by
+        stay = sorted(validation, key=lambda name: (validation[name][metric], name))[:left]
+        history.append(Standing(one, validation, metric, stay, seconds))
         weights = {name: folder / name for name in stay}
     return history
 

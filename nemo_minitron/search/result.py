@@ -50,7 +50,9 @@ def told(
             {
                 "number": one.round.number,
                 "steps": one.round.steps,
+                "ranked_by": one.ranked_by,
                 "losses": one.losses,
+                "validation": one.validation,
                 "stay": one.stay,
                 "seconds": one.seconds,
             }

@@ -90,10 +90,9 @@ def with_steps(optim: c.OptimConfig, steps: int) -> c.OptimConfig:
     return dataclasses.replace(optim, sched=dataclasses.replace(optim.sched, warmup_steps=warmup))
 
 
-def reached(manifest: Manifest, metric: str) -> float:
-    """The validation loss at the end of a round."""
-    value: float = manifest.metrics["validation"][-1][metric]
-    return value
+def reached(manifest: Manifest) -> dict[str, float]:
+    """The validation losses at the end of a round, by name."""
+    return {name: value for name, value in manifest.metrics["validation"][-1].items() if name != "step"}
 
 
 def kendall_tau(first: Mapping[str, float], second: Mapping[str, float]) -> float | None:

@@ -95,6 +95,8 @@ def search(told):
     missing: list[str] = []
     read = search_of(told, {"kd": {"kd_weight": 1.0}}, "search.json", missing)
     assert missing == [] and read["loss"] == "kd_loss"
+    stated = {"kd": {"kd_weight": 1.0}, "search": {"rank_by": "lm_loss"}}
+    assert search_of(told, stated, "search.json", missing)["loss"] == "lm_loss"
     return read
 
 

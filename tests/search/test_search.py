@@ -71,6 +71,8 @@ def test_the_winner_is_an_ordinary_checkpoint_within_the_budget(tiny, found):
     assert abs(student.architecture.parameters() / (0.6 * teacher.architecture.parameters()) - 1) <= 0.1
     assert result["winner"]["architecture"] == student.architecture.to_dict()
     last = result["rounds"][-1]
+    assert last["ranked_by"] == "kd_loss"
+    assert last["losses"] == {name: losses["kd_loss"] for name, losses in last["validation"].items()}
     assert result["winner"]["name"] == min(last["losses"], key=last["losses"].get)
     assert result["winner"]["loss"] < result["rounds"][0]["losses"][result["winner"]["name"]] + 0.5
 
@@ -104,7 +106,7 @@ def test_the_finalists_are_measured_beside_the_teacher(tiny, found):
 
 
 def test_another_budget_measures_no_cut_again(tiny, found, tmp_path, monkeypatch):
-    """Scores, maps and losses are kept beside prune.scores_path."""
+    """Scores, maps and losses are kept beside prune.scores_path. The second ranks by the text's loss."""
     from nemo_minitron.evaluation import loss
     from nemo_minitron.pruning.importance import blocks
 
@@ -113,6 +115,7 @@ def test_another_budget_measures_no_cut_again(tiny, found, tmp_path, monkeypatch
     search(first)
     again = settings(tiny, tmp_path / "again", candidates=2, steps=1, measured=3, speed_rounds=0)
     again.prune.scores_path, again.seed, again.prune.seed = str(tmp_path / "scores"), 7, first.seed
+    again.search.rank_by = "lm_loss"
     with monkeypatch.context() as patch:
         patch.setattr(blocks, "fit_blocks", None)
         measured = []
@@ -121,7 +124,11 @@ def test_another_budget_measures_no_cut_again(tiny, found, tmp_path, monkeypatch
         search(again)
     assert len(measured) == 4  # teacher and winner, on validation and test
     one, other = (json.loads((tmp_path / name / "search.json").read_text()) for name in ("first", "again"))
-    assert one["shapes"] == other["shapes"] and one["rounds"][0]["losses"] != other["rounds"][0]["losses"]
+    assert one["shapes"] == other["shapes"]
+    [ranked], [other_ranked] = one["rounds"], other["rounds"]
+    assert ranked["validation"] != other_ranked["validation"]
+    assert other_ranked["losses"] == {name: losses["lm_loss"] for name, losses in other_ranked["validation"].items()}
+    assert other["winner"]["name"] == min(other_ranked["losses"], key=other_ranked["losses"].get)
 
 
 @pytest.mark.usefixtures("forked_ranks")

@@ -211,3 +211,23 @@ def test_rivals_are_in_proportion_depth_alone_and_width_alone():
     assert max(shares) - min(shares) < 0.1 and 0.9 < load(budgets, uniform) <= 1
     ordered = [shape.parameters() for shape in proportional(space())]
     assert ordered == sorted(ordered)
+
+
+@pytest.mark.parametrize(
+    ("kd", "rank_by", "ranked"),
+    [
+        ({}, None, "kd_loss"),
+        ({}, "lm_loss", "lm_loss"),
+        ({"kd_weight": 0.0, "lm_weight": 1.0}, None, "lm_loss"),
+        ({"kd_weight": 0.0, "lm_weight": 1.0}, "kd_loss", "search.rank_by = kd_loss needs KD"),
+        ({}, "loss", "rank_by = 'loss' must be one of kd_loss, lm_loss"),
+    ],
+)
+def test_a_round_ranks_by_the_loss_that_is_trained_on_or_a_stated_one(kd, rank_by, ranked):
+    settings = SearchSettings(parameters="60%", rank_by=rank_by)
+    config = SearchConfig(output="out", dry_run=True, kd=KDConfig(**kd), search=settings)
+    problems = "; ".join(all_problems(config))
+    if " " in ranked:
+        assert ranked in problems
+    else:
+        assert config.ranked_by == ranked and "rank_by" not in problems

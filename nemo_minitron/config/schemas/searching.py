@@ -28,6 +28,7 @@ EXAMPLES = {
 AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?)\s*(%|x|[KMGT]?B|[KM]|)")
 UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 WEIGHTS = ("fp32", "bf16", "fp8", "int8", "int4")
+RANKED_BY = ("kd_loss", "lm_loss")
 RANGES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
 
@@ -107,6 +108,9 @@ class SearchSettings(Config):
     """Shapes that go on to distillation."""
     steps: int = 40
     """Steps of the first round of distillation; each further round has twice as many, for half of the candidates."""
+    rank_by: str | None = None
+    """Validation loss by which a round ranks: `kd_loss`, the distance from the teacher, or `lm_loss`, that of the text;
+    none: kd_loss where there is KD."""
     finalists: int = 1
     """Shapes that are left at the end."""
     speed_rounds: int = 3
@@ -127,6 +131,7 @@ class SearchSettings(Config):
             problems.append(f"parameters is missing: give a budget, one or several of {', '.join(BUDGETS)}")
         problems += filter(None, (_amount_problem(name, getattr(self, name)) for name in self.given()))
         problems += one_of("weights", self.weights, WEIGHTS)
+        problems += one_of("rank_by", self.rank_by or RANKED_BY[0], RANKED_BY)
         problems += at_least(
             1,
             batch_size=self.batch_size,
@@ -236,8 +241,15 @@ class SearchConfig(Config):
     def calibration_seed(self) -> int:
         return self.seed if self.prune.seed is None else self.prune.seed
 
+    @property
+    def ranked_by(self) -> str:
+        """The validation loss by which a round ranks."""
+        return self.search.rank_by or ("kd_loss" if self.kd.kd_weight else "lm_loss")
+
     def problems(self) -> list[str]:
         problems = layout_problems(self.trainer, self.model)
+        if self.ranked_by == "kd_loss" and not self.kd.kd_weight:
+            problems.append("search.rank_by = kd_loss needs KD, and kd.kd_weight is 0: give search.rank_by=lm_loss")
         if not self.dry_run:
             problems += missing_data(self.model.data)
         if self.output == "???" and not self.dry_run:
