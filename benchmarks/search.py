@@ -6,8 +6,9 @@ Of each budget: the search's winner (of each seed), the uniform shape, the shape
 and what ModelOpt's own search picks: its grid, its ten largest candidates within the parameters, from the same scores,
 each scored by the loss of its own cut on the same held-out samples. All are cut the same way (compensated, refitted
 once) and distilled for the same steps on the same samples of the seed, from the same kept answers. Losses are nats a
-token on the first windows of the test text. With --ranks, the candidates of the first round are all distilled to the
-end, and Kendall's tau of their ranks at each validation with those at the end is printed.
+token on the first windows of the test text; beside them the KD loss on validation text, by which the search ranks. With
+--ranks N the N best cuts are all distilled to the end, and Kendall's tau of their ranks at each validation with those
+at the end is printed.
 
 What is measured is kept in the output's folder; the same command goes on. Prints a table and writes table.json.
 """
@@ -291,6 +292,7 @@ def compared(bench: Bench, budget: int) -> list[dict[str, Any]]:
                 "parameters": [shape.parameters() for shape in shapes],
                 "cut": [just_cut(bench, name_of(shape), sizes_of(shape, teacher)) for shape in shapes],
                 "losses": [run["loss"] for run in runs],
+                "kd": [run["validation"][-1]["kd_loss"] for run in runs],
                 "seconds": [run["distill_seconds"] for run in runs],
             }
         )  # fmt: skip
@@ -307,7 +309,14 @@ def verdict(winner: list[float], other: list[float]) -> str:
 
 
 def ranked(bench: Bench, budget: int, seed: int) -> dict[str, Any]:
-    """Kendall's tau of the ranks of a first round's candidates, after so many steps, with those at the end."""
+    """Kendall's tau between ranks of the best cuts after so many steps and at the end, by each loss.
+
+    All are distilled to the end, in one run each, so that learning rates on the way are those of the whole run.
+
+    Returns:
+        `losses`: of each shape, at each validation and of the test text at the end; `tau`: kd_loss, lm_loss or cut ->
+        steps -> with its own ranks at the end, and with those of the test text's loss.
+    """
     from nemo_minitron.checkpoints.checkpoint import open_checkpoint
     from nemo_minitron.search.rounds import kendall_tau
     from nemo_minitron.search.space import sizes_of
@@ -316,32 +325,55 @@ def ranked(bench: Bench, budget: int, seed: int) -> dict[str, Any]:
     how, result = bench.arguments, searched(bench, budget, seed)
     shapes = resolved(bench.search_config(budget, seed)).by_name()
     teacher = open_checkpoint(how.teacher).architecture
-    names = list(result["rounds"][0]["losses"])
-    histories = {
-        name: distilled(bench, name, sizes_of(shapes[name], teacher), seed, every=max(1, how.steps // 8))["validation"]
-        for name in names
-    }
-    steps = [line["step"] for line in histories[names[0]]]
-    at = {step: {name: history[i]["kd_loss"] for name, history in histories.items()} for i, step in enumerate(steps)}
-    cuts = {entry["name"]: entry["loss"] for entry in result["shapes"] if entry["name"] in names}
-    last = at[steps[-1]]
-    return {
-        "budget": budget, "seed": seed, "candidates": len(names),
-        "cut": kendall_tau(cuts, last), "steps": {step: kendall_tau(losses, last) for step, losses in at.items()},
-        "final": last,
-    }  # fmt: skip
+    cuts = {one["name"]: one["loss"] for one in result["shapes"] if one["loss"] and one["predicted"]}
+    names = sorted(cuts, key=lambda name: cuts[name])[: how.ranks]
+    every = max(1, how.steps // 8)
+    runs = {name: distilled(bench, name, sizes_of(shapes[name], teacher), seed, every=every) for name in names}
+    test = {name: run["loss"] for name, run in runs.items()}
+    tau: dict[str, Any] = {"cut": {0: {"test": kendall_tau({name: cuts[name] for name in names}, test)}}}
+    for metric in ("kd_loss", "lm_loss"):
+        at: dict[int, dict[str, float]] = {}
+        for name, run in runs.items():
+            for line in run["validation"]:
+                at.setdefault(line["step"], {})[name] = line[metric]
+        last = at[max(at)]
+        tau["cut"][0][metric] = kendall_tau({name: cuts[name] for name in names}, last)
+        tau[metric] = {
+            step: {"own": kendall_tau(losses, last), "test": kendall_tau(losses, test)} for step, losses in at.items()
+        }
+    losses = {name: {"cut": cuts[name], "validation": runs[name]["validation"], "test": test[name]} for name in names}
+    return {"budget": budget, "seed": seed, "losses": losses, "tau": tau}
+
+
+def settling(found: dict[str, Any]) -> str:
+    """The taus of `ranked` as a table."""
+    tau = found["tau"]
+    lines = [f"{len(found['losses'])} shapes at {found['budget']} %, Kendall's tau with the ranks at the end"]
+    lines.append(f"{'after':>9}{'KD to KD':>10}{'KD to test':>12}{'LM to LM':>10}{'LM to test':>12}")
+    cut = tau["cut"][0]
+    lines.append(
+        f"{'the cut':>9}{cut['kd_loss']:>10.2f}{cut['test']:>12.2f}{cut['lm_loss']:>10.2f}{cut['test']:>12.2f}"
+    )
+    for step, kd in tau["kd_loss"].items():
+        lm = tau["lm_loss"][step]
+        lines.append(f"{step:>9}{kd['own']:>10.2f}{kd['test']:>12.2f}{lm['own']:>10.2f}{lm['test']:>12.2f}")
+    return "\n".join(lines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'budget':>6}  {'kind':<9}{'parameters':>11}{'just cut':>10}{'distilled':>11}{'+-':>8}  shape, verdict"]
+    head = (
+        f"{'budget':>6}  {'kind':<9}{'parameters':>11}{'just cut':>10}{'distilled':>11}{'+-':>8}{'KD loss':>9}{'+-':>8}"
+    )
+    lines = [f"{head}  shape, verdict on the distilled, on the KD loss"]
     for row in rows:
         winner = next(one for one in rows if one["budget"] == row["budget"] and one["kind"] == "search")
-        spread = statistics.stdev(row["losses"]) if len(row["losses"]) > 1 else 0.0
-        said = "" if row is winner else f"  {verdict(winner['losses'], row['losses'])}"
+        spreads = [statistics.stdev(row[what]) if len(row[what]) > 1 else 0.0 for what in ("losses", "kd")]
+        verdicts = [verdict(winner[what], row[what]) for what in ("losses", "kd")]
         lines.append(
             f"{row['budget']:>5}%  {row['kind']:<9}{statistics.mean(row['parameters']) / 1e6:>10.1f}M"
-            f"{statistics.mean(row['cut']):>10.4f}{statistics.mean(row['losses']):>11.4f}{spread:>8.4f}  "
-            f"{', '.join(dict.fromkeys(row['shapes']))}{said}"
+            f"{statistics.mean(row['cut']):>10.4f}{statistics.mean(row['losses']):>11.4f}{spreads[0]:>8.4f}"
+            f"{statistics.mean(row['kd']):>9.4f}{spreads[1]:>8.4f}  {', '.join(dict.fromkeys(row['shapes']))}"
+            f"{'' if row is winner else '  ' + '; '.join(verdicts)}"
         )
     return "\n".join(lines)
 
@@ -368,12 +400,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--no-modelopt", dest="modelopt", action="store_false")
-    parser.add_argument("--ranks", action="store_true", help="also how soon ranks settle, first budget and seed")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="also how soon ranks of the N best cuts settle, first budget and seed"
+    )
     bench = Bench(parser.parse_args())
     told: dict[str, Any] = {"settings": vars(bench.arguments)}
     if bench.arguments.ranks:
         told["ranks"] = ranked(bench, bench.arguments.budgets[0], 1)
-        print(json.dumps(told["ranks"], indent=1), flush=True)
+        print(settling(told["ranks"]), flush=True)
     rows: list[dict[str, Any]] = []
     for budget in bench.arguments.budgets:
         rows += compared(bench, budget)
