@@ -327,17 +327,18 @@ def ranked(bench: Bench, budget: int, seed: int) -> dict[str, Any]:
     teacher = open_checkpoint(how.teacher).architecture
     cuts = {one["name"]: one["loss"] for one in result["shapes"] if one["loss"] and one["predicted"]}
     names = sorted(cuts, key=lambda name: cuts[name])[: how.ranks]
+    cuts = {name: cuts[name] for name in names}
     every = max(1, how.steps // 8)
     runs = {name: distilled(bench, name, sizes_of(shapes[name], teacher), seed, every=every) for name in names}
     test = {name: run["loss"] for name, run in runs.items()}
-    tau: dict[str, Any] = {"cut": {0: {"test": kendall_tau({name: cuts[name] for name in names}, test)}}}
+    tau: dict[str, Any] = {"cut": {0: {"test": kendall_tau(cuts, test)}}}
     for metric in ("kd_loss", "lm_loss"):
         at: dict[int, dict[str, float]] = {}
         for name, run in runs.items():
             for line in run["validation"]:
                 at.setdefault(line["step"], {})[name] = line[metric]
         last = at[max(at)]
-        tau["cut"][0][metric] = kendall_tau({name: cuts[name] for name in names}, last)
+        tau["cut"][0][metric] = kendall_tau(cuts, last)
         tau[metric] = {
             step: {"own": kendall_tau(losses, last), "test": kendall_tau(losses, test)} for step, losses in at.items()
         }

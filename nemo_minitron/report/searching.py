@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nemo_minitron.architecture import human
+from nemo_minitron.config.schemas.searching import RANKED_BY
 from nemo_minitron.report.stages import number
 
 RESULT = "search.json"
@@ -19,7 +20,6 @@ MAX_CANDIDATES = 64
 CUT, TEACHER = "cut", "teacher"
 #: Budget -> what stands behind its numbers.
 UNITS = {"memory": "B", "flops": " operations a token", "prefill": " s a pass", "decode": " s a pass"}
-RANKED_BY = ("kd_loss", "lm_loss")
 LOSSES = {"kd_loss": "KD loss", "lm_loss": "LM loss", None: "loss"}
 
 

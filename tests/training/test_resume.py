@@ -23,7 +23,7 @@ from nemo_minitron.megatron import weights
 from nemo_minitron.pruning.command import prune
 from nemo_minitron.training import history
 
-STEPS, KILLS = 4, 2
+STEPS, KILLS = 4, 3
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,10 @@ def distillation(tiny, student, output, steps=STEPS, **fields) -> c.DistillConfi
         output, steps, restore_from_path=str(student), kd_teacher_restore_from_path=str(tiny.teacher)
     )
     return c.DistillConfig(**training, **fields)
+
+
+def finetuning(tiny, student, output) -> c.FinetuneConfig:
+    return c.FinetuneConfig(**tiny.training(output, STEPS, restore_from_path=str(student)))
 
 
 def instructing(tiny, student, output) -> c.FinetuneConfig:
@@ -67,6 +71,7 @@ def same(one, other) -> bool:
 
 STAGES = {
     "distill": (distillation, "nemo_minitron.distillation.command:distill", "nemo_minitron.config:DistillConfig"),
+    "finetune": (finetuning, "nemo_minitron.training.finetune:finetune", "nemo_minitron.config:FinetuneConfig"),
     "search": (searching, "nemo_minitron.search.command:search", "nemo_minitron.config:SearchConfig"),
     "instruct": (instructing, "nemo_minitron.training.finetune:finetune", "nemo_minitron.config:FinetuneConfig"),
 }

@@ -74,6 +74,11 @@ class KDConfig(Config):
     hidden: HiddenLossConfig = field(default_factory=HiddenLossConfig)
 
     @property
+    def metric(self) -> str:
+        """The validation loss of what is learnt: the distance from the teacher, or the text's where there is no KD."""
+        return "kd_loss" if self.kd_weight else "lm_loss"
+
+    @property
     def shares(self) -> dict[str, float]:
         """Folder, or LIVE, of each teacher -> its share; none for the control."""
         if not self.kd_weight:
@@ -131,7 +136,7 @@ class DistillConfig(TrainingConfig):
     @property
     def metric(self) -> str:
         """The validation loss by which the best step is chosen."""
-        return self.monitor or ("kd_loss" if self.kd.kd_weight else "lm_loss")
+        return self.monitor or self.kd.metric
 
     @property
     def fixed_windows(self) -> bool:

@@ -244,7 +244,7 @@ class SearchConfig(Config):
     @property
     def ranked_by(self) -> str:
         """The validation loss by which a round ranks."""
-        return self.search.rank_by or ("kd_loss" if self.kd.kd_weight else "lm_loss")
+        return self.search.rank_by or self.kd.metric
 
     def problems(self) -> list[str]:
         problems = layout_problems(self.trainer, self.model)
